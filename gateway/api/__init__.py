@@ -1,0 +1,1 @@
+"""Management endpoints, one file per resource."""

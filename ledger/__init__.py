@@ -1,0 +1,1 @@
+"""Where the credits are: a pure core inside a durable shell."""

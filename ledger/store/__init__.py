@@ -1,0 +1,1 @@
+"""Where the journal is kept: the tables, and one file per database."""

@@ -1,0 +1,1 @@
+"""What things cost. Pure: no network, clock, randomness or database."""
