@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 UV_VERSION := 0.13.8
 LOCK := $(VENV)/lock/bin/uv pip compile --universal --python-version 3.11 --no-emit-index-url --no-annotate \
 	--generate-hashes --quiet --custom-compile-command "make lock" $(UPGRADE)

@@ -29,7 +29,7 @@ def test_a_lock_names_no_registry_and_no_folder(lock: str):
 @pytest.mark.parametrize("lock", LOCKS)
 def test_everything_locked_has_a_hash(lock: str):
     lines = (ROOT / lock).read_text().splitlines()
-    for line, following in zip(lines, lines[1:] + [""], strict=True):
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if "==" in line:
             assert line.endswith("\\"), line
             assert following.strip().startswith("--hash=sha256:"), line
