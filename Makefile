@@ -70,7 +70,7 @@ $(VENV)/.dev: requirements-dev.txt pyproject.toml | $(VENV)/bin/python
 
 # The tests drive two major versions of OpenAI's SDK. The newer one is a development requirement; the older one goes
 # into a folder of its own, put first on PYTHONPATH by the tests that want it.
-$(OPENAI2)/.installed: tests/e2e/clients/openai2.txt $(VENV)/.dev
+$(OPENAI2)/.installed: tests/e2e/clients/openai2.txt | $(VENV)/.dev
 	rm -rf $(OPENAI2)
 	$(PIP) install --no-deps --require-hashes --target $(OPENAI2) -r $<
 	@touch $@
