@@ -1,0 +1,179 @@
+"""What the ledger can be asked to do. Verbs in the imperative; ids come from the caller, so a retry is the same command."""
+
+from typing import Any
+
+import msgspec
+
+from ledger.model import (
+    UNRESTRICTED,
+    Funding,
+    ReservationRef,
+    Restriction,
+    Scope,
+    Settlement,
+    Tags,
+    WalletRef,
+)
+
+
+class Key(msgspec.Struct, frozen=True):
+    """An idempotency key. Its scope is tenant, mode and operation; *digest* stands for the input it came with."""
+
+    operation: str
+    key: str
+    digest: str
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """*id* is unique and time-ordered; events derive theirs from it."""
+
+    id: str
+    scope: Scope
+    key: Key | None = None
+
+
+class Grant(Command, frozen=True, kw_only=True, tag="grant"):
+    """Open a block. It repays the wallet's receivable first. Creates the wallet on first use.
+
+    With *from_wallet* the credits come out of that wallet's free blocks, all or nothing, and inherit whether the
+    operator was paid for them: a developer's wallet fills its pool like this, and the pool its users' wallets. What
+    was paid for and what was not become two blocks, the second with the id *block_id* + ``_2``.
+    """
+
+    wallet: WalletRef
+    asset: str
+    block_id: str
+    amount: int
+    funding: Funding
+    operator_paid: bool = True
+    from_wallet: WalletRef | None = None
+    priority: int = 0
+    effective_at_us: int | None = None
+    expires_at_us: int | None = None
+    source: str = ""
+    restriction: Restriction = UNRESTRICTED
+    payment_reference: str | None = None
+    metadata: dict[str, Any] = {}
+
+
+class ReserveLeg(msgspec.Struct, frozen=True):
+    """Set *amount* aside from *wallets* in their order; what there is, but not under *minimum*, when it is short."""
+
+    wallets: tuple[WalletRef, ...]
+    amount: int
+    minimum: int
+
+
+class Reserve(Command, frozen=True, kw_only=True, tag="reserve"):
+    """Set credits aside for work to come, over all legs and limits, all or nothing.
+
+    The reservation's id is the caller's: a retry cannot make a second one. The first leg is the payer's, a second
+    one bears what a product action's price leaves uncovered. Every *limit* must afford what the first leg holds.
+    *unfunded* is the tenant's line that bounds what may be burnt from credits that the operator was not paid for;
+    None leaves it unbounded. *developer* names the account that markup is payable to.
+    """
+
+    reservation: ReservationRef
+    asset: str
+    legs: tuple[ReserveLeg, ...]
+    ttl_us: int
+    limits: tuple[WalletRef, ...] = ()
+    unfunded: WalletRef | None = None
+    developer: str | None = None
+    tags: Tags = Tags()
+    request_id: str | None = None
+    mark: Settlement | None = None
+    metadata: dict[str, Any] = {}
+
+
+class Extend(Command, frozen=True, kw_only=True, tag="extend"):
+    """Hold more on the first leg, live longer, or both. *amount* 0 is a heartbeat.
+
+    *amount* is in addition to what is held; less is taken, but not under *minimum*, when it is short.
+    """
+
+    reservation: ReservationRef
+    amount: int = 0
+    minimum: int = 0
+    ttl_us: int | None = None
+    mark: Settlement | None = None
+
+
+class StoredResponse(msgspec.Struct, frozen=True):
+    """An answer to be replayed under its idempotency key for a day."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+
+class Commit(Command, frozen=True, kw_only=True, tag="commit"):
+    """Settle a reservation for what the work really cost and free the rest.
+
+    Never refused for lack of funds: the cost is already real. *final* False charges and keeps the rest held.
+    """
+
+    reservation: ReservationRef
+    settlement: Settlement
+    final: bool = True
+    response: StoredResponse | None = None
+
+
+class Release(Command, frozen=True, kw_only=True, tag="release"):
+    """Give everything back that is held. What was charged by partial commits stays charged."""
+
+    reservation: ReservationRef
+
+
+class Lapse(Command, frozen=True, kw_only=True, tag="lapse"):
+    """Settle a reservation whose time has run out for its last mark; does nothing to a live one."""
+
+    reservation: ReservationRef
+
+
+class Debit(Command, frozen=True, kw_only=True, tag="debit"):
+    """Charge at once, or refuse: a reservation and its commit in one step."""
+
+    reservation: ReservationRef
+    asset: str
+    legs: tuple[ReserveLeg, ...]
+    settlement: Settlement
+    limits: tuple[WalletRef, ...] = ()
+    unfunded: WalletRef | None = None
+    developer: str | None = None
+    tags: Tags = Tags()
+
+
+class Revoke(Command, frozen=True, kw_only=True, tag="revoke"):
+    """Take credits back from one block. *clawback* makes what is already spent a receivable; else only what is free goes."""
+
+    wallet: WalletRef
+    block_id: str
+    amount: int
+    clawback: bool = False
+    reference: str | None = None
+
+
+class Expire(Command, frozen=True, kw_only=True, tag="expire"):
+    """Book what has expired in a wallet: the free part of each block that is past its time lapses."""
+
+    wallet: WalletRef
+
+
+class Freeze(Command, frozen=True, kw_only=True, tag="freeze"):
+    """Stop a wallet, or one block of it, from being reserved; or let it be again."""
+
+    wallet: WalletRef
+    frozen: bool
+    block_id: str | None = None
+
+
+class SetOverdraft(Command, frozen=True, kw_only=True, tag="set_overdraft"):
+    """Agree how far a wallet may go below zero."""
+
+    wallet: WalletRef
+    asset: str
+    limit: int
+
+
+AnyCommand = Grant | Reserve | Extend | Commit | Release | Lapse | Debit | Revoke | Expire | Freeze | SetOverdraft

@@ -1,0 +1,300 @@
+"""The values that the ledger is made of: frozen, compared by value, serialisable as JSON.
+
+Amounts are ``int`` in the smallest unit of the wallet's asset (1e-9 credits for the default credit),
+times are ``int`` microseconds since the epoch, UTC. Intervals are half-open: a block pays at ``t`` when
+``effective_at_us <= t < expires_at_us``.
+"""
+
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import msgspec
+
+AMOUNT_MAX = 2**62
+"""Largest amount of one field. It leaves a bit of int64 for a sum of two."""
+
+
+class Scope(NamedTuple):
+    """Whose data, and which: nothing crosses from one scope to another."""
+
+    tenant: str
+    mode: str
+
+
+class WalletRef(NamedTuple):
+    """Names a wallet. The id derives from its owner (``customer:cus_…``), so nobody has to look it up."""
+
+    tenant: str
+    mode: str
+    wallet: str
+
+
+class ReservationRef(NamedTuple):
+    tenant: str
+    mode: str
+    reservation: str
+
+
+class Account:
+    """The accounts of the journal that are not wallets: append-only, never a locked row."""
+
+    CLEARING = "clearing"
+    EXTERNAL = "external"
+    PROMO = "promo"
+    PLAN = "plan"
+    REVENUE = "revenue"
+    TENANT_DUE = "tenant_due"
+    TENANT_MARGIN = "tenant_margin"
+    DEVELOPER_PAYABLE = "developer_payable"
+    BREAKAGE = "breakage"
+    METER_SHORTFALL = "meter_shortfall"
+    LIMIT = "limit"
+    PROVIDER_COST = "provider_cost"
+    PROVIDER_PAYABLE = "provider_payable"
+
+
+USD_ASSET = "USD"
+"""Provider cost is booked in nano-dollars under this asset."""
+
+
+class Funding(StrEnum):
+    """What stands behind a block. Derived from the operation that made it, never a request field."""
+
+    PAID = "paid"
+    EXTERNAL = "external"
+    PROMOTIONAL = "promotional"
+    DEVELOPER_GRANT = "developer_grant"
+    PLAN = "plan"
+
+
+FUNDING_ACCOUNT = {
+    Funding.PAID: Account.CLEARING,
+    Funding.EXTERNAL: Account.EXTERNAL,
+    Funding.PROMOTIONAL: Account.PROMO,
+    Funding.PLAN: Account.PLAN,
+}
+"""The account that a grant of this kind is debited to. A developer's grant comes out of a pool, which is a wallet."""
+
+
+class Tags(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a charge is for; blocks can be restricted by each."""
+
+    app: str | None = None
+    metric: str | None = None
+    model: str | None = None
+
+
+class Restriction(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a block may pay. An empty tuple allows everything."""
+
+    apps: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+
+    def allows(self, tags: Tags) -> bool:
+        return (
+            (not self.apps or tags.app in self.apps)
+            and (not self.metrics or tags.metric in self.metrics)
+            and (not self.models or tags.model in self.models)
+        )
+
+
+UNRESTRICTED = Restriction()
+
+
+class Wallet(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A stack of blocks in one asset, and what it owes.
+
+    ``receivable`` is what was used beyond the blocks under an agreed overdraft or after a claw-back; the next grant
+    repays it first. ``overdraft_reserved`` is the part of the overdraft that open reservations hold. ``version``
+    rises with every command that touches the wallet.
+    """
+
+    ref: WalletRef
+    asset: str
+    overdraft_limit: int = 0
+    receivable: int = 0
+    overdraft_reserved: int = 0
+    frozen: bool = False
+    version: int = 0
+    last_fact_us: int = 0
+    blocks_opened: int = 0
+    events_raised: int = 0
+
+    @property
+    def account(self) -> str:
+        return f"wallet:{self.ref.wallet}"
+
+
+class Block(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Credits that came in together and are spent, expire or are taken back together.
+
+    ``granted = consumed + expired + revoked + remaining`` and ``0 <= reserved <= remaining``.
+
+    ``operator_paid`` tells whether the operator was paid for these credits or gave them itself; base cost that is
+    burnt from others is due from the tenant. ``pool`` is the wallet of the grant pool that funded the block.
+    """
+
+    wallet: WalletRef
+    id: str
+    sequence: int
+    granted: int
+    created_at_us: int
+    effective_at_us: int
+    expires_at_us: int | None = None
+    priority: int = 0
+    consumed: int = 0
+    reserved: int = 0
+    expired: int = 0
+    revoked: int = 0
+    source: str = ""
+    funding: Funding = Funding.PAID
+    operator_paid: bool = True
+    frozen: bool = False
+    restriction: Restriction = UNRESTRICTED
+    pool: WalletRef | None = None
+    payment_reference: str | None = None
+    metadata: dict[str, Any] = {}
+
+    @property
+    def remaining(self) -> int:
+        return self.granted - self.consumed - self.expired - self.revoked
+
+    @property
+    def free(self) -> int:
+        return self.remaining - self.reserved
+
+    @property
+    def live(self) -> bool:
+        """Whether any command can still move this block: a dead one need not be loaded."""
+        return self.remaining > 0
+
+    def pays_at(self, now_us: int) -> bool:
+        return (
+            not self.frozen
+            and self.effective_at_us <= now_us
+            and (self.expires_at_us is None or now_us < self.expires_at_us)
+        )
+
+
+class ReservationState(StrEnum):
+    OPEN = "open"
+    COMMITTED = "committed"
+    RELEASED = "released"
+    EXPIRED = "expired"
+    """Its time ran out and it was settled for its last durable mark. A late commit may still debit what is missing."""
+
+
+class Charge(msgspec.Struct, frozen=True):
+    """What one leg pays: the base cost and the developer's markup on it."""
+
+    base: int = 0
+    markup: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.base + self.markup
+
+
+class UsageRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The facts behind a charge, written in its transaction.
+
+    ``units`` maps a unit to a quantity, ``provider_cost_nanos`` is in nano-dollars, ``source`` is how the units are
+    known: ``provider``, ``counted`` or ``partial``.
+    """
+
+    request_id: str
+    units: dict[str, int] = {}
+    provider_cost_nanos: int = 0
+    price_version: str | None = None
+    source: str = ""
+    ending: str = ""
+    app_id: str | None = None
+    key_id: str | None = None
+    customer_id: str | None = None
+    model: str | None = None
+    upstream: str | None = None
+    action: str | None = None
+    metric: str | None = None
+    started_at_us: int = 0
+    metadata: dict[str, Any] = {}
+
+
+class Settlement(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One charge a leg, and the usage that explains it."""
+
+    charges: tuple[Charge, ...]
+    usage: UsageRecord | None = None
+
+
+class Slice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A part of a block that a reservation holds, or of the wallet's overdraft when *block* is None."""
+
+    leg: int
+    wallet: WalletRef
+    block: str | None
+    amount: int
+
+
+LIMIT_LEG = -1
+"""The leg of slices that hold a spend limit."""
+
+UNFUNDED_LEG = -2
+"""The leg of slices that hold the tenant's line for credits that the operator was not paid for."""
+
+
+class Payment(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a block paid of a charge: the line of a receipt, and what a refund reverses."""
+
+    leg: int
+    wallet: WalletRef
+    block: str | None
+    base: int
+    markup: int
+    base_account: str
+    markup_account: str
+
+
+class Leg(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Who pays one part of a charge: the wallets in the order in which they pay."""
+
+    wallets: tuple[WalletRef, ...]
+
+
+class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Credits set aside for work under way.
+
+    ``mark`` is what is charged if nobody settles before ``expires_at_us``: None releases everything. ``charged`` is
+    what was charged so far, a leg each. ``settled_by`` is the command that did it: repeating that one is a replay.
+    ``key`` names the idempotency key that a release frees again.
+    """
+
+    ref: ReservationRef
+    state: ReservationState
+    asset: str
+    created_at_us: int
+    expires_at_us: int
+    legs: tuple[Leg, ...]
+    slices: tuple[Slice, ...] = ()
+    limits: tuple[WalletRef, ...] = ()
+    unfunded: WalletRef | None = None
+    developer: str | None = None
+    tags: Tags = Tags()
+    request_id: str | None = None
+    mark: Settlement | None = None
+    charged: tuple[Charge, ...] = ()
+    shortfall: int = 0
+    payments: tuple[Payment, ...] = ()
+    commits: int = 0
+    settled_at_us: int | None = None
+    settled_by: str | None = None
+    key: tuple[str, str] | None = None
+    metadata: dict[str, Any] = {}
+
+    @property
+    def held(self) -> int:
+        """What the paying legs hold together."""
+        return sum(held.amount for held in self.slices if held.leg >= 0)
+
+    def held_by(self, leg: int) -> int:
+        return sum(held.amount for held in self.slices if held.leg == leg)

@@ -1,0 +1,214 @@
+"""What a command comes to: applied, with facts and a result, or rejected with a reason. All are values."""
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from ledger.model import (
+    Block,
+    Charge,
+    Payment,
+    Reservation,
+    ReservationRef,
+    ReservationState,
+    Scope,
+    UsageRecord,
+    Wallet,
+    WalletRef,
+)
+
+
+class Reason(StrEnum):
+    """Why a command was refused, in order of precedence: the first that applies is given."""
+
+    KEY_REUSED = "key_reused"
+    INVALID_AMOUNT = "invalid_amount"
+    NOT_FOUND = "not_found"
+    ALREADY_EXISTS = "already_exists"
+    ASSET_MISMATCH = "asset_mismatch"
+    RESERVATION_SETTLED = "reservation_settled"
+    WALLET_FROZEN = "wallet_frozen"
+    RECEIVABLE_OUTSTANDING = "receivable_outstanding"
+    INSUFFICIENT_CREDITS = "insufficient_credits"
+    LIMIT_REACHED = "limit_reached"
+
+
+class Granted(msgspec.Struct, frozen=True, tag="granted"):
+    block_id: str
+    amount: int
+    balance_before: int
+    balance_after: int
+
+
+class Reserved(msgspec.Struct, frozen=True, tag="reserved"):
+    """*held* is what each leg holds now; *expires_at_us* is when it lapses unless extended."""
+
+    reservation: str
+    held: tuple[int, ...]
+    expires_at_us: int
+
+
+class Settled(msgspec.Struct, frozen=True, omit_defaults=True, tag="settled"):
+    """*charged* is the sum of all commits, a leg each; *balance* is that of the first leg's first wallet.
+
+    *late* tells that the reservation had been settled without the caller, and only the missing part was debited.
+    """
+
+    reservation: str
+    state: ReservationState
+    charged: tuple[Charge, ...]
+    shortfall: int
+    balance: int
+    payments: tuple[Payment, ...] = ()
+    late: bool = False
+
+
+class Revoked(msgspec.Struct, frozen=True, tag="revoked"):
+    amount: int
+    receivable: int
+    balance: int
+
+
+class Expired(msgspec.Struct, frozen=True, tag="expired"):
+    blocks: tuple[str, ...]
+    amount: int
+
+
+class Changed(msgspec.Struct, frozen=True, tag="changed"):
+    """The command had nothing more to tell."""
+
+
+Result = Granted | Reserved | Settled | Revoked | Expired | Changed
+
+
+class Transfer(msgspec.Struct, frozen=True, omit_defaults=True, tag="transfer"):
+    """One entry of the journal: *amount* > 0 leaves *debit* and arrives at *credit*."""
+
+    scope: Scope
+    debit: str
+    credit: str
+    amount: int
+    asset: str
+    block: str | None = None
+    reference: str | None = None
+
+
+class WalletOpened(msgspec.Struct, frozen=True, omit_defaults=True, tag="wallet_opened"):
+    wallet: Wallet
+
+
+class WalletChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="wallet_changed"):
+    """What a command did to a wallet, as differences; every one raises the wallet's version by one."""
+
+    wallet: WalletRef
+    at_us: int
+    receivable: int = 0
+    overdraft_reserved: int = 0
+    blocks_opened: int = 0
+    events_raised: int = 0
+    frozen: bool | None = None
+    overdraft_limit: int | None = None
+
+
+class BlockOpened(msgspec.Struct, frozen=True, omit_defaults=True, tag="block_opened"):
+    block: Block
+
+
+class BlockChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="block_changed"):
+    """What a command did to a block, as differences."""
+
+    wallet: WalletRef
+    block: str
+    granted: int = 0
+    consumed: int = 0
+    reserved: int = 0
+    expired: int = 0
+    revoked: int = 0
+    frozen: bool | None = None
+
+
+class ReservationChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="reservation_changed"):
+    reservation: Reservation
+
+
+class KeyFreed(msgspec.Struct, frozen=True, omit_defaults=True, tag="key_freed"):
+    """A release without a charge lets its idempotency key serve another attempt."""
+
+    scope: Scope
+    operation: str
+    key: str
+
+
+class KeyTaken(msgspec.Struct, frozen=True, omit_defaults=True, tag="key_taken"):
+    """From now on the key answers with this result."""
+
+    scope: Scope
+    operation: str
+    key: str
+    digest: str
+    result: Result
+
+
+class UsageRecorded(msgspec.Struct, frozen=True, omit_defaults=True, tag="usage_recorded"):
+    """The usage behind a commit. *charges* is what this commit charged, a leg each; *part* counts the commits."""
+
+    reservation: ReservationRef
+    part: int
+    record: UsageRecord
+    charges: tuple[Charge, ...]
+    shortfall: int
+    at_us: int
+
+
+Fact = (
+    Transfer
+    | WalletOpened
+    | WalletChanged
+    | BlockOpened
+    | BlockChanged
+    | ReservationChanged
+    | KeyTaken
+    | KeyFreed
+    | UsageRecorded
+)
+
+
+class Event(msgspec.Struct, frozen=True):
+    """An outbox row: written in the transaction of what it tells, in sequence for each wallet."""
+
+    id: str
+    wallet: WalletRef
+    sequence: int
+    type: str
+    at_us: int
+    body: dict[str, Any]
+
+
+class Applied(msgspec.Struct, frozen=True):
+    """*replayed* tells that nothing was done again: this is the first attempt's result.
+
+    *answers* names the idempotency key (operation, key) under which a response that the command brought is kept.
+    """
+
+    result: Result
+    facts: tuple[Fact, ...] = ()
+    events: tuple[Event, ...] = ()
+    replayed: bool = False
+    answers: tuple[str, str] | None = None
+
+
+class Rejected(msgspec.Struct, frozen=True):
+    """*needed* and *available* are in the asset's smallest unit, where the reason is a lack of credits.
+
+    *state* is that of the reservation, where the reason is that it is settled or exists already.
+    """
+
+    reason: Reason
+    needed: int = 0
+    available: int = 0
+    state: ReservationState | None = None
+    result: Result | None = None
+
+
+Outcome = Applied | Rejected
