@@ -1,30 +1,31 @@
 """The ledger's tables. Tenant and mode come first in every primary key, so that rows can be spread by tenant.
 
 How it works: ``ledger_command`` and ``ledger_transfer`` are the journal; nothing in them is ever edited or deleted,
-which triggers enforce. Every other table is a cache of the journal's fold (wallets, blocks, reservations, keys), a record
-that a fact carried (usage), or an outbox (events, stored responses). The batches of a store are raw SQL over these
-tables; the classes are the schema, and what the management side reads through.
+which triggers enforce. Every other table is a cache of the journal's fold (wallets, blocks, reservations, keys), a
+record that a fact carried (usage), or an outbox (events, stored responses). The batches of a store are raw SQL over
+these tables; the classes are the schema, and what the management side reads through.
 """
 
-from sqlalchemy import DDL, BigInteger, Boolean, CheckConstraint, Index, LargeBinary, Text, UniqueConstraint, event, text
+from sqlalchemy import DDL, BigInteger, Boolean, CheckConstraint, Index, LargeBinary, Text, event, text
 from sqlmodel import Field, SQLModel
 
 
 class LedgerCommandRow(SQLModel, table=True):
-    """One applied command. *seq* rises over the whole journal; *facts* are all of its facts but the transfers."""
+    """One applied command: its id serves once. *seq* rises over the whole journal.
+
+    *facts* are all of its facts but the transfers, of which there are *transfers*; *result* answers a repetition.
+    """
 
     __tablename__ = "ledger_command"
-    __table_args__ = (
-        UniqueConstraint("tenant", "mode", "id", name="uq_ledger_command_id"),
-        Index("ix_ledger_command_seq", "seq", unique=True),
-    )
+    __table_args__ = (Index("ix_ledger_command_seq", "seq"),)
 
     tenant: str = Field(primary_key=True, sa_type=Text)
     mode: str = Field(primary_key=True, sa_type=Text)
-    seq: int = Field(primary_key=True, sa_type=BigInteger, sa_column_kwargs={"autoincrement": False})
-    id: str = Field(sa_type=Text)
+    id: str = Field(primary_key=True, sa_type=Text)
+    seq: int = Field(sa_type=BigInteger)
     kind: str = Field(sa_type=Text)
     at_us: int = Field(sa_type=BigInteger)
+    transfers: int = Field(sa_type=BigInteger)
     facts: str = Field(sa_type=Text)
     result: str = Field(sa_type=Text)
 
@@ -43,6 +44,7 @@ class LedgerTransferRow(SQLModel, table=True):
             "mode",
             "debit",
             "seq",
+            "position",
             sqlite_where=text("debit LIKE 'wallet:%'"),
             postgresql_where=text("debit LIKE 'wallet:%'"),
         ),
@@ -52,9 +54,11 @@ class LedgerTransferRow(SQLModel, table=True):
             "mode",
             "credit",
             "seq",
+            "position",
             sqlite_where=text("credit LIKE 'wallet:%'"),
             postgresql_where=text("credit LIKE 'wallet:%'"),
         ),
+        {"sqlite_with_rowid": False},
     )
 
     tenant: str = Field(primary_key=True, sa_type=Text)
@@ -217,13 +221,13 @@ class LedgerEventRow(SQLModel, table=True):
     """The outbox: *sequence* counts a wallet's events without gaps."""
 
     __tablename__ = "ledger_event"
-    __table_args__ = (UniqueConstraint("tenant", "mode", "wallet", "sequence", name="uq_ledger_event_sequence"),)
+    __table_args__ = (Index("ix_ledger_event_id", "tenant", "mode", "id"),)
 
     tenant: str = Field(primary_key=True, sa_type=Text)
     mode: str = Field(primary_key=True, sa_type=Text)
-    id: str = Field(primary_key=True, sa_type=Text)
-    wallet: str = Field(sa_type=Text)
-    sequence: int = Field(sa_type=BigInteger)
+    wallet: str = Field(primary_key=True, sa_type=Text)
+    sequence: int = Field(primary_key=True, sa_type=BigInteger, sa_column_kwargs={"autoincrement": False})
+    id: str = Field(sa_type=Text)
     type: str = Field(sa_type=Text)
     at_us: int = Field(sa_type=BigInteger)
     body: str = Field(sa_type=Text)
@@ -241,6 +245,7 @@ class LedgerUsageRow(SQLModel, table=True):
         CheckConstraint("provider_cost_nanos >= 0", name="ck_ledger_usage_provider_cost"),
         Index("ix_ledger_usage_request", "tenant", "mode", "request_id"),
         Index("ix_ledger_usage_customer", "tenant", "mode", "customer_id", "at_us"),
+        {"sqlite_with_rowid": False},
     )
 
     tenant: str = Field(primary_key=True, sa_type=Text)
@@ -297,4 +302,4 @@ SQLITE_TRIGGERS = tuple(
 
 for _trigger in SQLITE_TRIGGERS:
     _table = SQLModel.metadata.tables[_trigger.split(" ON ")[1].split(" ")[0]]
-    event.listen(_table, "after_create", DDL(_trigger).execute_if(dialect="sqlite"))
+    event.listen(_table, "after_create", DDL(_trigger).execute_if(dialect="sqlite"))  # type: ignore[no-untyped-call]
