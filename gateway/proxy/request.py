@@ -52,11 +52,10 @@ class ChatRequest(msgspec.Struct, frozen=True):
     wants_usage: bool
     audio: bool
 
-    @property
-    def tools(self) -> bytes | None:
-        """The JSON of the tools, and of the older functions: both are part of the prompt."""
-        found = [bytes(self.fields[name]) for name in ("tools", "functions") if name in self.fields]
-        return b",".join(found) if found else None
+    def part(self, name: str) -> msgspec.Raw | None:
+        """A field beside the messages that is part of the prompt, such as ``tools``; None where it is missing or null."""
+        raw = self.fields.get(name)
+        return None if raw is None or raw == b"null" else raw
 
     def body(self, *, model: str, ask_usage: bool, output_tokens_max: int | None, limit_field: str) -> bytes:
         """The JSON to forward.

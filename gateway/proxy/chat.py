@@ -1,0 +1,574 @@
+"""The journey of one chat completion: authenticate, admit, payer, quote, reserve, forward, stream, settle.
+
+How it works. The journey is one coroutine, read from top to bottom. Whatever it ends with, its reservation is settled:
+by the step that knows the ending, else by ``_held`` on the way out. Settling is shielded from cancellation, and the
+last byte of an answer leaves only after the charge is durable.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Final, TypeVar
+
+import msgspec
+import structlog
+
+from gateway.errors import (
+    ApiError,
+    ErrorTable,
+    idempotency_key_reused,
+    insufficient_credits,
+    internal_error,
+    invalid_request,
+    ledger_unavailable,
+    rate_limit_exceeded,
+    request_already_completed,
+    request_in_progress,
+    upstream_error,
+    upstream_timeout,
+)
+from gateway.identity.customers import Customers
+from gateway.identity.keys import KeyScope
+from gateway.identity.principals import Principal, Principals
+from gateway.proxy.answer import Answer, NoAnswer
+from gateway.proxy.exchange import ClientGone, Exchange, Receive, Scope, Send
+from gateway.proxy.hold import Hold, LiveHolds
+from gateway.proxy.journal import SettlementJournal
+from gateway.proxy.meter import Counter, StreamMeter
+from gateway.proxy.payer import Payer, resolve_payer
+from gateway.proxy.quoting import Plan, Quoter
+from gateway.proxy.rate_limit import RateLimit
+from gateway.proxy.request import parse_chat
+from gateway.proxy.routing import Candidate, Router
+from gateway.proxy.settlement import Action, Ending, settle
+from gateway.proxy.sse import SSETooLarge
+from gateway.proxy.tariff import Tariff
+from gateway.proxy.upstream import (
+    Phase,
+    UpstreamBodyTooLarge,
+    UpstreamError,
+    UpstreamRequest,
+    UpstreamResponse,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from gateway.settings import Settings
+from ledger.commands import Key, Reserve, StoredResponse
+from ledger.errors import InsufficientCredits, KeyReused, LimitReached, ReceivableOutstanding, WalletFrozen
+from ledger.ledger import Ledger
+from ledger.model import (
+    Reservation,
+    ReservationRef,
+    ReservationState,
+    Tags,
+    UsageRecord,
+)
+from ledger.model import Scope as LedgerScope
+from ledger.outcomes import Reserved, Settled
+from pricing.usage import Usage
+
+OPERATION: Final = "chat"
+"""The scope of a chat request's idempotency key."""
+
+KEY_LENGTH_MAX: Final = 255
+ANSWER_BYTES_MAX: Final = 64 * 2**20
+ERROR_BYTES_MAX: Final = 2**20
+
+RETRY_WAIT_S: Final = 0.05
+TRIED_AGAIN: Final = frozenset({502, 503, 504})
+"""Statuses with which an upstream says that it did not do the work, and may do it soon."""
+
+TRIED_ELSEWHERE: Final = TRIED_AGAIN | {408, 409, 425, 429, 500, 529}
+"""Statuses with which the next candidate is asked."""
+
+EVENT_STREAM: Final = b"text/event-stream"
+
+_UNAFFORDABLE: Final = (InsufficientCredits, LimitReached, ReceivableOutstanding, WalletFrozen)
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+class ChatProxy:
+    """The raw ASGI endpoint of chat completions."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        principals: Principals,
+        customers: Customers,
+        rate_limit: RateLimit,
+        router: Router,
+        quoter: Quoter,
+        ledger: Ledger,
+        live: LiveHolds,
+        journal: SettlementJournal,
+        errors: ErrorTable,
+        new_counter: Callable[[str], Counter],
+        new_id: Callable[[str], str],
+        now_us: Callable[[], int],
+    ) -> None:
+        self._settings = settings
+        self._principals = principals
+        self._customers = customers
+        self._rate_limit = rate_limit
+        self._router = router
+        self._quoter = quoter
+        self._ledger = ledger
+        self._live = live
+        self._journal = journal
+        self._errors = errors
+        self._new_counter = new_counter
+        self._new_id = new_id
+        self._now_us = now_us
+        self._settling: set[asyncio.Task[Any]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send, *, path_user: str | None = None) -> None:
+        exchange = Exchange(scope, receive, send, request_id=self._new_id("req"))
+        try:
+            await self._journey(exchange, path_user)
+        except ClientGone:
+            return
+        except Exception as error:
+            refusal = self._refusal(error, exchange)
+            if not exchange.started:
+                await exchange.refuse(refusal)
+        finally:
+            exchange.unwatch()
+
+    def _refusal(self, error: Exception, exchange: Exchange) -> ApiError:
+        refusal = self._errors.translate(error)
+        if refusal is None:
+            log.exception("request failed", request_id=exchange.request_id, exc_info=error)
+            return internal_error()
+        return refusal
+
+    async def drain(self) -> None:
+        """Wait until every settlement under way is durable."""
+        while self._settling:
+            await asyncio.wait(self._settling)
+
+    # The journey.
+
+    async def _journey(self, exchange: Exchange, path_user: str | None) -> None:
+        began_us = self._now_us()
+        principal = await self._authenticate(exchange)
+        await self._admit(exchange, principal)
+        user = exchange.header(self._settings.user_header)
+        payer = await resolve_payer(principal, self._customers, header=user, path=path_user)
+        body = await exchange.body(self._settings.body_bytes_max)
+        request = parse_chat(body)
+        plan = await self._quoter.plan(
+            request,
+            self._router.route(request.model, mode=principal.mode, at_us=began_us),
+            principal=principal,
+            payer=payer,
+            action=exchange.header("X-Quota-Action"),
+            clamping=exchange.header("X-Quota-Clamping") != "off",
+            max_cost=exchange.header("X-Quota-Max-Cost"),
+        )
+        key = _idempotency_key(exchange, payer, body)
+        hold = await self._reserve(exchange, plan, principal, payer, key=key, began_us=began_us)
+        if hold is None:
+            return
+        async with self._held(hold):
+            response = await self._forward(exchange, plan, hold)
+            try:
+                if response.status >= 400:
+                    await self._refused(exchange, hold, response)
+                elif request.stream and _is_event_stream(response):
+                    await self._stream(exchange, plan, hold, response, drains=self._drains(principal, plan))
+                else:
+                    await self._whole(exchange, plan, hold, response, keep=key is not None)
+            finally:
+                await response.close()
+
+    async def _authenticate(self, exchange: Exchange) -> Principal:
+        principal = await self._principals.authenticate(exchange.token())
+        principal.require(KeyScope.PROXY)
+        return principal
+
+    async def _admit(self, exchange: Exchange, principal: Principal) -> None:
+        limit = self._settings.rate_limit_per_minute
+        decision = await self._rate_limit.check(principal.key_id, limit)
+        exchange.extra += decision.headers()
+        if not decision.allowed:
+            raise rate_limit_exceeded(limit=limit, retry_after_s=decision.retry_after_s)
+
+    # Reserve.
+
+    async def _reserve(
+        self, exchange: Exchange, plan: Plan, principal: Principal, payer: Payer, *, key: Key | None, began_us: int
+    ) -> Hold | None:
+        """Set the plan's credits aside. None when the request's key had an earlier answer, which has been given."""
+        tenant, mode, asset = principal.tenant_id, principal.mode, principal.asset
+        record = UsageRecord(
+            request_id=exchange.request_id,
+            app_id=principal.app_id,
+            key_id=principal.key_id,
+            customer_id=payer.customer_id,
+            model=plan.request.model,
+            action=plan.tariff.action.key if plan.tariff.action else None,
+            upstream=plan.candidate.upstream.name,
+            started_at_us=began_us,
+        )
+        reservation = ReservationRef(tenant, mode, f"rsv_{exchange.request_id.partition('_')[2]}")
+        ttl_us = int(self._settings.reservation_life_s * 1_000_000)
+        unanswered = Usage(input=plan.prompt_tokens) if plan.request.stream else plan.expected
+        command = Reserve(
+            id=self._new_id("cmd"),
+            scope=LedgerScope(tenant, mode),
+            key=key,
+            reservation=reservation,
+            asset=asset.code,
+            legs=plan.legs,
+            ttl_us=ttl_us,
+            unfunded=payer.unfunded,
+            developer=principal.app_id,
+            tags=Tags(app=principal.app_id, model=plan.request.model),
+            request_id=exchange.request_id,
+            mark=plan.tariff.settlement(
+                unanswered, msgspec.structs.replace(record, source="partial", ending=Ending.DIED)
+            ),
+        )
+        try:
+            applied = await self._ledger.execute(command)
+        except _UNAFFORDABLE as error:
+            raise insufficient_credits(needed=error.needed, available=error.available, asset=asset) from None
+        except KeyReused:
+            raise idempotency_key_reused() from None
+        reserved = applied.result
+        assert isinstance(reserved, Reserved)
+        if applied.replayed and reserved.reservation != reservation.reservation:
+            await self._answer_again(exchange, principal, ReservationRef(tenant, mode, reserved.reservation), key)
+            return None
+        exchange.add("X-Quota-Reserved", asset.format(reserved.held[0]))
+        return Hold(
+            ledger=self._ledger,
+            journal=self._journal,
+            new_id=self._new_id,
+            reservation=reservation,
+            tariff=plan.tariff,
+            record=record,
+            prompt_tokens=plan.prompt_tokens,
+            prompt_tokens_max=plan.prompt_tokens_max,
+            held=reserved.held,
+            ttl_us=ttl_us,
+        )
+
+    async def _answer_again(
+        self, exchange: Exchange, principal: Principal, ref: ReservationRef, key: Key | None
+    ) -> None:
+        """Give the answer of the request that came first with this key."""
+        earlier = await self._ledger.reservation(ref)
+        if earlier is None or earlier.state is ReservationState.OPEN:
+            raise request_in_progress()
+        assert key is not None
+        stored = await self._ledger.stored_response(LedgerScope(ref.tenant, ref.mode), key.operation, key.key)
+        if stored is None:
+            raise request_already_completed(earlier.request_id or ref.reservation)
+        quota = _quota(principal, sum(charge.total for charge in earlier.charged[:1]), earlier.balance)
+        answer = Answer(stored.body)
+        exchange.add("X-Idempotent-Replayed", "true")
+        exchange.add("X-Quota-Cost", quota["cost"])
+        exchange.add("X-Quota-Balance", quota["balance"])
+        headers = [(name.encode(), value.encode()) for name, value in stored.headers]
+        usage = Usage(**_units_of(earlier)) if answer.reported is None else answer.reported
+        await exchange.respond(stored.status, answer.body(usage, quota), headers)
+
+    @contextlib.asynccontextmanager
+    async def _held(self, hold: Hold) -> AsyncIterator[None]:
+        """Keep the hold alive; whatever happens, it is settled on the way out."""
+        self._live.add(hold)
+        try:
+            yield
+        finally:
+            if not hold.settled:
+                await self._shielded(hold.release())
+            self._live.remove(hold)
+
+    # Forward.
+
+    async def _forward(self, exchange: Exchange, plan: Plan, hold: Hold) -> UpstreamResponse:
+        """Send the request to the candidates in their order, until one answers with more than a fault of its own.
+
+        Raises:
+            ApiError: 502, 504. Nothing of an answer has come, and nothing is charged.
+        """
+        clamped = plan.clamped(sum(hold.held))
+        if clamped is not None:
+            exchange.add("X-Quota-Clamped-Max-Tokens", str(clamped))
+        failure: UpstreamError | None = None
+        last = plan.route.candidates[-1]
+        for candidate in plan.route.candidates:
+            response, failure = await self._try(candidate, plan, exchange.request_id, clamped)
+            if response is None:
+                continue
+            if response.status in TRIED_ELSEWHERE and candidate is not last:
+                await response.close()
+                continue
+            hold.serve(msgspec.structs.replace(plan.tariff, card=candidate.card))
+            hold.record = msgspec.structs.replace(hold.record, upstream=candidate.upstream.name)
+            return response
+        assert failure is not None
+        raise _unanswered(failure)
+
+    async def _try(
+        self, candidate: Candidate, plan: Plan, request_id: str, clamped: int | None
+    ) -> tuple[UpstreamResponse | None, UpstreamError | None]:
+        """One candidate's answer, or its failure; it is asked again only where it cannot have done the work."""
+        request = plan.request
+        body = request.body(
+            model=candidate.model,
+            ask_usage=candidate.stream_usage,
+            output_tokens_max=clamped,
+            limit_field=candidate.limit_field,
+        )
+        sent = UpstreamRequest(path="/chat/completions", body=body, stream=request.stream, request_id=request_id)
+        for attempt in range(candidate.retries + 1):
+            final = attempt == candidate.retries
+            try:
+                response = await candidate.upstream.send(sent)
+            except UpstreamError as error:
+                if final or not _not_sent(error):
+                    return None, error
+            else:
+                if final or response.status not in TRIED_AGAIN:
+                    return response, None
+                await response.close()
+            await asyncio.sleep(RETRY_WAIT_S * 2**attempt * random.uniform(0.5, 1))  # noqa: S311 - spreads retries
+        raise AssertionError("the last attempt returns")
+
+    async def _refused(self, exchange: Exchange, hold: Hold, response: UpstreamResponse) -> None:
+        """The upstream says no: nothing is charged. Its own 4xx passes as it came, its 5xx is our 502."""
+        try:
+            body = await response.read(ERROR_BYTES_MAX)
+        except UpstreamError as error:
+            raise _unanswered(error) from None
+        await self._shielded(hold.release())
+        if response.status >= 500:
+            raise upstream_error(f"The upstream answered with {response.status}. Nothing was charged.")
+        await exchange.respond(response.status, body, response.headers)
+
+    # A whole answer.
+
+    async def _whole(
+        self, exchange: Exchange, plan: Plan, hold: Hold, response: UpstreamResponse, *, keep: bool
+    ) -> None:
+        """Read the answer, charge it, and pass it on. A client that has gone is charged all the same."""
+        try:
+            body = await response.read(ANSWER_BYTES_MAX)
+            answer = Answer(body)
+        except UpstreamBodyTooLarge:
+            raise upstream_error("The upstream's answer is too large. Nothing was charged.") from None
+        except UpstreamError as error:
+            raise _unanswered(error) from None
+        except NoAnswer:
+            raise upstream_error("The upstream's answer is not a JSON object. Nothing was charged.") from None
+        counted = Usage(input=plan.prompt_tokens)
+        if answer.reported is None:
+            output, reasoning = await asyncio.to_thread(answer.counted, self._counter_of(hold))
+            counted = Usage(input=plan.prompt_tokens, output=output, reasoning=reasoning)
+        headers = [header for header in response.headers if header[0] != b"x-request-id"]
+        stored = None
+        if keep:
+            shown = tuple((name.decode(), value.decode()) for name, value in headers)
+            stored = StoredResponse(status=response.status, headers=shown, body=body)
+        settled, usage = await self._settle(hold, Ending.FINISHED, answer.reported, counted, response=stored)
+        if settled is None:
+            raise ledger_unavailable()
+        quota = _quota_of(plan, settled)
+        exchange.add("X-Quota-Cost", quota["cost"])
+        exchange.add("X-Quota-Balance", quota["balance"])
+        await exchange.respond(response.status, answer.body(usage, quota), headers)
+
+    # A stream.
+
+    async def _stream(
+        self, exchange: Exchange, plan: Plan, hold: Hold, response: UpstreamResponse, *, drains: bool
+    ) -> None:
+        """Pass the stream on as it comes; charge it before its last bytes."""
+        meter = StreamMeter(self._counter_of(hold), wants_usage=plan.request.wants_usage)
+        hold.progress = lambda: Usage(input=plan.prompt_tokens, output=meter.bound)
+        ending = Ending.BROKEN
+        try:
+            ending = await self._pass(exchange, plan, hold, response, meter, drains=drains)
+        finally:
+            # Also when this task is cancelled: what has been delivered is charged.
+            settled, usage = await self._shielded(self._settle_stream(plan, hold, meter, ending))
+        if ending is Ending.CLIENT_LEFT:
+            return
+        if not meter.delivered and ending is Ending.BROKEN:
+            raise upstream_error()
+        if not exchange.started:
+            await self._start_stream(exchange, response)
+        if settled is None:
+            await exchange.finish(_error_event(ledger_unavailable(), exchange))
+        elif ending is Ending.FINISHED:
+            await exchange.finish(meter.ending(usage, _quota_of(plan, settled)))
+        elif ending is Ending.DRY:
+            await exchange.finish(meter.cut_short(usage, _quota_of(plan, settled), _DRY))
+        else:
+            broken = upstream_error("The upstream broke off. What was delivered has been charged.")
+            await exchange.finish(_error_event(broken, exchange))
+
+    async def _pass(
+        self,
+        exchange: Exchange,
+        plan: Plan,
+        hold: Hold,
+        response: UpstreamResponse,
+        meter: StreamMeter,
+        *,
+        drains: bool,
+    ) -> Ending:
+        """Read, meter and write until the stream ends one way or another."""
+        loop = asyncio.get_running_loop()
+        grace_s = self._settings.drain_timeout_s if drains else 0
+        exchange.started_with = response
+        try:
+            async with asyncio.timeout(None) as limit:
+                exchange.watch(lambda: limit.reschedule(loop.time() + grace_s))
+                async for chunk in response.chunks():
+                    meter.feed(chunk)
+                    if exchange.gone:
+                        meter.pass_unseen()
+                    elif not await self._deliver(exchange, plan, hold, response, meter):
+                        return Ending.DRY
+                    if meter.finished:
+                        break
+        except TimeoutError:
+            return Ending.CLIENT_LEFT
+        except (UpstreamError, SSETooLarge):
+            return Ending.CLIENT_LEFT if exchange.gone else Ending.BROKEN
+        if exchange.gone:
+            return Ending.CLIENT_LEFT
+        return Ending.FINISHED if meter.finished else Ending.BROKEN
+
+    async def _deliver(
+        self, exchange: Exchange, plan: Plan, hold: Hold, response: UpstreamResponse, meter: StreamMeter
+    ) -> bool:
+        """Write what has come, extending the hold as it needs; False when the wallet is dry."""
+        while True:
+            covered = hold.covered_exactly if meter.exact else hold.covered
+            if plan.tariff.action is not None:
+                covered = OUTPUT_UNLIMITED
+            data = await asyncio.to_thread(meter.take, covered) if meter.heavy else meter.take(covered)
+            if data:
+                if not exchange.started:
+                    await self._start_stream(exchange, response)
+                await exchange.write(data)
+            if not meter.waiting:
+                return True
+            await hold.extend(meter.bound, ceiling=plan.ceiling)
+            if meter.bound <= (hold.covered_exactly if meter.exact else hold.covered):
+                continue
+            if meter.exact:
+                meter.drop_waiting()
+                return False
+            # The last stretch of the wallet: from here on every token counts, and the prompt's margin is spent.
+            meter.exact = True
+
+    async def _start_stream(self, exchange: Exchange, response: UpstreamResponse) -> None:
+        await exchange.start(response.status, response.headers)
+
+    def _drains(self, principal: Principal, plan: Plan) -> bool:
+        """Whether an abandoned stream is read to its end to learn its usage: the app's choice, else the settings'."""
+        settings = self._settings
+        by_default = settings.on_disconnect_hidden_reasoning if plan.route.hidden_reasoning else settings.on_disconnect
+        return (principal.on_disconnect or by_default) == "drain"
+
+    # Settle.
+
+    async def _settle_stream(
+        self, plan: Plan, hold: Hold, meter: StreamMeter, ending: Ending
+    ) -> tuple[Settled | None, Usage]:
+        output, reasoning = await asyncio.to_thread(meter.counted) if meter.heavy else meter.counted()
+        counted = Usage(input=plan.prompt_tokens, output=output, reasoning=reasoning)
+        return await self._settle(hold, ending, meter.reported, counted, delivered=meter.delivered)
+
+    async def _settle(
+        self,
+        hold: Hold,
+        ending: Ending,
+        reported: Usage | None,
+        counted: Usage,
+        *,
+        delivered: bool = True,
+        response: StoredResponse | None = None,
+    ) -> tuple[Settled | None, Usage]:
+        """Charge or release, as the settlement table says; the usage that was charged.
+
+        The first is None when nothing was charged, or when the charge waits in the journal.
+        """
+        decision = settle(ending=ending, reported=reported, counted=counted, delivered=delivered)
+        if decision.action is Action.RELEASE:
+            await self._shielded(hold.release())
+            return None, decision.usage
+        record = msgspec.structs.replace(hold.record, source=decision.source or "", ending=ending)
+        settlement = hold.tariff.settlement(decision.usage, record)
+        return await self._shielded(hold.commit(settlement, response)), decision.usage
+
+    async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
+        """Finish *work* even when the request's task is cancelled; ``drain`` waits for it."""
+        task = asyncio.create_task(work)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+        return await asyncio.shield(task)
+
+    def _counter_of(self, hold: Hold) -> Callable[[], Counter]:
+        model = hold.tariff.card.model
+        return lambda: self._new_counter(model)
+
+
+OUTPUT_UNLIMITED: Final = 2**62
+_DRY: Final = {"code": "insufficient_credits", "message": "The wallet affords no more; top up to continue."}
+
+
+def _idempotency_key(exchange: Exchange, payer: Payer, body: bytes) -> Key | None:
+    """The request's key, with a digest of all that the charge depends on."""
+    key = exchange.header("Idempotency-Key")
+    if key is None:
+        return None
+    if not 0 < len(key) <= KEY_LENGTH_MAX:
+        raise invalid_request(f"An idempotency key has 1 to {KEY_LENGTH_MAX} characters.", param="Idempotency-Key")
+    digest = hashlib.sha256()
+    for part in (payer.customer_id or "", exchange.header("X-Quota-Action") or ""):
+        digest.update(part.encode() + b"\n")
+    digest.update(body)
+    return Key(operation=OPERATION, key=key, digest=digest.hexdigest())
+
+
+def _is_event_stream(response: UpstreamResponse) -> bool:
+    return any(name == b"content-type" and value.startswith(EVENT_STREAM) for name, value in response.headers)
+
+
+def _not_sent(error: UpstreamError) -> bool:
+    """Whether the upstream cannot have done the work."""
+    unconnected = isinstance(error, UpstreamTimeout) and error.phase is Phase.CONNECT
+    return unconnected or isinstance(error, UpstreamUnreachable)
+
+
+def _unanswered(error: UpstreamError) -> ApiError:
+    return upstream_timeout() if isinstance(error, UpstreamTimeout) else upstream_error()
+
+
+def _quota_of(plan: Plan, settled: Settled) -> dict[str, str]:
+    asset = plan.tariff.asset
+    return {"cost": asset.format(settled.charged[0].total), "balance": asset.format(settled.balance)}
+
+
+def _quota(principal: Principal, cost: int, balance: int) -> dict[str, str]:
+    return {"cost": principal.asset.format(cost), "balance": principal.asset.format(balance)}
+
+
+def _units_of(earlier: Reservation) -> dict[str, int]:
+    return {}
+
+
+def _error_event(error: ApiError, exchange: Exchange) -> bytes:
+    """How a stream that has begun tells of its failure: the envelope as an event, and no ``[DONE]``."""
+    return b"data: " + error.to_body(exchange.request_id) + b"\n\n"
