@@ -1,4 +1,4 @@
-"""What the ledger can be asked to do. Verbs in the imperative; ids come from the caller, so a retry is the same command."""
+"""What the ledger can be asked to do, as values. Ids come from the caller, so a retry is the same command."""
 
 from typing import Any
 
@@ -145,7 +145,7 @@ class Debit(Command, frozen=True, kw_only=True, tag="debit"):
 
 
 class Revoke(Command, frozen=True, kw_only=True, tag="revoke"):
-    """Take credits back from one block. *clawback* makes what is already spent a receivable; else only what is free goes."""
+    """Take credits back from one block: what is free of it; with *clawback*, what is spent becomes a receivable."""
 
     wallet: WalletRef
     block_id: str

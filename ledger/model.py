@@ -67,15 +67,6 @@ class Funding(StrEnum):
     PLAN = "plan"
 
 
-FUNDING_ACCOUNT = {
-    Funding.PAID: Account.CLEARING,
-    Funding.EXTERNAL: Account.EXTERNAL,
-    Funding.PROMOTIONAL: Account.PROMO,
-    Funding.PLAN: Account.PLAN,
-}
-"""The account that a grant of this kind is debited to. A developer's grant comes out of a pool, which is a wallet."""
-
-
 class Tags(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a charge is for; blocks can be restricted by each."""
 
@@ -286,6 +277,7 @@ class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
     shortfall: int = 0
     payments: tuple[Payment, ...] = ()
     commits: int = 0
+    provider_cost_nanos: int = 0
     settled_at_us: int | None = None
     settled_by: str | None = None
     key: tuple[str, str] | None = None

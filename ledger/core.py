@@ -1,0 +1,74 @@
+"""The ledger's decisions, pure: what a command comes to, given the state and the time.
+
+How it works. ``decide`` looks a command's key up, then hands it to the function of its kind. That function gathers
+its changes in a :class:`~ledger.draft.Draft` and answers with facts, or refuses with a reason and changes nothing.
+``evolve`` (in ``ledger.state``) folds the facts. A reservation pins slices of blocks in burn order; a commit consumes
+its own slices, then what else is free, then an agreed overdraft, and what is left is the operator's loss.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from ledger.commands import (
+    AnyCommand,
+    Commit,
+    Debit,
+    Expire,
+    Extend,
+    Freeze,
+    Grant,
+    Lapse,
+    Release,
+    Reserve,
+    Revoke,
+    SetOverdraft,
+)
+from ledger.granting import expire, freeze, grant, revoke, set_overdraft
+from ledger.outcomes import (
+    Applied,
+    KeyTaken,
+    Outcome,
+    Reason,
+    Rejected,
+)
+from ledger.reserving import extend, reserve
+from ledger.settling import commit, debit, lapse, release
+from ledger.state import State
+
+
+def decide(state: State, command: AnyCommand, now_us: int) -> Outcome:
+    """What *command* comes to at *now_us*. Changes nothing: fold the facts with ``evolve``."""
+    if command.key is not None:
+        taken = state.keys.get((command.scope, command.key.operation, command.key.key))
+        if taken is not None and taken.digest != command.key.digest:
+            return Rejected(Reason.KEY_REUSED)
+        if taken is not None:
+            return Applied(result=taken.result, replayed=True)
+    outcome = _DECISIONS[type(command)](state, command, now_us)
+    if command.key is None or isinstance(outcome, Rejected) or outcome.replayed:
+        return outcome
+    taken = KeyTaken(
+        scope=command.scope,
+        operation=command.key.operation,
+        key=command.key.key,
+        digest=command.key.digest,
+        result=outcome.result,
+    )
+    return msgspec.structs.replace(outcome, facts=(*outcome.facts, taken))
+
+
+_DECISIONS: dict[type[AnyCommand], Callable[[State, Any, int], Outcome]] = {
+    Grant: grant,
+    Reserve: reserve,
+    Extend: extend,
+    Commit: commit,
+    Release: release,
+    Lapse: lapse,
+    Debit: debit,
+    Revoke: revoke,
+    Expire: expire,
+    Freeze: freeze,
+    SetOverdraft: set_overdraft,
+}
