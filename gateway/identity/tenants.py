@@ -1,7 +1,7 @@
 """Tenants, their apps and their keys: made, listed, changed and revoked by the command line and the API."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from sqlalchemy import Row, insert, select, update
@@ -16,7 +16,7 @@ from gateway.identity import keys
 from gateway.identity.keys import APP_SCOPES, INSTALLATION_SCOPES, KeyKind, KeyScope
 from gateway.identity.principals import BillingMode, OnDisconnect
 from gateway.ids import new_id
-from gateway.tables import MARKUP_BPS_MAX, NAME_LENGTH_MAX, ApiKey, App, AssetVersion, Tenant
+from gateway.tables import AMOUNT_MAX, MARKUP_BPS_MAX, NAME_LENGTH_MAX, ApiKey, App, AssetVersion, Tenant
 from pricing.money import CREDIT, Asset
 
 UNFUNDED_LIMIT_OF_OTHERS: Final = 0
@@ -88,18 +88,27 @@ class Tenants:
         self._now_us = now_us
         self._new_id = new_id
 
-    async def create_tenant(self, name: str, *, first: bool = False, asset: Asset = CREDIT) -> TenantInfo:
-        """A new tenant, whose credit is *asset*. The *first* one is the operator: it has no unfunded limit.
+    async def create_tenant(
+        self,
+        name: str,
+        *,
+        first: bool = False,
+        unfunded_limit: int = UNFUNDED_LIMIT_OF_OTHERS,
+        asset: Asset = CREDIT,
+    ) -> TenantInfo:
+        """A new tenant, whose credit is *asset*. The *first* one is the operator, who has no unfunded limit.
 
         Raises:
-            ApiError: 400 when there is a first tenant already.
+            ApiError: 400 for a limit out of range, or when there is a first tenant already.
         """
+        if not 0 <= unfunded_limit <= AMOUNT_MAX:
+            raise errors.invalid_request(f"unfunded_limit is 0 to {AMOUNT_MAX}.", param="unfunded_limit")
         tenant = TenantInfo(
             id=self._new_id("ten"),
             name=_checked_name(name),
             is_first=first,
             asset_code=asset.code,
-            unfunded_limit=None if first else UNFUNDED_LIMIT_OF_OTHERS,
+            unfunded_limit=None if first else unfunded_limit,
             created_at_us=self._now_us(),
         )
         try:
@@ -173,9 +182,12 @@ class Tenants:
         *,
         billing_mode: BillingMode | None = None,
         markup_bps: int | None = None,
+        on_disconnect: OnDisconnect | Literal["default"] | None = None,
         archived: bool | None = None,
     ) -> AppInfo:
-        """Change what is not None. Charges that were reserved before keep the terms that they were reserved with.
+        """Change what is not None; `on_disconnect="default"` follows the installation's settings again.
+
+        Charges that were reserved before keep the terms that they were reserved with.
 
         Raises:
             ApiError: 400 for a markup out of range, 404 for an unknown app.
@@ -183,7 +195,9 @@ class Tenants:
         if markup_bps is not None:
             _checked_markup(markup_bps)
         asked = {"billing_mode": billing_mode, "markup_bps": markup_bps, "archived": archived}
-        changes = {column: value for column, value in asked.items() if value is not None}
+        changes: dict[str, Any] = {column: value for column, value in asked.items() if value is not None}
+        if on_disconnect is not None:
+            changes["on_disconnect"] = None if on_disconnect == "default" else on_disconnect
         if changes:
             async with self._database.write() as connection:
                 await connection.execute(

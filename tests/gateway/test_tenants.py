@@ -27,6 +27,13 @@ async def test_the_first_tenant_is_the_operator_and_others_start_without_credit_
     assert await tenants.list_tenants() == [first, other]
 
 
+async def test_another_tenant_may_be_lent_the_operators_money_up_to_a_limit(tenants: Tenants):
+    assert (await tenants.create_tenant("Other", unfunded_limit=5)).unfunded_limit == 5
+    with pytest.raises(ApiError) as caught:
+        await tenants.create_tenant("Other", unfunded_limit=-1)
+    assert caught.value.param == "unfunded_limit"
+
+
 async def test_there_is_one_first_tenant(tenants: Tenants):
     await tenants.create_tenant("Operator", first=True)
     with pytest.raises(ApiError, match="first tenant already"):
@@ -55,6 +62,9 @@ async def test_an_app_can_change_its_terms(tenants: Tenants):
     assert (changed.markup_bps, changed.billing_mode, changed.archived) == (333, "developer_pays", False)
     assert (await tenants.change_app(tenant.id, app.id, archived=True)).archived
     assert (await tenants.change_app(tenant.id, app.id)).markup_bps == 333
+    assert (await tenants.change_app(tenant.id, app.id, on_disconnect="drain")).on_disconnect == "drain"
+    assert (await tenants.change_app(tenant.id, app.id, markup_bps=0)).on_disconnect == "drain"
+    assert (await tenants.change_app(tenant.id, app.id, on_disconnect="default")).on_disconnect is None
 
 
 @pytest.mark.parametrize("markup_bps", [-1, 1_000_001])
