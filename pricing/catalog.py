@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
-from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from pricing.book import ANY_PROVIDER, ModelNotPriced, PriceBook, PriceInvalid, RateCard, rate_card
+from pricing.known_models import hidden_reasoning_of, max_output_tokens_of
 from pricing.money import PICOS_PER_USD, ceil_div, parse_decimal
 from pricing.usage import Unit
 
@@ -63,55 +63,6 @@ _TOKEN_PRICES: Mapping[Unit, tuple[str, ...]] = {
 _AUDIO_PRICES: Sequence[tuple[str, str, str]] = (
     ("gpt-4o-audio-preview", "40", "80"),
     ("gpt-4o-mini-audio-preview", "10", "20"),
-)
-
-# The most a model answers with, as its maker's model page says; the first pattern that fits. None: not known.
-_MAX_OUTPUT_TOKENS: Sequence[tuple[str, int]] = (
-    ("gpt-4o-2024-05-13", 4_096),
-    ("gpt-4o*", 16_384),
-    ("chatgpt-4o*", 16_384),
-    ("gpt-4.1*", 32_768),
-    ("gpt-4.5*", 16_384),
-    ("gpt-5-chat*", 16_384),
-    ("gpt-5*", 128_000),
-    ("o1-preview*", 32_768),
-    ("o1-mini*", 65_536),
-    ("o1*", 100_000),
-    ("o3*", 100_000),
-    ("o4-mini*", 100_000),
-    ("gpt-4-turbo*", 4_096),
-    ("gpt-4-1106*", 4_096),
-    ("gpt-4-0125*", 4_096),
-    ("gpt-4-vision*", 4_096),
-    ("gpt-4*", 8_192),
-    ("gpt-3.5*", 4_096),
-    ("claude-3-5-*", 8_192),
-    ("claude-3-*", 4_096),
-    ("gemini-1.5*", 8_192),
-    ("gemini-2.0*", 8_192),
-    ("gemini-2.5*", 65_536),
-)
-
-# Whether a model charges for tokens that it does not show; the first pattern that fits, else not.
-_HIDDEN_REASONING: Sequence[tuple[str, bool]] = (
-    ("gpt-5-chat*", False),
-    ("*non-reasoning*", False),
-    ("o1*", True),
-    ("o3*", True),
-    ("o4*", True),
-    ("codex-mini*", True),
-    ("gpt-5*", True),
-    ("gpt-oss*", True),
-    ("deepseek-reasoner*", True),
-    ("deepseek-r1*", True),
-    ("*thinking*", True),
-    ("*reasoning*", True),
-    ("gemini-2.5*", True),
-    ("gemini-3*", True),
-    ("grok-3-mini*", True),
-    ("grok-4*", True),
-    ("magistral*", True),
-    ("qwq*", True),
 )
 
 
@@ -204,23 +155,6 @@ class GenaiCatalogue:
         if key not in self._cards:
             self._cards[key] = tuple(_versions(provider_id, model))
         return self._cards[key]
-
-
-def hidden_reasoning_of(model: str) -> bool:
-    """Whether a model of this name is known to charge for tokens that it does not show."""
-    name = _bare(model)
-    return next((hidden for pattern, hidden in _HIDDEN_REASONING if fnmatchcase(name, pattern)), False)
-
-
-def max_output_tokens_of(model: str) -> int | None:
-    """The most tokens that a model of this name answers with, where that is known."""
-    name = _bare(model)
-    return next((tokens for pattern, tokens in _MAX_OUTPUT_TOKENS if fnmatchcase(name, pattern)), None)
-
-
-def _bare(model: str) -> str:
-    """The name without the path that resellers put before it ("openai/o3")."""
-    return model.lower().rpartition("/")[2]
 
 
 def _versions(provider_id: str, model: ModelInfo) -> Iterable[RateCard]:
