@@ -6,6 +6,7 @@ from typing import Any, Final
 import msgspec
 
 from gateway.proxy.meter import Counter, usage_body
+from pricing.money import Asset
 from pricing.usage import Usage, UsageInvalid, usage_from_openai
 
 _TOP: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -87,10 +88,16 @@ class Answer:
                     output.feed(function.arguments or "")
         return output.exact(), reasoning.exact()
 
-    def body(self, usage: Usage, quota: Mapping[str, str]) -> bytes:
-        """The answer with *quota* in its usage; an upstream that reported none gets our own count of *usage*."""
-        if self.reported is None:
-            known: Mapping[str, Any] = usage_body(usage)
-        else:
-            known = _TOP.decode(self._fields["usage"])
-        return msgspec.json.encode({**self._fields, "usage": {**known, **quota}})
+    def report(self, usage: Usage) -> None:
+        """Put our own count into an answer whose upstream reported none."""
+        self._fields["usage"] = msgspec.Raw(msgspec.json.encode(usage_body(usage)))
+
+    def body(self, quota: Mapping[str, str]) -> bytes:
+        """The answer with *quota* in its usage."""
+        reported = _TOP.decode(self._fields["usage"])
+        return msgspec.json.encode({**self._fields, "usage": {**reported, **quota}})
+
+
+def quota_of(asset: Asset, *, cost: int, balance: int) -> dict[str, str]:
+    """What we say of a charge beside the upstream's usage: decimal credits."""
+    return {"cost": asset.format(cost), "balance": asset.format(balance)}

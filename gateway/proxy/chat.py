@@ -106,6 +106,7 @@ class ChatProxy:
         ledger: Ledger,
         live: LiveHolds,
         journal: SettlementJournal,
+        shield: Shield,
         errors: ErrorTable,
         new_counter: Callable[[str], Counter],
         new_id: Callable[[str], str],
@@ -124,7 +125,7 @@ class ChatProxy:
         self._new_counter = new_counter
         self._new_id = new_id
         self._now_us = now_us
-        self._settling: set[asyncio.Task[Any]] = set()
+        self._shield = shield
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, *, path_user: str | None = None) -> None:
         exchange = Exchange(scope, receive, send, request_id=self._new_id("req"))
@@ -145,11 +146,6 @@ class ChatProxy:
             log.exception("request failed", request_id=exchange.request_id, exc_info=error)
             return internal_error()
         return refusal
-
-    async def drain(self) -> None:
-        """Wait until every settlement under way is durable."""
-        while self._settling:
-            await asyncio.wait(self._settling)
 
     # The journey.
 
@@ -180,7 +176,9 @@ class ChatProxy:
                 if response.status >= 400:
                     await self._refused(exchange, hold, response)
                 elif request.stream and _is_event_stream(response):
-                    await self._stream(exchange, plan, hold, response, drains=self._drains(principal, plan))
+                    meter = StreamMeter(self._counter_of(hold), wants_usage=request.wants_usage)
+                    stream = StreamedAnswer(exchange, plan, hold, response, meter)
+                    await stream.pass_on(grace_s=self._grace_s(principal, plan))
                 else:
                     await self._whole(exchange, plan, hold, response, keep=key is not None)
             finally:
@@ -249,6 +247,7 @@ class ChatProxy:
         return Hold(
             ledger=self._ledger,
             journal=self._journal,
+            shield=self._shield,
             new_id=self._new_id,
             reservation=reservation,
             tariff=plan.tariff,
@@ -270,14 +269,12 @@ class ChatProxy:
         stored = await self._ledger.stored_response(LedgerScope(ref.tenant, ref.mode), key.operation, key.key)
         if stored is None:
             raise request_already_completed(earlier.request_id or ref.reservation)
-        quota = _quota(principal, sum(charge.total for charge in earlier.charged[:1]), earlier.balance)
-        answer = Answer(stored.body)
+        quota = quota_of(principal.asset, cost=earlier.charged[0].total, balance=earlier.balance)
         exchange.add("X-Idempotent-Replayed", "true")
         exchange.add("X-Quota-Cost", quota["cost"])
         exchange.add("X-Quota-Balance", quota["balance"])
         headers = [(name.encode(), value.encode()) for name, value in stored.headers]
-        usage = Usage(**_units_of(earlier)) if answer.reported is None else answer.reported
-        await exchange.respond(stored.status, answer.body(usage, quota), headers)
+        await exchange.respond(stored.status, Answer(stored.body).body(quota), headers)
 
     @contextlib.asynccontextmanager
     async def _held(self, hold: Hold) -> AsyncIterator[None]:
@@ -287,7 +284,7 @@ class ChatProxy:
             yield
         finally:
             if not hold.settled:
-                await self._shielded(hold.release())
+                await hold.release()
             self._live.remove(hold)
 
     # Forward.
@@ -348,7 +345,7 @@ class ChatProxy:
             body = await response.read(ERROR_BYTES_MAX)
         except UpstreamError as error:
             raise _unanswered(error) from None
-        await self._shielded(hold.release())
+        await hold.release()
         if response.status >= 500:
             raise upstream_error(f"The upstream answered with {response.status}. Nothing was charged.")
         await exchange.respond(response.status, body, response.headers)
@@ -372,160 +369,31 @@ class ChatProxy:
         if answer.reported is None:
             output, reasoning = await asyncio.to_thread(answer.counted, self._counter_of(hold))
             counted = Usage(input=plan.prompt_tokens, output=output, reasoning=reasoning)
+            answer.report(counted)
         headers = [header for header in response.headers if header[0] != b"x-request-id"]
         stored = None
         if keep:
             shown = tuple((name.decode(), value.decode()) for name, value in headers)
-            stored = StoredResponse(status=response.status, headers=shown, body=body)
-        settled, usage = await self._settle(hold, Ending.FINISHED, answer.reported, counted, response=stored)
-        if settled is None:
+            stored = StoredResponse(status=response.status, headers=shown, body=answer.body({}))
+        charged = await hold.settle(Ending.FINISHED, reported=answer.reported, counted=counted, response=stored)
+        if charged.settled is None:
             raise ledger_unavailable()
-        quota = _quota_of(plan, settled)
+        quota = quota_of(
+            plan.tariff.asset, cost=charged.settled.charged[0].total, balance=charged.settled.balance
+        )
         exchange.add("X-Quota-Cost", quota["cost"])
         exchange.add("X-Quota-Balance", quota["balance"])
-        await exchange.respond(response.status, answer.body(usage, quota), headers)
+        await exchange.respond(response.status, answer.body(quota), headers)
 
-    # A stream.
-
-    async def _stream(
-        self, exchange: Exchange, plan: Plan, hold: Hold, response: UpstreamResponse, *, drains: bool
-    ) -> None:
-        """Pass the stream on as it comes; charge it before its last bytes."""
-        meter = StreamMeter(self._counter_of(hold), wants_usage=plan.request.wants_usage)
-        hold.progress = lambda: Usage(input=plan.prompt_tokens, output=meter.bound)
-        ending = Ending.BROKEN
-        try:
-            ending = await self._pass(exchange, plan, hold, response, meter, drains=drains)
-        finally:
-            # Also when this task is cancelled: what has been delivered is charged.
-            settled, usage = await self._shielded(self._settle_stream(plan, hold, meter, ending))
-        if ending is Ending.CLIENT_LEFT:
-            return
-        if not meter.delivered and ending is Ending.BROKEN:
-            raise upstream_error()
-        if not exchange.started:
-            await self._start_stream(exchange, response)
-        if settled is None:
-            await exchange.finish(_error_event(ledger_unavailable(), exchange))
-        elif ending is Ending.FINISHED:
-            await exchange.finish(meter.ending(usage, _quota_of(plan, settled)))
-        elif ending is Ending.DRY:
-            await exchange.finish(meter.cut_short(usage, _quota_of(plan, settled), _DRY))
-        else:
-            broken = upstream_error("The upstream broke off. What was delivered has been charged.")
-            await exchange.finish(_error_event(broken, exchange))
-
-    async def _pass(
-        self,
-        exchange: Exchange,
-        plan: Plan,
-        hold: Hold,
-        response: UpstreamResponse,
-        meter: StreamMeter,
-        *,
-        drains: bool,
-    ) -> Ending:
-        """Read, meter and write until the stream ends one way or another."""
-        loop = asyncio.get_running_loop()
-        grace_s = self._settings.drain_timeout_s if drains else 0
-        exchange.started_with = response
-        try:
-            async with asyncio.timeout(None) as limit:
-                exchange.watch(lambda: limit.reschedule(loop.time() + grace_s))
-                async for chunk in response.chunks():
-                    meter.feed(chunk)
-                    if exchange.gone:
-                        meter.pass_unseen()
-                    elif not await self._deliver(exchange, plan, hold, response, meter):
-                        return Ending.DRY
-                    if meter.finished:
-                        break
-        except TimeoutError:
-            return Ending.CLIENT_LEFT
-        except (UpstreamError, SSETooLarge):
-            return Ending.CLIENT_LEFT if exchange.gone else Ending.BROKEN
-        if exchange.gone:
-            return Ending.CLIENT_LEFT
-        return Ending.FINISHED if meter.finished else Ending.BROKEN
-
-    async def _deliver(
-        self, exchange: Exchange, plan: Plan, hold: Hold, response: UpstreamResponse, meter: StreamMeter
-    ) -> bool:
-        """Write what has come, extending the hold as it needs; False when the wallet is dry."""
-        while True:
-            covered = hold.covered_exactly if meter.exact else hold.covered
-            if plan.tariff.action is not None:
-                covered = OUTPUT_UNLIMITED
-            data = await asyncio.to_thread(meter.take, covered) if meter.heavy else meter.take(covered)
-            if data:
-                if not exchange.started:
-                    await self._start_stream(exchange, response)
-                await exchange.write(data)
-            if not meter.waiting:
-                return True
-            await hold.extend(meter.bound, ceiling=plan.ceiling)
-            if meter.bound <= (hold.covered_exactly if meter.exact else hold.covered):
-                continue
-            if meter.exact:
-                meter.drop_waiting()
-                return False
-            # The last stretch of the wallet: from here on every token counts, and the prompt's margin is spent.
-            meter.exact = True
-
-    async def _start_stream(self, exchange: Exchange, response: UpstreamResponse) -> None:
-        await exchange.start(response.status, response.headers)
-
-    def _drains(self, principal: Principal, plan: Plan) -> bool:
-        """Whether an abandoned stream is read to its end to learn its usage: the app's choice, else the settings'."""
+    def _grace_s(self, principal: Principal, plan: Plan) -> float:
+        """How long an abandoned stream is read on to learn its usage: the app's choice, else the settings'."""
         settings = self._settings
         by_default = settings.on_disconnect_hidden_reasoning if plan.route.hidden_reasoning else settings.on_disconnect
-        return (principal.on_disconnect or by_default) == "drain"
-
-    # Settle.
-
-    async def _settle_stream(
-        self, plan: Plan, hold: Hold, meter: StreamMeter, ending: Ending
-    ) -> tuple[Settled | None, Usage]:
-        output, reasoning = await asyncio.to_thread(meter.counted) if meter.heavy else meter.counted()
-        counted = Usage(input=plan.prompt_tokens, output=output, reasoning=reasoning)
-        return await self._settle(hold, ending, meter.reported, counted, delivered=meter.delivered)
-
-    async def _settle(
-        self,
-        hold: Hold,
-        ending: Ending,
-        reported: Usage | None,
-        counted: Usage,
-        *,
-        delivered: bool = True,
-        response: StoredResponse | None = None,
-    ) -> tuple[Settled | None, Usage]:
-        """Charge or release, as the settlement table says; the usage that was charged.
-
-        The first is None when nothing was charged, or when the charge waits in the journal.
-        """
-        decision = settle(ending=ending, reported=reported, counted=counted, delivered=delivered)
-        if decision.action is Action.RELEASE:
-            await self._shielded(hold.release())
-            return None, decision.usage
-        record = msgspec.structs.replace(hold.record, source=decision.source or "", ending=ending)
-        settlement = hold.tariff.settlement(decision.usage, record)
-        return await self._shielded(hold.commit(settlement, response)), decision.usage
-
-    async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
-        """Finish *work* even when the request's task is cancelled; ``drain`` waits for it."""
-        task = asyncio.create_task(work)
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
-        return await asyncio.shield(task)
+        return settings.drain_timeout_s if (principal.on_disconnect or by_default) == "drain" else 0
 
     def _counter_of(self, hold: Hold) -> Callable[[], Counter]:
         model = hold.tariff.card.model
         return lambda: self._new_counter(model)
-
-
-OUTPUT_UNLIMITED: Final = 2**62
-_DRY: Final = {"code": "insufficient_credits", "message": "The wallet affords no more; top up to continue."}
 
 
 def _idempotency_key(exchange: Exchange, payer: Payer, body: bytes) -> Key | None:
@@ -554,21 +422,3 @@ def _not_sent(error: UpstreamError) -> bool:
 
 def _unanswered(error: UpstreamError) -> ApiError:
     return upstream_timeout() if isinstance(error, UpstreamTimeout) else upstream_error()
-
-
-def _quota_of(plan: Plan, settled: Settled) -> dict[str, str]:
-    asset = plan.tariff.asset
-    return {"cost": asset.format(settled.charged[0].total), "balance": asset.format(settled.balance)}
-
-
-def _quota(principal: Principal, cost: int, balance: int) -> dict[str, str]:
-    return {"cost": principal.asset.format(cost), "balance": principal.asset.format(balance)}
-
-
-def _units_of(earlier: Reservation) -> dict[str, int]:
-    return {}
-
-
-def _error_event(error: ApiError, exchange: Exchange) -> bytes:
-    """How a stream that has begun tells of its failure: the envelope as an event, and no ``[DONE]``."""
-    return b"data: " + error.to_body(exchange.request_id) + b"\n\n"

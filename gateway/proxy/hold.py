@@ -8,11 +8,13 @@ that debits only what is missing.
 
 import asyncio
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from gateway.proxy.journal import SettlementJournal
+from gateway.proxy.settlement import Action, Ending, UsageSource, settle
+from gateway.proxy.shield import Shield
 from gateway.proxy.tariff import Tariff
 from ledger.commands import Commit, Extend, Release, StoredResponse
 from ledger.errors import (
@@ -33,6 +35,8 @@ from pricing.usage import Usage
 GROWTH: Final = 2
 """Each extension covers this many times the tokens of the one before, so that there are few of them."""
 
+UNLIMITED_TOKENS: Final = 2**62
+
 _NO_MORE: Final = (InsufficientCredits, LimitReached, WalletFrozen, ReceivableOutstanding, ReservationSettled, NotFound)
 
 
@@ -41,7 +45,8 @@ class Hold:
 
     Attributes:
         held: what each leg holds, in the asset's smallest unit.
-        covered: output tokens that it pays for, the margin on the prompt's count included.
+        covered: output tokens that it pays for, the margin on the prompt's count included. A product action's price
+            covers any number of them.
         covered_exactly: the same without that margin, for the last stretch of a wallet.
         settled: nothing is held any more.
     """
@@ -51,7 +56,8 @@ class Hold:
         *,
         ledger: Ledger,
         journal: SettlementJournal,
-        ids: Callable[[str], str],
+        shield: Shield,
+        new_id: Callable[[str], str],
         reservation: ReservationRef,
         tariff: Tariff,
         record: UsageRecord,
@@ -60,6 +66,7 @@ class Hold:
         held: tuple[int, ...],
         ttl_us: int,
     ) -> None:
+        """The ledger has reserved *held* for a prompt of *prompt_tokens*, which may count *prompt_tokens_max*."""
         self.reservation = reservation
         self.tariff = tariff
         self.record = record
@@ -68,7 +75,8 @@ class Hold:
         self.progress: Callable[[], Usage] | None = None
         self._ledger = ledger
         self._journal = journal
-        self._ids = ids
+        self._shield = shield
+        self._new_id = new_id
         self._prompt_tokens_max = prompt_tokens_max
         self._ttl_us = ttl_us
         self._cover(held)
@@ -85,30 +93,28 @@ class Hold:
 
     def _affords(self, prompt_tokens: int) -> int:
         tariff = self.tariff
+        if tariff.action is not None:
+            return UNLIMITED_TOKENS
         return affordable_output(
             tariff.card,
             prompt_tokens=prompt_tokens,
             budget=sum(self.held),
-            markup_bps=tariff.markup_bps if tariff.action is None else 0,
+            markup_bps=tariff.markup_bps,
             asset=tariff.asset,
         )
 
     async def extend(self, tokens: int, *, ceiling: int) -> None:
         """Try to cover *tokens* of output and, up to *ceiling*, as many again; less is taken where there is less.
 
-        A product action's price is fixed, so that there is nothing to extend.
-
         Raises:
             LedgerUnavailable: nobody knows; deliver nothing more.
         """
-        if self.tariff.action is not None:
-            return
         wanted = max(tokens, min(tokens * GROWTH, ceiling))
         missing = self.tariff.total(Usage(input=self._prompt_tokens_max, output=wanted)) - self.held[0]
         if missing <= 0:
             return
         command = Extend(
-            id=self._ids("cmd"),
+            id=self._new_id("cmd"),
             scope=self._scope,
             reservation=self.reservation,
             amount=missing,
@@ -128,26 +134,43 @@ class Hold:
         usage = self.progress() if self.progress is not None else None
         mark = None if usage is None else self._mark(usage)
         return Extend(
-            id=self._ids("cmd"), scope=self._scope, reservation=self.reservation, ttl_us=self._ttl_us, mark=mark
+            id=self._new_id("cmd"), scope=self._scope, reservation=self.reservation, ttl_us=self._ttl_us, mark=mark
         )
 
     def _mark(self, usage: Usage) -> Settlement:
         return self.tariff.settlement(
-            usage, msgspec.structs.replace(self.record, source="partial", ending="died")
+            usage, msgspec.structs.replace(self.record, source=UsageSource.PARTIAL, ending=Ending.DIED)
         )
 
-    async def commit(self, settlement: Settlement, response: StoredResponse | None = None) -> Settled | None:
-        """Charge, durably. When the ledger cannot be reached, the charge is kept in the journal, and the answer is None.
+    async def settle(
+        self,
+        ending: Ending,
+        *,
+        reported: Usage | None,
+        counted: Usage,
+        delivered: bool = True,
+        response: StoredResponse | None = None,
+    ) -> "Charged":
+        """Charge or release, as the settlement table says, whatever becomes of the request's task meanwhile.
 
-        Being called twice, or after the sweeper has settled, charges nothing twice.
+        Being called again, or after the sweeper has settled, charges nothing twice.
         """
+        decision = settle(ending=ending, reported=reported, counted=counted, delivered=delivered)
+        if decision.action is Action.RELEASE:
+            await self.release()
+            return Charged(usage=decision.usage, settled=None)
+        assert decision.source is not None
+        record = msgspec.structs.replace(self.record, source=decision.source, ending=ending)
         command = Commit(
-            id=self._ids("cmd"),
+            id=self._new_id("cmd"),
             scope=self._scope,
             reservation=self.reservation,
-            settlement=settlement,
+            settlement=self.tariff.settlement(decision.usage, record),
             response=response,
         )
+        return Charged(usage=decision.usage, settled=await self._shield.run(self._commit(command)))
+
+    async def _commit(self, command: Commit) -> Settled | None:
         self.settled = True
         try:
             result = (await self._ledger.execute(command)).result
@@ -161,7 +184,10 @@ class Hold:
 
     async def release(self) -> None:
         """Give everything back. Where the ledger cannot be reached, the journal does it later."""
-        command = Release(id=self._ids("cmd"), scope=self._scope, reservation=self.reservation)
+        await self._shield.run(self._release())
+
+    async def _release(self) -> None:
+        command = Release(id=self._new_id("cmd"), scope=self._scope, reservation=self.reservation)
         self.settled = True
         try:
             await self._ledger.execute(command)
@@ -173,6 +199,16 @@ class Hold:
     @property
     def _scope(self) -> Scope:
         return Scope(self.reservation.tenant, self.reservation.mode)
+
+
+class Charged(NamedTuple):
+    """How a hold was settled: for which usage, and what the ledger says.
+
+    *settled* is None when nothing was charged, or when the charge waits in the journal.
+    """
+
+    usage: Usage
+    settled: Settled | None
 
 
 class LiveHolds:
