@@ -76,16 +76,16 @@ def quote(
     output_ceiling = output_tokens_max * n
     worst = _WorstCase(
         card,
-        prompt_tokens=_with_margin(prompt_tokens, margin_bps, margin_tokens),
+        prompt_tokens=prompt_with_margin(prompt_tokens, margin_bps=margin_bps, margin_tokens=margin_tokens),
         input_audio=input_audio,
         output_audio=output_audio,
         cache_write_1h=cache_write_1h,
     )
-    expected_output = n * min(EXPECTED_OUTPUT_MAX, ceil_div(output_tokens_max, EXPECTED_DIVISOR))
+    typical = Usage(input=prompt_tokens, output=expected_output(output_tokens_max, n))
     return Quote(
         prompt_tokens=prompt_tokens,
         output_ceiling=output_ceiling,
-        expected=charge(Usage(input=prompt_tokens, output=expected_output), card, markup_bps=markup_bps, asset=asset),
+        expected=charge(typical, card, markup_bps=markup_bps, asset=asset),
         worst=charge_of_picos(worst.picos(output_ceiling), markup_bps=markup_bps, asset=asset),
         prompt_only=charge_of_picos(worst.picos(0), markup_bps=markup_bps, asset=asset),
     )
@@ -160,7 +160,7 @@ def affordable_ceiling(
     """
     worst = _WorstCase(
         card,
-        prompt_tokens=_with_margin(prompt_tokens, margin_bps, margin_tokens),
+        prompt_tokens=prompt_with_margin(prompt_tokens, margin_bps=margin_bps, margin_tokens=margin_tokens),
         input_audio=input_audio,
         output_audio=output_audio,
         cache_write_1h=cache_write_1h,
@@ -188,8 +188,16 @@ class _WorstCase:
         return self._fixed_picos + output_tokens * self.output_rate
 
 
-def _with_margin(prompt_tokens: int, margin_bps: int, margin_tokens: int) -> int:
+def prompt_with_margin(
+    prompt_tokens: int, *, margin_bps: int = COUNT_MARGIN_BPS, margin_tokens: int = COUNT_MARGIN_TOKENS
+) -> int:
+    """What an upstream may count a prompt as that we count as *prompt_tokens*."""
     return prompt_tokens + ceil_div(prompt_tokens * margin_bps, BPS) + margin_tokens
+
+
+def expected_output(output_tokens_max: int, n: int = 1) -> int:
+    """The output tokens of a typical answer with *n* choices that may have *output_tokens_max* each."""
+    return n * min(EXPECTED_OUTPUT_MAX, ceil_div(output_tokens_max, EXPECTED_DIVISOR))
 
 
 def _affordable(fixed_picos: int, output_rate: int, *, budget: int, markup_bps: int, asset: Asset) -> int:

@@ -43,7 +43,7 @@ class _Choices(msgspec.Struct):
 _CHOICES: Final = msgspec.json.Decoder(_Choices)
 
 
-class NoAnswer(Exception):  # noqa: N818 - the journey makes an error of it
+class NoAnswer(Exception):
     """A body that is not a JSON object: whatever it is, it is not an answer."""
 
 

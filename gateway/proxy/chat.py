@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import hashlib
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncIterator, Callable
+from typing import Final, TypeVar
 
 import msgspec
 import structlog
@@ -23,6 +23,7 @@ from gateway.errors import (
     internal_error,
     invalid_request,
     ledger_unavailable,
+    permission_denied,
     rate_limit_exceeded,
     request_already_completed,
     request_in_progress,
@@ -32,7 +33,7 @@ from gateway.errors import (
 from gateway.identity.customers import Customers
 from gateway.identity.keys import KeyScope
 from gateway.identity.principals import Principal, Principals
-from gateway.proxy.answer import Answer, NoAnswer
+from gateway.proxy.answer import Answer, NoAnswer, quota_of
 from gateway.proxy.exchange import ClientGone, Exchange, Receive, Scope, Send
 from gateway.proxy.hold import Hold, LiveHolds
 from gateway.proxy.journal import SettlementJournal
@@ -42,9 +43,9 @@ from gateway.proxy.quoting import Plan, Quoter
 from gateway.proxy.rate_limit import RateLimit
 from gateway.proxy.request import parse_chat
 from gateway.proxy.routing import Candidate, Router
-from gateway.proxy.settlement import Action, Ending, settle
-from gateway.proxy.sse import SSETooLarge
-from gateway.proxy.tariff import Tariff
+from gateway.proxy.settlement import Ending
+from gateway.proxy.shield import Shield
+from gateway.proxy.stream import StreamedAnswer
 from gateway.proxy.upstream import (
     Phase,
     UpstreamBodyTooLarge,
@@ -59,14 +60,13 @@ from ledger.commands import Key, Reserve, StoredResponse
 from ledger.errors import InsufficientCredits, KeyReused, LimitReached, ReceivableOutstanding, WalletFrozen
 from ledger.ledger import Ledger
 from ledger.model import (
-    Reservation,
     ReservationRef,
     ReservationState,
     Tags,
     UsageRecord,
 )
 from ledger.model import Scope as LedgerScope
-from ledger.outcomes import Reserved, Settled
+from ledger.outcomes import Reserved
 from pricing.usage import Usage
 
 OPERATION: Final = "chat"
@@ -85,7 +85,7 @@ TRIED_ELSEWHERE: Final = TRIED_AGAIN | {408, 409, 425, 429, 500, 529}
 
 EVENT_STREAM: Final = b"text/event-stream"
 
-_UNAFFORDABLE: Final = (InsufficientCredits, LimitReached, ReceivableOutstanding, WalletFrozen)
+_UNAFFORDABLE: Final = (InsufficientCredits, LimitReached, ReceivableOutstanding)
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -236,6 +236,8 @@ class ChatProxy:
             applied = await self._ledger.execute(command)
         except _UNAFFORDABLE as error:
             raise insufficient_credits(needed=error.needed, available=error.available, asset=asset) from None
+        except WalletFrozen:
+            raise permission_denied("This wallet is frozen. Its owner must settle what froze it.") from None
         except KeyReused:
             raise idempotency_key_reused() from None
         reserved = applied.result
@@ -378,9 +380,7 @@ class ChatProxy:
         charged = await hold.settle(Ending.FINISHED, reported=answer.reported, counted=counted, response=stored)
         if charged.settled is None:
             raise ledger_unavailable()
-        quota = quota_of(
-            plan.tariff.asset, cost=charged.settled.charged[0].total, balance=charged.settled.balance
-        )
+        quota = quota_of(plan.tariff.asset, cost=charged.settled.charged[0].total, balance=charged.settled.balance)
         exchange.add("X-Quota-Cost", quota["cost"])
         exchange.add("X-Quota-Balance", quota["balance"])
         await exchange.respond(response.status, answer.body(quota), headers)

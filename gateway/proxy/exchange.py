@@ -20,7 +20,7 @@ LENGTH_DIGITS_MAX: Final = 20
 JSON: Final = (b"content-type", b"application/json")
 
 
-class ClientGone(Exception):  # noqa: N818 - it is no error of anybody's
+class ClientGone(Exception):
     """The client closed the connection before its request had come in whole."""
 
 
@@ -128,9 +128,7 @@ class Exchange:
         passed = [(name, value) for name, value in headers if name not in own]
         length = (b"content-length", str(len(body)).encode())
         self.started = True
-        await self._send(
-            {"type": "http.response.start", "status": status, "headers": [*passed, *self.extra, length]}
-        )
+        await self._send({"type": "http.response.start", "status": status, "headers": [*passed, *self.extra, length]})
         await self._send({"type": "http.response.body", "body": body})
 
     async def refuse(self, error: ApiError) -> None:

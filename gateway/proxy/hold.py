@@ -28,7 +28,7 @@ from ledger.errors import (
 )
 from ledger.ledger import Ledger
 from ledger.model import ReservationRef, Scope, Settlement, UsageRecord
-from ledger.outcomes import Reserved, Settled
+from ledger.outcomes import Reserved, Result, Settled
 from pricing.quote import affordable_output
 from pricing.usage import Usage
 
@@ -172,6 +172,7 @@ class Hold:
 
     async def _commit(self, command: Commit) -> Settled | None:
         self.settled = True
+        result: Result | None
         try:
             result = (await self._ledger.execute(command)).result
         except ReservationSettled as error:

@@ -101,11 +101,12 @@ class SettlementJournal:
 
     def _read(self, line: bytes, path: Path) -> Kept | None:
         try:
-            return _DECODER.decode(line)
+            kept: Kept = _DECODER.decode(line)
         except msgspec.DecodeError:
             # The process died while it wrote this line, so it never relied on it.
             self._report(f"an unfinished line in {path.name} was left out")
             return None
+        return kept
 
     async def _tell(self, ledger: Ledger, command: Kept) -> bool:
         """Whether the ledger has dealt with *command*: applied, now or before, or refused for good."""

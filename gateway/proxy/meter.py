@@ -99,6 +99,7 @@ class StreamMeter:
         reported: the usage that the upstream has reported so far, or None.
         exact: count every event to the token, rather than by its bound: for the last stretch of a wallet.
         delivered: some event has been handed out.
+        stale: something came after the last report of usage, which therefore may not cover it.
     """
 
     def __init__(self, new_counter: Callable[[], Counter], *, wants_usage: bool) -> None:
@@ -117,6 +118,7 @@ class StreamMeter:
         self._dropped = False
         self.finished = False
         self.exact = False
+        self.stale = False
         self.delivered = False
 
     # Events in.
@@ -143,10 +145,13 @@ class StreamMeter:
         self._release_held()
         raw = event.raw
         if _USAGE.search(data) is not None:
+            self.stale = False
             passed = self._read_usage(event)
             if passed is None:
                 return
             raw = passed
+        else:
+            self.stale = self._usage is not None
         place = data.find(b'"choices"')
         self._queue.append(Waiting(raw, data, len(data) - max(place, 0)))
 
@@ -241,7 +246,7 @@ class StreamMeter:
         return self._exact_counts()
 
     def _exact_counts(self) -> tuple[int, int]:
-        counts = {kind: 0 for kind in ("text", "tool", "reasoning")}
+        counts = dict.fromkeys(("text", "tool", "reasoning"), 0)
         for (kind, _, _), counter in self._texts.items():
             counts[kind] += counter.exact()
         return counts["text"] + counts["tool"], counts["reasoning"]
@@ -345,7 +350,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 
 def merged(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Two reports of one stream as one: a running total grows and a part may come alone, so the larger number counts."""
+    """Two reports of one stream as one: a total grows and a part may come alone, so the larger number counts."""
     result = dict(before)
     for name, value in after.items():
         known = result.get(name)

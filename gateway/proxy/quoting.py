@@ -21,7 +21,7 @@ from gateway.settings import Settings
 from ledger.commands import ReserveLeg
 from pricing.charge import ChargeTooLarge
 from pricing.quote import Quote, affordable_ceiling, dearest, expected_output, prompt_with_margin, quote
-from pricing.tokens import PromptCounter, RequestInvalid
+from pricing.tokens import PromptCounter, RequestInvalid, needs_thread
 from pricing.usage import Usage
 
 PROMPT_PARTS: Final = ("tools", "functions", "response_format")
@@ -151,7 +151,7 @@ class Quoter:
         )
         beside = sum(len(bytes(request.part(name) or b"")) for name in PROMPT_PARTS)
         try:
-            if counter.needs_thread(counter.uncounted_bytes(request.messages, model) + beside):
+            if needs_thread(counter.uncounted_bytes(request.messages, model) + beside):
                 return await asyncio.to_thread(count)
             return count()
         except RequestInvalid as error:

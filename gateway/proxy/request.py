@@ -53,7 +53,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
     audio: bool
 
     def part(self, name: str) -> msgspec.Raw | None:
-        """A field beside the messages that is part of the prompt, such as ``tools``; None where it is missing or null."""
+        """A field that is prompt beside the messages, such as ``tools``; None where it is missing or null."""
         raw = self.fields.get(name)
         return None if raw is None or raw == b"null" else raw
 
@@ -132,7 +132,7 @@ def _field(
 
 def _whole(fields: dict[str, msgspec.Raw], name: str, least: int, most: int) -> int | None:
     kind = f"a whole number of {least} to {most}"
-    number = _field(fields, name, _WHOLE, kind, optional=True)
+    number: int | None = _field(fields, name, _WHOLE, kind, optional=True)
     if number is not None and not least <= number <= most:
         raise invalid_request(f"{name} must be {kind}.", param=name)
     return number

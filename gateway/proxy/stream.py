@@ -106,7 +106,8 @@ class StreamedAnswer:
         meter = self._meter
         output, reasoning = await asyncio.to_thread(meter.counted) if meter.heavy else meter.counted()
         counted = Usage(input=self._plan.prompt_tokens, output=output, reasoning=reasoning)
-        return await self._hold.settle(ending, reported=meter.reported, counted=counted, delivered=meter.delivered)
+        reported = meter.reported if ending is Ending.FINISHED or not meter.stale else None
+        return await self._hold.settle(ending, reported=reported, counted=counted, delivered=meter.delivered)
 
     async def _end(self, ending: Ending, charged: Charged) -> None:
         """Write the last bytes, which say what the stream cost, or why it ends here."""
