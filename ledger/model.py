@@ -257,7 +257,8 @@ class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
 
     ``mark`` is what is charged if nobody settles before ``expires_at_us``: None releases everything. ``charged`` is
     what was charged so far, a leg each. ``settled_by`` is the command that did it: repeating that one is a replay.
-    ``key`` names the idempotency key that a release frees again.
+    ``balance`` is that of the first leg's first wallet when it was settled. ``key`` names the idempotency key that a
+    release frees again.
     """
 
     ref: ReservationRef
@@ -278,6 +279,7 @@ class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
     payments: tuple[Payment, ...] = ()
     commits: int = 0
     provider_cost_nanos: int = 0
+    balance: int = 0
     settled_at_us: int | None = None
     settled_by: str | None = None
     key: tuple[str, str] | None = None

@@ -251,7 +251,8 @@ def _reserved(reservation: Reservation) -> Reserved:
 
 
 def already_settled(reservation: Reservation) -> Rejected:
-    return Rejected(Reason.RESERVATION_SETTLED, state=reservation.state, result=settled(reservation, balance=0))
+    result = settled(reservation, balance=reservation.balance)
+    return Rejected(Reason.RESERVATION_SETTLED, state=reservation.state, result=result)
 
 
 def settled(reservation: Reservation, *, balance: int, late: bool = False) -> Settled:

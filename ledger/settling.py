@@ -127,7 +127,13 @@ def _free_all(draft: Draft, reservation: Reservation, state: ReservationState, c
     for held in reservation.slices:
         free_slice(draft, held)
     return msgspec.structs.replace(
-        reservation, slices=(), state=state, settled_at_us=draft.now_us, settled_by=command_id, mark=None
+        reservation,
+        slices=(),
+        state=state,
+        balance=draft.balance(reservation.legs[0].wallets[0]),
+        settled_at_us=draft.now_us,
+        settled_by=command_id,
+        mark=None,
     )
 
 
