@@ -75,16 +75,6 @@ def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[],
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def say() -> Say:
-    return Say()
-
-
-@pytest.fixture
 def database(new_database: Callable[[], Database]) -> Database:
     return new_database()
 
