@@ -72,7 +72,8 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
         ),
         ("UPDATE ledger_block SET reserved = 0 WHERE id = 'blk_1'", "a block is stored otherwise"),
         (
-            f"INSERT INTO ledger_block SELECT tenant, mode, 'customer:b', {', '.join(columns('ledger_block')[3:])} FROM ledger_block WHERE id = 'blk_1'",
+            f"INSERT INTO ledger_block SELECT tenant, mode, 'customer:b', {', '.join(columns('ledger_block')[3:])}"
+            " FROM ledger_block WHERE id = 'blk_1'",
             "a block is stored that the journal does not have",
         ),
         ("UPDATE ledger_block SET metadata = '{}' WHERE id = 'blk_1'", "a block is stored otherwise"),
