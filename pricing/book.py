@@ -39,7 +39,7 @@ _DEFAULT_RATES: Mapping[Unit, Unit | None] = {
 _PIECES = frozenset({Unit.IMAGE, Unit.REQUEST})
 
 
-class PriceInvalid(ValueError):  # noqa: N818 - says what is the matter, as all our exceptions do
+class PriceInvalid(ValueError):
     """A price that is missing, negative or absurd; names the model and the unit."""
 
     def __init__(self, model: str, unit: str, message: str) -> None:
@@ -48,7 +48,7 @@ class PriceInvalid(ValueError):  # noqa: N818 - says what is the matter, as all 
         self.unit = unit
 
 
-class ModelNotPriced(LookupError):  # noqa: N818
+class ModelNotPriced(LookupError):
     """No price is known for the model at that time, so it cannot be served.
 
     Attributes:

@@ -24,7 +24,7 @@ MARKUP_BPS_MAX = 1_000_000
 PICOS_PER_NANO = PICOS_PER_USD // 10**9
 
 
-class ChargeTooLarge(ValueError):  # noqa: N818
+class ChargeTooLarge(ValueError):
     """More than an account can hold: the asset is too fine for the price, or a quantity is absurd."""
 
 

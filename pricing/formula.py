@@ -44,7 +44,7 @@ FILE_TOKENS_MIN = 2_048
 """A file's page is seen as an image too, so that a small file may count more than its bytes."""
 
 
-class RequestInvalid(ValueError):  # noqa: N818
+class RequestInvalid(ValueError):
     """A request that cannot be counted because a part of it has the wrong type; *param* says where."""
 
     def __init__(self, param: str, message: str) -> None:

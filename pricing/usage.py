@@ -33,7 +33,7 @@ class Unit(StrEnum):
     CACHE_WRITE_1H = "cache_write_1h"
 
 
-class UsageInvalid(ValueError):  # noqa: N818
+class UsageInvalid(ValueError):
     """A provider's usage report that cannot be charged; `field` says where."""
 
     def __init__(self, field: str, message: str) -> None:
