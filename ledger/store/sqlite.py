@@ -51,7 +51,7 @@ def database_path(database_url: str) -> str:
     url = make_url(database_url)
     if url.get_backend_name() != "sqlite":
         raise ValueError(f"{url.get_backend_name()} is not SQLite: the database URL must begin with sqlite:///")
-    if not url.database or url.database == ":memory:" or "mode=memory" in url.database:
+    if not url.database or url.database == ":memory:" or url.query.get("mode") == "memory":
         raise ValueError("the ledger does not run in memory: name a file, such as sqlite:///farebox.db")
     return url.database
 

@@ -35,11 +35,10 @@ def _table(name: str) -> Table:
 
 
 class Bulk:
-    """A statement over many rows of values. *head* and *tail* go around the rows."""
+    """A statement over many rows of values. *head* and *tail* go around the rows, *joint* between them."""
 
-    def __init__(self, head: str, width: int, tail: str = "") -> None:
-        row = f"({','.join('?' * width)})"
-        self._sql = {size: f"{head} {','.join([row] * size)} {tail}" for size in BULK_ROWS}
+    def __init__(self, head: str, row: str, *, joint: str = ", ", tail: str = "") -> None:
+        self.sql = {size: f"{head} {joint.join([row] * size)} {tail}" for size in BULK_ROWS}
 
     def run(self, connection: sqlite3.Connection, rows: Sequence[Row]) -> int:
         """How many rows of the table it changed."""
@@ -47,7 +46,7 @@ class Bulk:
         for size in BULK_ROWS:
             while len(rows) - done >= size:
                 values = [value for row in rows[done : done + size] for value in row]
-                changed += connection.execute(self._sql[size], values).rowcount
+                changed += connection.execute(self.sql[size], values).rowcount
                 done += size
         return changed
 
@@ -56,7 +55,7 @@ def insert(table: str, *, replace: bool = False) -> Bulk:
     """Insert whole rows; with *replace*, over what has the same key."""
     names = columns(table)
     verb = "INSERT OR REPLACE" if replace else "INSERT"
-    return Bulk(f"{verb} INTO {table} ({', '.join(names)}) VALUES", len(names))
+    return Bulk(f"{verb} INTO {table} ({', '.join(names)}) VALUES", _values(len(names)))
 
 
 def update(table: str, keys: Sequence[str], changes: Sequence[str]) -> Bulk:
@@ -64,12 +63,17 @@ def update(table: str, keys: Sequence[str], changes: Sequence[str]) -> Bulk:
     assignments = ", ".join(f'"{name}" = n.column{len(keys) + number}' for number, name in enumerate(changes, start=1))
     conditions = " AND ".join(f'{table}."{name}" = n.column{number}' for number, name in enumerate(keys, start=1))
     head = f"UPDATE {table} SET {assignments} FROM (VALUES"  # noqa: S608
-    return Bulk(head, len(keys) + len(changes), f") AS n WHERE {conditions}")
+    return Bulk(head, _values(len(keys) + len(changes)), tail=f") AS n WHERE {conditions}")
 
 
 def delete(table: str, keys: Sequence[str]) -> Bulk:
-    names = ", ".join(f'"{name}"' for name in keys)
-    return Bulk(f"DELETE FROM {table} WHERE ({names}) IN (VALUES", len(keys), ")")  # noqa: S608
+    """An OR of keys is looked up one by one; a list of tuples would be a scan."""
+    row = "(" + " AND ".join(f'"{name}" = ?' for name in keys) + ")"
+    return Bulk(f"DELETE FROM {table} WHERE", row, joint=" OR ")  # noqa: S608
+
+
+def _values(width: int) -> str:
+    return f"({','.join('?' * width)})"
 
 
 def lookup(table: str, keys: Sequence[str], *, take: Sequence[str] | None = None, where: str = "TRUE") -> str:
