@@ -163,7 +163,7 @@ async def running(
     server = uvicorn.Server(uvicorn.Config(asgi, lifespan="off", log_level="error", ws="none"))
     serving = asyncio.create_task(server._serve([listener]))
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-        while not server.started:
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0)
         yield Rig(
             base_url=f"http://127.0.0.1:{port}/v1",
@@ -186,5 +186,3 @@ async def running(
     journal.close()
     await ledger.close()
     await database.close()
-
-
