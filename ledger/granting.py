@@ -94,6 +94,8 @@ def grant(state: State, command: Grant, now_us: int) -> Outcome:
         amount=command.amount,
         balance_before=balance_before,
         balance_after=draft.balance(wallet.ref),
+        repaid=wallet.receivable - owed,
+        at_us=now_us,
     )
     return draft.applied(granted)
 

@@ -161,7 +161,7 @@ class Ledger:
         found = await _reading(self._store.transactions(ref, before=before, limit=limit + 1))
         page = found[:limit]
         more = len(found) > limit
-        return TransactionsPage(tuple(page), f"{page[-1].seq}.{page[-1].position}" if more else None)
+        return TransactionsPage(tuple(page), cursor_after(page[-1]) if more else None)
 
     async def sweep(self, now_us: int) -> Swept:
         """Settle what has run out by *now_us*: reservations lapse, blocks expire, old responses go.
@@ -214,6 +214,11 @@ def _effective_balance(wallet: Wallet, blocks: Sequence[Block], tags: Tags, now_
         return 0
     overdraft = max(0, wallet.overdraft_limit - wallet.receivable - wallet.overdraft_reserved)
     return sum(block.free for block in payable(blocks, tags, now_us)) + overdraft
+
+
+def cursor_after(transaction: Transaction) -> str:
+    """Goes on with what is older than *transaction*, wherever in a page it stands."""
+    return f"{transaction.seq}.{transaction.position}"
 
 
 def _position(cursor: str) -> Position:

@@ -259,6 +259,7 @@ class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
     what was charged so far, a leg each. ``settled_by`` is the command that did it: repeating that one is a replay.
     ``balance`` is that of the first leg's first wallet when it was settled. ``key`` names the idempotency key that a
     release frees again.
+    ``reserved`` is the most that the paying legs held.
     """
 
     ref: ReservationRef
@@ -268,6 +269,7 @@ class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
     expires_at_us: int
     legs: tuple[Leg, ...]
     slices: tuple[Slice, ...] = ()
+    reserved: int = 0
     limits: tuple[WalletRef, ...] = ()
     unfunded: WalletRef | None = None
     developer: str | None = None

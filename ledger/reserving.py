@@ -98,7 +98,8 @@ def hold_all(
         if isinstance(held, Rejected):
             return held
         slices += held
-    return msgspec.structs.replace(reservation, slices=tuple(slices))
+    reserved = sum(held.amount for held in slices if held.leg >= 0)
+    return msgspec.structs.replace(reservation, slices=tuple(slices), reserved=reserved)
 
 
 def _unusable(draft: Draft, wallets: Iterable[WalletRef], asset: str) -> Rejected | None:
@@ -226,6 +227,7 @@ def extend(state: State, command: Extend, now_us: int) -> Outcome:
     extended = msgspec.structs.replace(
         reservation,
         slices=tuple(slices),
+        reserved=max(reservation.reserved, sum(held.amount for held in slices if held.leg >= 0)),
         expires_at_us=expires_at_us,
         mark=command.mark or reservation.mark,
     )

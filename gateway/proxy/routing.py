@@ -78,13 +78,16 @@ class Router:
         hidden = any(candidate.card.hidden_reasoning for candidate in candidates)
         return Route(model=model, candidates=candidates, hidden_reasoning=hidden)
 
-    def models(self, at_us: int) -> list[RateCard]:
-        """What clients may ask for, by name."""
+    def models(self, at_us: int) -> dict[str, RateCard]:
+        """What clients may ask for, by the name that they use."""
         if not self._models:
             upstream = self._settings.live_upstream
             provider = self._provider(upstream) if upstream is not None else None
-            return self._book.models(at_us, provider=provider)
-        return [self._card(name, self._provider(listed.upstream), at_us) for name, listed in self._models.items()]
+            return {card.model: card for card in self._book.models(at_us, provider=provider)}
+        return {
+            name: self._card(name, self._provider(listed.upstream), at_us, otherwise=listed.upstream_model)
+            for name, listed in self._models.items()
+        }
 
     def _targets(self, model: str, listed: ModelSettings | None, mode: str) -> list[tuple[str, str, str]]:
         """The upstream, the model's name there, and the name that its price stands under."""
