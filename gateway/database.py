@@ -10,8 +10,8 @@ import asyncio
 import fcntl
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, Final
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from typing import Any, Final, Protocol
 
 from sqlalchemy import Connection, event
 from sqlalchemy.dialects import postgresql, sqlite
@@ -24,6 +24,14 @@ from sqlmodel import SQLModel
 BUSY_TIMEOUT_MS: Final = 5_000
 TURN_TIMEOUT_S: Final = 10
 DRIVERS: Final = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
+
+
+class Transactions(Protocol):
+    """Where statements run: a database, which opens a transaction for each block, or a transaction that is open."""
+
+    def read(self) -> AbstractAsyncContextManager[AsyncConnection]: ...
+
+    def write(self) -> AbstractAsyncContextManager[AsyncConnection]: ...
 
 
 class DatabaseUnavailable(Exception):
@@ -88,6 +96,19 @@ class Database:
                     os.close(descriptor)
         finally:
             self._writing.release()
+
+
+class Joined:
+    """Transactions that are part of one that is open already: they commit, or not, with it."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+
+    def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        return nullcontext(self._connection)
+
+    def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        return nullcontext(self._connection)
 
 
 def insert_new(table: type[SQLModel], dialect: str) -> Any:

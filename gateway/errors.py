@@ -13,7 +13,7 @@ status and show the message; the types are those that OpenAI documents, where it
 Domain code never mentions HTTP: its exceptions become `ApiError` in one `ErrorTable`, which `gateway/app.py` fills.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
@@ -252,6 +252,11 @@ class ErrorTable:
     def __or__(self, rows: Mapping[type[Exception], Translation]) -> "ErrorTable":
         """This table with further rows; a later row for the same type wins."""
         return ErrorTable({**self._rows, **rows})
+
+    @property
+    def kinds(self) -> Iterable[type[Exception]]:
+        """The exceptions that have a row of their own."""
+        return self._rows.keys()
 
     def translate(self, error: Exception) -> ApiError | None:
         """None when no row fits: then it is a fault of ours, to be logged and answered as `internal_error`."""

@@ -220,6 +220,7 @@ class Settings(BaseSettings):
 
     user_header: str = Field(default="X-Quota-User", pattern=r"^[A-Za-z0-9-]{1,64}$")
     rate_limit_per_minute: int = Field(default=100, ge=0, le=1_000_000)
+    management_rate_limit_per_minute: int = Field(default=6_000, ge=0, le=1_000_000)
     body_bytes_max: int = Field(default=32 * 2**20, ge=1024, le=2**30)
 
     markup_bps: BasisPoints = 0

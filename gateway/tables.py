@@ -140,3 +140,21 @@ class Customer(SQLModel, table=True):
     external_id: str = Field(sa_type=String)
     metadata_: dict[str, Any] = Field(default_factory=dict, sa_column=Column("metadata", JSON, nullable=False))
     created_at_us: int = Field(sa_type=BigInteger)
+
+
+class KeptAnswer(SQLModel, table=True):
+    """The answer that an idempotency key stands for, written with the effect itself. The ledger keeps its own keys."""
+
+    __tablename__ = "kept_answers"
+    __table_args__ = (
+        one_of("mode", "live", "test"),
+        ForeignKeyConstraint(["tenant"], ["tenants.id"]),
+    )
+
+    tenant: str = Field(primary_key=True, sa_type=String)
+    mode: str = Field(primary_key=True, sa_type=String)
+    operation: str = Field(primary_key=True, sa_type=String)
+    key: str = Field(primary_key=True, sa_type=String)
+    digest: str = Field(sa_type=String)
+    answer: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    created_at_us: int = Field(sa_type=BigInteger)

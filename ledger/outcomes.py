@@ -34,11 +34,15 @@ class Reason(StrEnum):
     LIMIT_REACHED = "limit_reached"
 
 
-class Granted(msgspec.Struct, frozen=True, tag="granted"):
+class Granted(msgspec.Struct, frozen=True, omit_defaults=True, tag="granted"):
+    """*repaid* is the part of *amount* that went to what the wallet owed; *at_us* is when the block was opened."""
+
     block_id: str
     amount: int
     balance_before: int
     balance_after: int
+    repaid: int = 0
+    at_us: int = 0
 
 
 class Reserved(msgspec.Struct, frozen=True, tag="reserved"):
@@ -64,10 +68,13 @@ class Settled(msgspec.Struct, frozen=True, omit_defaults=True, tag="settled"):
     late: bool = False
 
 
-class Revoked(msgspec.Struct, frozen=True, tag="revoked"):
+class Revoked(msgspec.Struct, frozen=True, omit_defaults=True, tag="revoked"):
+    """*amount* was unspent and is gone; *owed* was spent and joined *receivable*, all that the wallet owes."""
+
     amount: int
     receivable: int
     balance: int
+    owed: int = 0
 
 
 class Expired(msgspec.Struct, frozen=True, tag="expired"):
@@ -125,6 +132,7 @@ class BlockChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="block_c
     reserved: int = 0
     expired: int = 0
     revoked: int = 0
+    clawed: int = 0
     frozen: bool | None = None
 
 

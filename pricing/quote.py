@@ -81,11 +81,15 @@ def quote(
         output_audio=output_audio,
         cache_write_1h=cache_write_1h,
     )
-    typical = Usage(input=prompt_tokens, output=expected_output(output_tokens_max, n))
     return Quote(
         prompt_tokens=prompt_tokens,
         output_ceiling=output_ceiling,
-        expected=charge(typical, card, markup_bps=markup_bps, asset=asset),
+        expected=charge(
+            Usage(input=prompt_tokens, output=expected_output(output_tokens_max, n)),
+            card,
+            markup_bps=markup_bps,
+            asset=asset,
+        ),
         worst=charge_of_picos(worst.picos(output_ceiling), markup_bps=markup_bps, asset=asset),
         prompt_only=charge_of_picos(worst.picos(0), markup_bps=markup_bps, asset=asset),
     )
@@ -126,6 +130,19 @@ def dearest(
         for card in cards
     ]
     return max(quotes, key=lambda pair: pair[1].worst.total)
+
+
+def prompt_with_margin(
+    prompt_tokens: int, *, margin_bps: int = COUNT_MARGIN_BPS, margin_tokens: int = COUNT_MARGIN_TOKENS
+) -> int:
+    """The most tokens that the upstream is taken to count for a prompt for which we count so many."""
+    return prompt_tokens + ceil_div(prompt_tokens * margin_bps, BPS) + margin_tokens
+
+
+def expected_output(output_tokens_max: int, n: int = 1) -> int:
+    """The output that a typical request has: a quarter of what each choice may, at most EXPECTED_OUTPUT_MAX of it;
+    at least one token where any is allowed."""
+    return n * min(EXPECTED_OUTPUT_MAX, ceil_div(output_tokens_max, EXPECTED_DIVISOR))
 
 
 def affordable_output(card: RateCard, *, prompt_tokens: int, budget: int, markup_bps: int, asset: Asset) -> int:
@@ -186,18 +203,6 @@ class _WorstCase:
 
     def picos(self, output_tokens: int) -> int:
         return self._fixed_picos + output_tokens * self.output_rate
-
-
-def prompt_with_margin(
-    prompt_tokens: int, *, margin_bps: int = COUNT_MARGIN_BPS, margin_tokens: int = COUNT_MARGIN_TOKENS
-) -> int:
-    """What an upstream may count a prompt as that we count as *prompt_tokens*."""
-    return prompt_tokens + ceil_div(prompt_tokens * margin_bps, BPS) + margin_tokens
-
-
-def expected_output(output_tokens_max: int, n: int = 1) -> int:
-    """The output tokens of a typical answer with *n* choices that may have *output_tokens_max* each."""
-    return n * min(EXPECTED_OUTPUT_MAX, ceil_div(output_tokens_max, EXPECTED_DIVISOR))
 
 
 def _affordable(fixed_picos: int, output_rate: int, *, budget: int, markup_bps: int, asset: Asset) -> int:

@@ -124,6 +124,10 @@ class PromptCounter:
                 tokens += self._count_part(bytes(part), param, rules)
         return tokens
 
+    def needs_thread(self, total_bytes: int) -> bool:
+        """Whether counting so many bytes that are not remembered should leave the event loop."""
+        return needs_thread(total_bytes)
+
     def uncounted_bytes(self, raw_messages: Sequence[bytes | msgspec.Raw], model: str = "") -> int:
         """Bytes of the messages that are not remembered: what `needs_thread` should be asked about."""
         prefix = rules_for(model[:MODEL_NAME_MAX]).key
@@ -175,6 +179,7 @@ class TextCounter:
             if self._tail_bytes >= self._batch_bytes:
                 self._advance()
 
+    @property
     def upper_bound(self) -> int:
         """At least the tokens of what was fed, at no cost: exact up to the last batch, one token a byte after it."""
         return self._counted + self._tail_bytes
@@ -184,7 +189,7 @@ class TextCounter:
         """The exact tokens up to the last safe place, and one token a byte after it. May be lower than a bound that
         was given earlier, never lower than `exact`."""
         self._advance()
-        return self.upper_bound()
+        return self.upper_bound
 
     def exact(self) -> int:
         """The tokens of all that was fed, as `count_text` counts the whole, however it was split.
@@ -209,4 +214,4 @@ class TextCounter:
         self._tail = [text] if text else []
         self._tail_bytes = utf8_length(text)
         # A long tail is looked through again only when it has doubled, so that the whole stays linear.
-        self._batch_bytes = max(STREAM_BATCH_BYTES, 2 * self._tail_bytes)
+        self._batch_bytes = min(STREAM_TAIL_BYTES_MAX, max(STREAM_BATCH_BYTES, 2 * self._tail_bytes))

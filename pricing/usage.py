@@ -33,6 +33,10 @@ class Unit(StrEnum):
     CACHE_WRITE_1H = "cache_write_1h"
 
 
+# Iterating an enum takes as long as the whole sum of a charge.
+_UNITS = tuple(Unit)
+
+
 class UsageInvalid(ValueError):
     """A provider's usage report that cannot be charged; `field` says where."""
 
@@ -75,7 +79,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
     def items(self) -> Iterator[tuple[Unit, int]]:
         """Every unit with its quantity, in the order of Unit."""
-        return zip(Unit, msgspec.structs.astuple(self), strict=True)
+        return zip(_UNITS, msgspec.structs.astuple(self), strict=True)
 
     def as_dict(self) -> dict[str, int]:
         """The parts that are not zero, by unit."""

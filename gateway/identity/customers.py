@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from sqlalchemy import select
+from sqlalchemy import Select, select, update
 from sqlmodel import col
 
 from gateway import errors
 from gateway.clock import now_us
-from gateway.database import Database, insert_new
+from gateway.database import Database, Transactions, insert_new
 from gateway.ids import new_id, reserved_prefix
 from gateway.lru import LRU
 from gateway.tables import EXTERNAL_ID_LENGTH_MAX, Customer
@@ -106,22 +106,71 @@ class Customers:
             return (await self.get(tenant_id, mode, reference)).id
         return await self.resolve(tenant_id, mode, reference, param=param)
 
+    async def find(self, tenant_id: str, mode: str, reference: str) -> CustomerInfo:
+        """The customer that *reference* names, by our id or the tenant's; looking creates nobody.
+
+        Raises:
+            ApiError: 404.
+        """
+        by_id = reference.startswith(CUSTOMER_PREFIX)
+        column = col(Customer.id) if by_id else col(Customer.external_id)
+        async with self._database.read() as connection:
+            row = (await connection.execute(_customers(tenant_id, mode).where(column == reference))).one_or_none()
+        if row is None:
+            raise errors.not_found(f"customer {reference}")
+        return CustomerInfo(*row)
+
+    async def put(
+        self,
+        tenant_id: str,
+        mode: str,
+        external_id: str,
+        metadata: dict[str, Any] | None,
+        *,
+        transactions: Transactions | None = None,
+    ) -> tuple[CustomerInfo, bool]:
+        """The customer of this name, and whether they are new. *metadata* replaces theirs, unless it is None.
+
+        Raises:
+            ApiError: 400 when *external_id* is not acceptable.
+            DatabaseUnavailable
+        """
+        check_external_id(external_id, param="external_id")
+        row = {
+            "tenant": tenant_id,
+            "mode": mode,
+            "id": self._new_id("cus"),
+            "external_id": external_id,
+            "metadata": metadata or {},
+            "created_at_us": self._now_us(),
+        }
+        named = _customers(tenant_id, mode).where(col(Customer.external_id) == external_id)
+        async with (transactions or self._database).write() as connection:
+            inserted = await connection.execute(insert_new(Customer, connection.dialect.name), row)
+            if not inserted.rowcount and metadata is not None:
+                known = update(Customer).where(
+                    col(Customer.tenant) == tenant_id,
+                    col(Customer.mode) == mode,
+                    col(Customer.external_id) == external_id,
+                )
+                await connection.execute(known.values({Customer.__table__.c.metadata: metadata}))  # type: ignore[attr-defined]
+            return CustomerInfo(*(await connection.execute(named)).one()), bool(inserted.rowcount)
+
+    async def page(
+        self, tenant_id: str, mode: str, *, before: str | None, limit: int, external_id: str | None = None
+    ) -> list[CustomerInfo]:
+        """Customers, newest first, from the one that came just before the id *before*."""
+        query = _customers(tenant_id, mode).order_by(col(Customer.id).desc()).limit(limit)
+        if before is not None:
+            query = query.where(col(Customer.id) < before)
+        if external_id is not None:
+            query = query.where(col(Customer.external_id) == external_id)
+        async with self._database.read() as connection:
+            return [CustomerInfo(*row) for row in await connection.execute(query)]
+
     async def get(self, tenant_id: str, mode: str, customer_id: str) -> CustomerInfo:
         """Raises ApiError 404 when this tenant has no such customer in this mode."""
-        query = select(
-            col(Customer.external_id),
-            Customer.__table__.c.metadata,  # type: ignore[attr-defined]
-            col(Customer.created_at_us),
-        ).where(
-            col(Customer.tenant) == tenant_id,
-            col(Customer.mode) == mode,
-            col(Customer.id) == customer_id,
-        )
-        async with self._database.read() as connection:
-            row = (await connection.execute(query)).one_or_none()
-        if row is None:
-            raise errors.not_found(f"customer {customer_id}")
-        return CustomerInfo(customer_id, row[0], row[1], row[2])
+        return await self.find(tenant_id, mode, customer_id)
 
     async def _find_or_create(self, name: CustomerName) -> str:
         query = select(col(Customer.id)).where(
@@ -154,3 +203,10 @@ class Customers:
         del self._under_way[name]
         if not task.cancelled():
             task.exception()  # Seen here, in case all who waited have gone.
+
+
+def _customers(tenant_id: str, mode: str) -> Select[Any]:
+    """The columns of `CustomerInfo`."""
+    metadata = Customer.__table__.c.metadata  # type: ignore[attr-defined]
+    columns = (col(Customer.id), col(Customer.external_id), metadata, col(Customer.created_at_us))
+    return select(*columns).where(col(Customer.tenant) == tenant_id, col(Customer.mode) == mode)

@@ -11,7 +11,7 @@ from sqlmodel import SQLModel, col
 
 from gateway import errors
 from gateway.clock import now_us
-from gateway.database import Database
+from gateway.database import Transactions
 from gateway.identity import keys
 from gateway.identity.keys import APP_SCOPES, INSTALLATION_SCOPES, KeyKind, KeyScope
 from gateway.identity.principals import BillingMode, OnDisconnect
@@ -79,7 +79,7 @@ class Tenants:
 
     def __init__(
         self,
-        database: Database,
+        database: Transactions,
         *,
         now_us: Callable[[], int] = now_us,
         new_id: Callable[[str], str] = new_id,
@@ -87,6 +87,10 @@ class Tenants:
         self._database = database
         self._now_us = now_us
         self._new_id = new_id
+
+    def within(self, transactions: Transactions) -> "Tenants":
+        """The same, as a part of other work that commits as one."""
+        return Tenants(transactions, now_us=self._now_us, new_id=self._new_id)
 
     async def create_tenant(
         self,
@@ -180,6 +184,7 @@ class Tenants:
         tenant_id: str,
         app_id: str,
         *,
+        name: str | None = None,
         billing_mode: BillingMode | None = None,
         markup_bps: int | None = None,
         on_disconnect: OnDisconnect | Literal["default"] | None = None,
@@ -194,7 +199,9 @@ class Tenants:
         """
         if markup_bps is not None:
             _checked_markup(markup_bps)
-        asked = {"billing_mode": billing_mode, "markup_bps": markup_bps, "archived": archived}
+        if name is not None:
+            _checked_name(name)
+        asked = {"name": name, "billing_mode": billing_mode, "markup_bps": markup_bps, "archived": archived}
         changes: dict[str, Any] = {column: value for column, value in asked.items() if value is not None}
         if on_disconnect is not None:
             changes["on_disconnect"] = None if on_disconnect == "default" else on_disconnect

@@ -54,16 +54,17 @@ class Answer:
         NoAnswer: the body is not a JSON object.
     """
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, *, hidden_reasoning: bool = False) -> None:
         try:
             self._fields = _TOP.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise NoAnswer from None
-        self.reported = self._reported()
+        self.reported = self._reported(hidden_reasoning)
 
-    def _reported(self) -> Usage | None:
+    def _reported(self, hidden_reasoning: bool) -> Usage | None:
         try:
-            return usage_from_openai(_OBJECT.decode(self._fields["usage"]))
+            report = _OBJECT.decode(self._fields["usage"])
+            return usage_from_openai(report, hidden_reasoning=hidden_reasoning)
         except (KeyError, msgspec.DecodeError, UsageInvalid, UnicodeDecodeError, RecursionError):
             return None
 

@@ -176,7 +176,11 @@ class ChatProxy:
                 if response.status >= 400:
                     await self._refused(exchange, hold, response)
                 elif request.stream and _is_event_stream(response):
-                    meter = StreamMeter(self._counter_of(hold), wants_usage=request.wants_usage)
+                    meter = StreamMeter(
+                        self._counter_of(hold),
+                        wants_usage=request.wants_usage,
+                        hidden_reasoning=hold.tariff.card.hidden_reasoning,
+                    )
                     stream = StreamedAnswer(exchange, plan, hold, response, meter)
                     await stream.pass_on(grace_s=self._grace_s(principal, plan))
                 else:
@@ -360,7 +364,7 @@ class ChatProxy:
         """Read the answer, charge it, and pass it on. A client that has gone is charged all the same."""
         try:
             body = await response.read(ANSWER_BYTES_MAX)
-            answer = Answer(body)
+            answer = Answer(body, hidden_reasoning=hold.tariff.card.hidden_reasoning)
         except UpstreamBodyTooLarge:
             raise upstream_error("The upstream's answer is too large. Nothing was charged.") from None
         except UpstreamError as error:

@@ -102,9 +102,10 @@ class StreamMeter:
         stale: something came after the last report of usage, which therefore may not cover it.
     """
 
-    def __init__(self, new_counter: Callable[[], Counter], *, wants_usage: bool) -> None:
+    def __init__(self, new_counter: Callable[[], Counter], *, wants_usage: bool, hidden_reasoning: bool) -> None:
         self._new_counter = new_counter
         self._wants_usage = wants_usage
+        self._hidden_reasoning = hidden_reasoning
         self._decoder = SSEDecoder()
         self._queue: deque[Waiting] = deque()
         self._uncounted: list[bytes] = []
@@ -175,7 +176,7 @@ class StreamMeter:
         if self._wants_usage:
             self._held = event
             return None
-        if fields.get("choices", _NULL) in (b"[]", b"null"):
+        if bytes(fields.get("choices", _NULL)) in (b"[]", b"null"):
             return None
         return b"data: " + msgspec.json.encode({**fields, "usage": _NULL}) + b"\n\n"
 
@@ -302,7 +303,7 @@ class StreamMeter:
         if self._usage is None:
             return None
         try:
-            return usage_from_openai(self._usage)
+            return usage_from_openai(self._usage, hidden_reasoning=self._hidden_reasoning)
         except UsageInvalid:
             return None
 

@@ -53,9 +53,9 @@ class ChatRequest(msgspec.Struct, frozen=True):
     audio: bool
 
     def part(self, name: str) -> msgspec.Raw | None:
-        """A field that is prompt beside the messages, such as ``tools``; None where it is missing or null."""
+        """A field as it came, such as ``tools``; None where it is missing or null."""
         raw = self.fields.get(name)
-        return None if raw is None or raw == b"null" else raw
+        return None if raw is None or bytes(raw) == b"null" else raw
 
     def body(self, *, model: str, ask_usage: bool, output_tokens_max: int | None, limit_field: str) -> bytes:
         """The JSON to forward.
@@ -71,7 +71,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
             changes["model"] = msgspec.Raw(msgspec.json.encode(model))
         if output_tokens_max is not None:
             limit = msgspec.Raw(str(output_tokens_max).encode())
-            changes.update({name: limit for name in LIMIT_FIELDS if name in fields and fields[name] != _NULL})
+            changes.update({name: limit for name in LIMIT_FIELDS if self.part(name) is not None})
             if self.limit_field is None:
                 changes[limit_field] = limit
         if self.stream and ask_usage:
