@@ -41,7 +41,7 @@ from gateway.settings import SIMULATED, Settings
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
 from ledger.store.sqlite import SqliteStore
-from pricing.tokens import PromptCounter, TextCounter, encoding_for
+from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
 
 CHAT_PATH: Final = "/v1/chat/completions"
 USERS_PATH: Final = "/v1/users/"
@@ -229,6 +229,9 @@ async def running_parts(
         )
         gauges = asyncio.create_task(_set_gauges(metrics, ledger, journal), name="gauges")
         stack.push_async_callback(_cancelled, gauges)
+        # The ranks take a third of a second to load; the first request need not wait for them.
+        warming = asyncio.create_task(asyncio.to_thread(warm), name="warm")
+        stack.push_async_callback(_finished, warming)
         yield Parts(services=services, chat=chat, api=create_api(services))
 
 
@@ -258,6 +261,10 @@ async def _set_gauges(metrics: Metrics, ledger: Ledger, journal: SettlementJourn
         metrics.ledger_queue.set(ledger.queue_length)
         metrics.journal_waiting.set(journal.waiting)
         await asyncio.sleep(GAUGES_S)
+
+
+async def _finished(task: asyncio.Task[Any]) -> None:
+    await asyncio.wait((task,))
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
