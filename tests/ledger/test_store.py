@@ -126,7 +126,7 @@ async def test_a_batch_answers_each_command_and_a_refusal_sinks_nobody(store: St
     )
     granted = result_of(outcomes[0])
     assert isinstance(granted, Granted)
-    assert (granted.block_id, granted.amount, granted.balance_before, granted.balance_after) == ("blk_1", 100, 0, 100)
+    assert (granted.balance_before, granted.balance_after, granted.at_us) == (0, 100, START_US)
     assert isinstance(result_of(outcomes[1]), Reserved)
     assert outcomes[2] == Rejected(Reason.INSUFFICIENT_CREDITS, needed=60, available=40)
     assert result_of(outcomes[3]).balance == 55
