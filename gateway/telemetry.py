@@ -8,6 +8,10 @@ import logging
 import os
 import re
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO, Any, Final
 
 import structlog
@@ -21,13 +25,15 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-MULTIPROCESS_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
-"""Where the workers of one gateway keep their counters together; `gateway/server.py` sets it."""
+from gateway.supervisor import MULTIPROCESS_DIR
+from ledger.outcomes import Applied, UsageRecorded
 
 SECRETS: Final = re.compile(
     r"\b(fb_(?:live|test|admin)_[0-9a-z]{4})[0-9a-z_]+|\b((?:sk|rk|whsec)[-_][A-Za-z0-9]{2})[A-Za-z0-9_-]{8,}"
     r"|((?:postgresql|redis)://[^:/@\s]+:)[^@\s]+(?=@)|(?i:(bearer\s+\S{4}))\S+"
 )
+PROXIED: Final = "/v1/chat/completions"
+CLIENT_LEFT: Final = 499
 LATENCY_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -71,8 +77,15 @@ def _render(_logger: object, _name: str, event: Any) -> str:
     return masked(written)
 
 
+@dataclass(slots=True)
+class Seen:
+    """The status of a response that has been sent; 499 while there is none: the client may leave first."""
+
+    status: int = CLIENT_LEFT
+
+
 class Metrics:
-    """Everything that is counted. Amounts are in whole credits, as floats: they are for graphs, not for accounts."""
+    """Everything that is counted. Prometheus counts in floats: this is for graphs, the journal is for accounts."""
 
     def __init__(self) -> None:
         registry = CollectorRegistry()
@@ -88,32 +101,19 @@ class Metrics:
             registry=registry,
         )
         self.open_requests = Gauge(
-            "farebox_open_requests",
-            "Requests under way.",
-            ["route"],
-            registry=registry,
-            multiprocess_mode="livesum",
+            "farebox_open_requests", "Proxied requests under way.", registry=registry, multiprocess_mode="livesum"
         )
         self.settlements = Counter(
             "farebox_settlements_total",
-            "Proxied requests settled, by how they ended and how their usage is known.",
+            "Proxied requests charged, by how they ended and how their usage is known.",
             ["ending", "source"],
             registry=registry,
         )
-        self.charged = Counter("farebox_charged_credits_total", "Credits charged.", registry=registry)
+        self.charged = Counter("farebox_charged_total", "Charged, in the assets' smallest units.", registry=registry)
         self.shortfall = Counter(
-            "farebox_shortfall_credits_total",
-            "Credits that the operator bore because an upstream used more than was quoted.",
+            "farebox_shortfall_total",
+            "What the operator bore because an upstream used more than was quoted, in the assets' smallest units.",
             registry=registry,
-        )
-        self.upstream_failures = Counter(
-            "farebox_upstream_failures_total",
-            "Upstreams that failed to answer.",
-            ["upstream", "kind"],
-            registry=registry,
-        )
-        self.swept = Counter(
-            "farebox_swept_total", "What a sweep settled: reservations, wallets.", ["kind"], registry=registry
         )
         self.ledger_queue = Gauge(
             "farebox_ledger_queue_length",
@@ -127,6 +127,33 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self._proxied_seconds = self.request_seconds.labels(PROXIED)
+        self._proxied_statuses: dict[int, Counter] = {}
+
+    @contextmanager
+    def proxied(self) -> Iterator[Seen]:
+        """Count one proxied request, whose status is told in what this gives."""
+        seen = Seen()
+        began_s = time.perf_counter()
+        self.open_requests.inc()
+        try:
+            yield seen
+        finally:
+            self.open_requests.dec()
+            self._proxied_seconds.observe(time.perf_counter() - began_s)
+            counter = self._proxied_statuses.get(seen.status)
+            if counter is None:
+                counter = self._proxied_statuses[seen.status] = self.requests.labels(PROXIED, "POST", str(seen.status))
+            counter.inc()
+
+    def count_applied(self, applied: Applied) -> None:
+        """Count what a command of the ledger charged."""
+        for fact in applied.facts:
+            if isinstance(fact, UsageRecorded):
+                self.settlements.labels(fact.record.ending, fact.record.source).inc()
+                self.charged.inc(sum(charge.total for charge in fact.charges))
+                if fact.shortfall:
+                    self.shortfall.inc(fact.shortfall)
 
     content_type: str = CONTENT_TYPE_LATEST
 

@@ -64,23 +64,41 @@ class ReserveLeg(msgspec.Struct, frozen=True):
     minimum: int
 
 
-class Reserve(Command, frozen=True, kw_only=True, tag="reserve"):
-    """Set credits aside for work to come, over all legs and limits, all or nothing.
+class Hold(Command, frozen=True, kw_only=True):
+    """What a reservation and a debit have in common.
 
-    The reservation's id is the caller's: a retry cannot make a second one. The first leg is the payer's, a second
-    one bears what a product action's price leaves uncovered. Every *limit* must afford what the first leg holds.
-    *unfunded* is the tenant's line that bounds what may be burnt from credits that the operator was not paid for;
-    None leaves it unbounded. *developer* names the account that markup is payable to.
+    The first leg is the payer's, a second one bears what a product action's price leaves uncovered. Every *limit*
+    must afford what the first leg holds. *unfunded* is the tenant's line that bounds what may be burnt from credits
+    that the operator was not paid for, an agreed overdraft among them; None leaves it unbounded. *developer* names
+    the account that markup is payable to.
     """
 
     reservation: ReservationRef
     asset: str
     legs: tuple[ReserveLeg, ...]
-    ttl_us: int
     limits: tuple[WalletRef, ...] = ()
     unfunded: WalletRef | None = None
     developer: str | None = None
     tags: Tags = Tags()
+
+    @property
+    def wallets(self) -> list[WalletRef]:
+        """Every wallet that it names."""
+        named = [ref for leg in self.legs for ref in leg.wallets]
+        named += self.limits
+        if self.unfunded is not None:
+            named.append(self.unfunded)
+        return named
+
+
+class Reserve(Hold, frozen=True, kw_only=True, tag="reserve"):
+    """Set credits aside for work to come, over all legs and limits, all or nothing.
+
+    The reservation's id is the caller's: a retry cannot make a second one. *mark* is what is charged if nobody
+    settles within *ttl_us*.
+    """
+
+    ttl_us: int
     request_id: str | None = None
     mark: Settlement | None = None
     metadata: dict[str, Any] = {}
@@ -131,17 +149,10 @@ class Lapse(Command, frozen=True, kw_only=True, tag="lapse"):
     reservation: ReservationRef
 
 
-class Debit(Command, frozen=True, kw_only=True, tag="debit"):
+class Debit(Hold, frozen=True, kw_only=True, tag="debit"):
     """Charge at once, or refuse: a reservation and its commit in one step."""
 
-    reservation: ReservationRef
-    asset: str
-    legs: tuple[ReserveLeg, ...]
     settlement: Settlement
-    limits: tuple[WalletRef, ...] = ()
-    unfunded: WalletRef | None = None
-    developer: str | None = None
-    tags: Tags = Tags()
 
 
 class Revoke(Command, frozen=True, kw_only=True, tag="revoke"):

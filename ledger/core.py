@@ -19,6 +19,7 @@ from ledger.commands import (
     Extend,
     Freeze,
     Grant,
+    Hold,
     Lapse,
     Release,
     Reserve,
@@ -46,6 +47,8 @@ def decide(state: State, command: AnyCommand, now_us: int) -> Outcome:
             return Rejected(Reason.KEY_REUSED)
         if taken is not None:
             return Applied(result=taken.result, replayed=True)
+    if not _stays_in_scope(command):
+        return Rejected(Reason.NOT_FOUND)
     outcome = _DECISIONS[type(command)](state, command, now_us)
     if command.key is None or isinstance(outcome, Rejected) or outcome.replayed:
         return outcome
@@ -57,6 +60,18 @@ def decide(state: State, command: AnyCommand, now_us: int) -> Outcome:
         result=outcome.result,
     )
     return msgspec.structs.replace(outcome, facts=(*outcome.facts, taken))
+
+
+def _stays_in_scope(command: AnyCommand) -> bool:
+    """Nothing crosses tenants or modes, but that a reservation's payers may be the operator's wallets."""
+    scope = command.scope
+    if isinstance(command, Extend | Commit | Release | Lapse):
+        return command.reservation[:2] == scope
+    if isinstance(command, Hold):
+        return command.reservation[:2] == scope and all(ref.mode == scope.mode for ref in command.wallets)
+    if isinstance(command, Grant) and command.from_wallet is not None and command.from_wallet[:2] != scope:
+        return False
+    return command.wallet[:2] == scope
 
 
 _DECISIONS: dict[type[AnyCommand], Callable[[State, Any, int], Outcome]] = {

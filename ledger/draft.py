@@ -1,12 +1,17 @@
 """One command's changes, gathered until they are all known: the differences and entries that become its facts.
 
-A draft sees the state with its own changes on top, so that a step can build on the one before it.
+A draft sees the state with its own changes on top, so that a step can build on the one before it. A refused command's
+draft is dropped, and nothing has happened.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
 
 from ledger.burndown import payable
-from ledger.model import Block, Funding, Scope, Tags, Wallet, WalletRef
+from ledger.commands import Command
+from ledger.model import Account, Block, Funding, Reservation, Scope, Tags, Wallet, WalletRef
 from ledger.outcomes import (
     Applied,
     BlockChanged,
@@ -19,75 +24,104 @@ from ledger.outcomes import (
     WalletChanged,
     WalletOpened,
 )
-from ledger.state import State
+from ledger.state import State, changed_block
 
 BlockRef = tuple[WalletRef, str]
 
 NO_TAGS = Tags()
 """The tags of what is not a charge: only unrestricted blocks serve."""
 
+FUNDING_ACCOUNT = {
+    Funding.PAID: Account.CLEARING,
+    Funding.EXTERNAL: Account.EXTERNAL,
+    Funding.PROMOTIONAL: Account.PROMO,
+    Funding.PLAN: Account.PLAN,
+}
+"""Where a grant of this kind comes from. A developer's grant has none: it comes out of a pool, which is a wallet."""
+
+
+class Source(NamedTuple):
+    """Free credits of a block, or of the wallet's overdraft when *block* is None."""
+
+    wallet: Wallet
+    block: Block | None
+    amount: int
+
 
 class Draft:
-    """Collects differences by block and wallet; :meth:`facts` turns each into one fact."""
+    """Collects differences by block and wallet: each of them is one fact."""
 
-    def __init__(self, state: State, command_id: str, now_us: int) -> None:
+    def __init__(self, state: State, command: Command, now_us: int) -> None:
         self.state = state
+        self.command = command
         self.now_us = now_us
         self.transfers: list[Transfer] = []
         self.events: list[Event] = []
         self.other: list[Fact] = []
-        self._command_id = command_id
         self._wallets_opened: dict[WalletRef, Wallet] = {}
         self._blocks_opened: dict[BlockRef, Block] = {}
-        self._blocks: dict[BlockRef, dict[str, int]] = {}
-        self._wallets: dict[WalletRef, dict[str, int]] = {}
-        self._reservation: ReservationChanged | None = None
+        self._blocks: dict[BlockRef, BlockChanged] = {}
+        self._wallets: dict[WalletRef, WalletChanged] = {}
 
     # What is there, with this draft's changes on top.
 
     def wallet(self, ref: WalletRef) -> Wallet | None:
+        """The wallet as it was before this draft, or as this draft opened it."""
         return self.state.wallets.get(ref) or self._wallets_opened.get(ref)
 
     def block(self, ref: WalletRef, block_id: str) -> Block:
+        """The block as it was before this draft, or as this draft opened it."""
         return self._blocks_opened.get((ref, block_id)) or self.state.blocks[ref][block_id]
+
+    def block_after(self, block: Block) -> Block:
+        change = self._blocks.get((block.wallet, block.id))
+        return block if change is None else changed_block(block, change)
 
     def free(self, block: Block) -> int:
         """What no reservation holds and nothing has used."""
         change = self._blocks.get((block.wallet, block.id))
         if change is None:
             return block.free
-        used = change.get("consumed", 0) + change.get("expired", 0) + change.get("revoked", 0)
-        return block.free + change.get("granted", 0) - used - change.get("reserved", 0)
+        return block.free + _remaining(change) - change.reserved
 
     def payable(self, ref: WalletRef, tags: Tags) -> list[Block]:
-        return payable(self.state.blocks.get(ref, {}).values(), tags, self.now_us)
+        blocks = self.state.blocks.get(ref)
+        return [] if blocks is None else payable(blocks.values(), tags, self.now_us)
 
-    def overdraft_free(self, wallet: Wallet) -> int:
+    def available(self, ref: WalletRef) -> int:
+        """What a wallet that is not a payer (a limit, a line, a pool) has free for anything."""
+        return sum(self.free(block) for block in self.payable(ref, NO_TAGS))
+
+    def sources(self, wallets: list[Wallet], tags: Tags) -> Iterator[Source]:
+        """Where a charge can come from: the blocks of all *wallets* in burn order, before the overdraft of any."""
+        for wallet in wallets:
+            for block in self.payable(wallet.ref, tags):
+                amount = self.free(block)
+                if amount > 0:
+                    yield Source(wallet, block, amount)
+        for wallet in wallets:
+            if wallet.overdraft_limit > 0:
+                amount = self._overdraft_free(wallet)
+                if amount > 0:
+                    yield Source(wallet, None, amount)
+
+    def _overdraft_free(self, wallet: Wallet) -> int:
         """How much further below zero the wallet may go."""
-        change = self._wallets.get(wallet.ref, {})
-        receivable = wallet.receivable + change.get("receivable", 0)
-        held = wallet.overdraft_reserved + change.get("overdraft_reserved", 0)
-        return max(0, wallet.overdraft_limit - receivable - held)
-
-    def owes_too_much(self, wallet: Wallet) -> bool:
-        return wallet.receivable > wallet.overdraft_limit
+        free = wallet.overdraft_limit - wallet.receivable - wallet.overdraft_reserved
+        change = self._wallets.get(wallet.ref)
+        return free if change is None else free - change.receivable - change.overdraft_reserved
 
     def balance(self, ref: WalletRef) -> int:
         """The wallet's balance after this draft."""
-        total = self.state.balance(ref, self.now_us)
-        for (wallet, block_id), change in self._blocks.items():
-            if wallet == ref and self._unexpired(self.block(ref, block_id)):
-                used = change.get("consumed", 0) + change.get("expired", 0) + change.get("revoked", 0)
-                total += change.get("granted", 0) - used
-        total += sum(
-            block.remaining
-            for (wallet, _), block in self._blocks_opened.items()
-            if wallet == ref and self._unexpired(block)
-        )
-        return total - self._wallets.get(ref, {}).get("receivable", 0)
-
-    def _unexpired(self, block: Block) -> bool:
-        return block.expires_at_us is None or self.now_us < block.expires_at_us
+        balance = self.state.balance(ref, self.now_us)
+        for block in self._blocks_opened.values():
+            if block.wallet == ref and not block.expired_at(self.now_us):
+                balance += block.remaining
+        for change in self._blocks.values():
+            if change.wallet == ref and not self.block(ref, change.block).expired_at(self.now_us):
+                balance += _remaining(change)
+        wallet_change = self._wallets.get(ref)
+        return balance if wallet_change is None else balance - wallet_change.receivable
 
     # What changes.
 
@@ -103,95 +137,157 @@ class Draft:
         self.change_wallet(block.wallet, blocks_opened=1)
 
     def next_block_sequence(self, wallet: Wallet) -> int:
-        return wallet.blocks_opened + self._wallets.get(wallet.ref, {}).get("blocks_opened", 0) + 1
+        change = self._wallets.get(wallet.ref)
+        return wallet.blocks_opened + (0 if change is None else change.blocks_opened) + 1
 
-    def change_block(self, block: Block, **differences: int) -> None:
-        _add(self._blocks.setdefault((block.wallet, block.id), {}), differences)
-        self.change_wallet(block.wallet)
+    def change_block(
+        self,
+        block: Block,
+        *,
+        granted: int = 0,
+        consumed: int = 0,
+        reserved: int = 0,
+        expired: int = 0,
+        revoked: int = 0,
+        clawed: int = 0,
+    ) -> None:
+        ref = (block.wallet, block.id)
+        before = self._blocks.get(ref)
+        if before is not None:
+            granted += before.granted
+            consumed += before.consumed
+            reserved += before.reserved
+            expired += before.expired
+            revoked += before.revoked
+            clawed += before.clawed
+        self._blocks[ref] = BlockChanged(block.wallet, block.id, granted, consumed, reserved, expired, revoked, clawed)
+        if block.wallet not in self._wallets:
+            self._wallets[block.wallet] = WalletChanged(block.wallet, self.now_us)
 
-    def change_wallet(self, ref: WalletRef, **differences: int) -> None:
-        _add(self._wallets.setdefault(ref, {}), differences)
+    def change_wallet(
+        self,
+        ref: WalletRef,
+        *,
+        receivable: int = 0,
+        overdraft_reserved: int = 0,
+        blocks_opened: int = 0,
+        events_raised: int = 0,
+    ) -> None:
+        before = self._wallets.get(ref)
+        if before is not None:
+            receivable += before.receivable
+            overdraft_reserved += before.overdraft_reserved
+            blocks_opened += before.blocks_opened
+            events_raised += before.events_raised
+        self._wallets[ref] = WalletChanged(
+            ref, self.now_us, receivable, overdraft_reserved, blocks_opened, events_raised
+        )
 
-    def change_reservation(self, changed: ReservationChanged) -> None:
-        self._reservation = changed
+    def hold(self, source: Source, amount: int) -> None:
+        """Set *amount* of a source aside; a negative one gives it back.
+
+        What goes back to a block that has expired meanwhile pays no more: ``Expire`` books it.
+        """
+        if source.block is None:
+            self.change_wallet(source.wallet.ref, overdraft_reserved=amount)
+        else:
+            self.change_block(source.block, reserved=amount)
+
+    def use(self, source: Source, amount: int, *, held: bool) -> None:
+        """Use *amount* of a source up, out of what was *held* of it or of what was free."""
+        freed = amount if held else 0
+        if source.block is None:
+            self.change_wallet(source.wallet.ref, receivable=amount, overdraft_reserved=-freed)
+        else:
+            self.change_block(source.block, consumed=amount, reserved=-freed)
 
     def transfer(
-        self, wallet: Wallet, amount: int, *, debit: str, credit: str, block: str | None = None, reference: str = ""
+        self,
+        amount: int,
+        *,
+        asset: str,
+        debit: str,
+        credit: str,
+        block_id: str | None = None,
+        reference: str | None = None,
+        scope: Scope | None = None,
     ) -> None:
-        """Book an entry in *wallet*'s scope and asset. Nothing is booked for nothing."""
+        """Book an entry, in the command's scope unless another is named. Nothing is booked for nothing."""
         if amount > 0:
-            scope = Scope(wallet.ref.tenant, wallet.ref.mode)
-            entry = Transfer(
-                scope=scope,
-                debit=debit,
-                credit=credit,
-                amount=amount,
-                asset=wallet.asset,
-                block=block,
-                reference=reference or None,
-            )
-            self.transfers.append(entry)
+            where = scope or self.command.scope
+            self.transfers.append(Transfer(where, debit, credit, amount, asset, block_id, reference))
 
-    def raise_event(self, ref: WalletRef, kind: str, body: dict[str, Any], *, event_id: str | None = None) -> None:
+    def spend(self, source: Source, amount: int, *, account: str, reference: str | None) -> None:
+        """Book what leaves a source for an account, in the scope and asset of the source's wallet."""
+        wallet = source.wallet
+        self.transfer(
+            amount,
+            asset=wallet.asset,
+            debit=wallet.account,
+            credit=account,
+            block_id=None if source.block is None else source.block.id,
+            reference=reference,
+            scope=None if wallet.ref[:2] == self.command.scope else wallet.ref.scope,
+        )
+
+    def raise_event(self, ref: WalletRef, kind: str, body: dict[str, Any]) -> None:
         wallet = self.wallet(ref)
-        if wallet is None:
-            return
+        assert wallet is not None, "an event belongs to a wallet"
         self.change_wallet(ref, events_raised=1)
-        sequence = wallet.events_raised + self._wallets[ref]["events_raised"]
-        identity = event_id or f"evt_{self._command_id.partition('_')[2]}{len(self.events):02d}"
-        self.events.append(Event(id=identity, wallet=ref, sequence=sequence, type=kind, at_us=self.now_us, body=body))
+        sequence = wallet.events_raised + self._wallets[ref].events_raised
+        event_id = f"evt_{self.command.id.removeprefix('cmd_')}{len(self.events):02d}"
+        self.events.append(Event(event_id, ref, sequence, kind, self.now_us, body))
 
-    def return_to_pool(self, wallet: Wallet, block: Block, amount: int, *, reference: str) -> None:
-        """Give *amount* of a developer's grant back to the pool that funded it."""
+    def raise_block_event(self, kind: str, block: Block, **facts: Any) -> None:
+        """An event that carries the whole block as it is after this draft; its wallet names the customer."""
+        body = {"block": msgspec.to_builtins(self.block_after(block)), **facts}
+        self.raise_event(block.wallet, kind, body)
+
+    def return_to_pool(self, source: Source, amount: int, *, reference: str | None) -> None:
+        """Give *amount* of a block back to the wallet that it came out of."""
+        block = source.block
+        assert block is not None
         assert block.pool is not None
         if amount == 0:
             return
-        pool = self.open_wallet(block.pool, wallet.asset)
-        kind = "paid" if block.operator_paid else "unpaid"
-        block_id = f"blk_returns_{kind}"
-        self.transfer(wallet, amount, debit=wallet.account, credit=pool.account, block=block.id, reference=reference)
+        pool = self.open_wallet(block.pool, source.wallet.asset)
+        self.spend(source, amount, account=pool.account, reference=reference)
+        block_id = "blk_returns_paid" if block.operator_paid else "blk_returns_unpaid"
         returns = self._blocks_opened.get((pool.ref, block_id)) or self.state.blocks.get(pool.ref, {}).get(block_id)
         if returns is None:
-            self.open_block(
-                Block(
-                    wallet=pool.ref,
-                    id=block_id,
-                    sequence=self.next_block_sequence(pool),
-                    granted=0,
-                    created_at_us=self.now_us,
-                    effective_at_us=self.now_us,
-                    source="returned",
-                    funding=Funding.PAID if block.operator_paid else Funding.EXTERNAL,
-                    operator_paid=block.operator_paid,
-                )
+            returns = Block(
+                wallet=pool.ref,
+                id=block_id,
+                sequence=self.next_block_sequence(pool),
+                granted=0,
+                created_at_us=self.now_us,
+                effective_at_us=self.now_us,
+                source="returned",
+                funding=Funding.PAID if block.operator_paid else Funding.EXTERNAL,
+                operator_paid=block.operator_paid,
             )
-            returns = self._blocks_opened[pool.ref, block_id]
+            self.open_block(returns)
         self.change_block(returns, granted=amount)
 
     # What it comes to.
 
-    def applied(self, result: Result) -> Applied:
-        return Applied(result=result, facts=self.facts(), events=tuple(self.events))
-
-    def facts(self) -> tuple[Fact, ...]:
-        """All facts of this draft; a changed wallet's version rises once."""
-        gathered: list[Fact] = list(self.transfers)
-        gathered += [WalletOpened(wallet=wallet) for wallet in self._wallets_opened.values()]
-        gathered += [BlockOpened(block=block) for block in self._blocks_opened.values()]
-        gathered += [
-            BlockChanged(wallet=wallet, block=block_id, **change)  # type: ignore[arg-type]
-            for (wallet, block_id), change in self._blocks.items()
-            if any(change.values())
+    def applied(
+        self, result: Result, reservation: Reservation | None = None, *, answers: tuple[str, str] | None = None
+    ) -> Applied:
+        """All facts of this draft, and the *reservation* as it is now; a changed wallet's version rises once."""
+        facts: list[Fact] = [
+            *self.transfers,
+            *map(WalletOpened, self._wallets_opened.values()),
+            *map(BlockOpened, self._blocks_opened.values()),
+            *self._blocks.values(),
+            *self._wallets.values(),
         ]
-        gathered += [
-            WalletChanged(wallet=wallet, at_us=self.now_us, **change)  # type: ignore[arg-type]
-            for wallet, change in self._wallets.items()
-        ]
-        if self._reservation is not None:
-            gathered.append(self._reservation)
-        return tuple(gathered + self.other)
+        if reservation is not None:
+            facts.append(ReservationChanged(reservation))
+        facts += self.other
+        return Applied(result, tuple(facts), tuple(self.events), False, answers)
 
 
-def _add(totals: dict[str, int], differences: dict[str, int]) -> None:
-    for name, difference in differences.items():
-        totals[name] = totals.get(name, 0) + difference
+def _remaining(change: BlockChanged) -> int:
+    """What a change adds to a block's remainder."""
+    return change.granted - change.consumed - change.expired - change.revoked

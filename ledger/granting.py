@@ -1,23 +1,10 @@
 """Credits in, and back out unspent: grants, revocation, expiry, and the switches of a wallet."""
 
-import msgspec
+from typing import NamedTuple
 
-from ledger.commands import (
-    Expire,
-    Freeze,
-    Grant,
-    Revoke,
-    SetOverdraft,
-)
-from ledger.draft import NO_TAGS, Draft
-from ledger.model import (
-    AMOUNT_MAX,
-    Account,
-    Block,
-    Funding,
-    Wallet,
-    WalletRef,
-)
+from ledger.commands import Expire, Freeze, Grant, Revoke, SetOverdraft
+from ledger.draft import FUNDING_ACCOUNT, NO_TAGS, Draft, Source
+from ledger.model import AMOUNT_MAX, Account, Block, Funding, Wallet, WalletRef
 from ledger.outcomes import (
     Applied,
     BlockChanged,
@@ -32,67 +19,60 @@ from ledger.outcomes import (
 )
 from ledger.state import State
 
-FUNDING_ACCOUNT = {
-    Funding.PAID: Account.CLEARING,
-    Funding.EXTERNAL: Account.EXTERNAL,
-    Funding.PROMOTIONAL: Account.PROMO,
-    Funding.PLAN: Account.PLAN,
-}
-"""Where a grant of this kind comes from. A developer's grant has none: it comes out of a pool, which is a wallet."""
+
+class _Lot(NamedTuple):
+    """A part of a grant that becomes a block of its own."""
+
+    block_id: str
+    operator_paid: bool
+    amount: int
 
 
 def grant(state: State, command: Grant, now_us: int) -> Outcome:
-    expires_at_us = command.expires_at_us
     effective_at_us = now_us if command.effective_at_us is None else command.effective_at_us
-    if not 0 < command.amount <= AMOUNT_MAX or command.from_wallet == command.wallet:
+    if not _grantable(state, command, effective_at_us=max(now_us, effective_at_us)):
         return Rejected(Reason.INVALID_AMOUNT)
-    if expires_at_us is not None and expires_at_us <= max(now_us, effective_at_us):
-        return Rejected(Reason.INVALID_AMOUNT)
-    if command.block_id in state.blocks.get(command.wallet, {}):
+    if command.from_wallet is None and command.funding is Funding.DEVELOPER_GRANT:
+        return Rejected(Reason.NOT_FOUND)
+    blocks = state.blocks.get(command.wallet, {})
+    if command.block_id in blocks or _second_block(command) in blocks:
         return Rejected(Reason.ALREADY_EXISTS)
-    draft = Draft(state, command.id, now_us)
+    draft = Draft(state, command, now_us)
     wallet = draft.open_wallet(command.wallet, command.asset)
     if wallet.asset != command.asset:
         return Rejected(Reason.ASSET_MISMATCH)
-    if command.from_wallet is None:
-        lots = [(command.operator_paid, command.amount)]
-        account = FUNDING_ACCOUNT[command.funding]
-        draft.transfer(wallet, command.amount, debit=account, credit=wallet.account, block=command.block_id)
-    else:
-        taken = _take_from_wallet(draft, command.from_wallet, wallet, command.amount)
-        if isinstance(taken, Rejected):
-            return taken
-        lots = taken
-    balance_before = state.balance(wallet.ref, now_us)
+    lots = _lots(draft, command, wallet)
+    if isinstance(lots, Rejected):
+        return lots
     owed = wallet.receivable
-    for number, (operator_paid, amount) in enumerate(lots, start=1):
-        repaid = min(owed, amount)
+    for lot in lots:
+        repaid = min(owed, lot.amount)
         owed -= repaid
         block = Block(
             wallet=wallet.ref,
-            id=command.block_id if number == 1 else f"{command.block_id}_{number}",
+            id=lot.block_id,
             sequence=draft.next_block_sequence(wallet),
-            granted=amount,
+            granted=lot.amount,
             consumed=repaid,
             created_at_us=now_us,
             effective_at_us=effective_at_us,
-            expires_at_us=expires_at_us,
+            expires_at_us=command.expires_at_us,
             priority=command.priority,
             source=command.source,
             funding=command.funding,
-            operator_paid=operator_paid,
+            operator_paid=lot.operator_paid,
             restriction=command.restriction,
-            pool=command.from_wallet if command.funding is Funding.DEVELOPER_GRANT else None,
+            pool=command.from_wallet,
             payment_reference=command.payment_reference,
             metadata=command.metadata,
         )
         draft.open_block(block)
         draft.change_wallet(wallet.ref, receivable=-repaid)
-        draft.raise_event(wallet.ref, "credit.granted", {"block": msgspec.to_builtins(block)})
+        draft.raise_block_event("credit.granted", block)
     granted = Granted(
         block_id=command.block_id,
         amount=command.amount,
-        balance_before=balance_before,
+        balance_before=state.balance(wallet.ref, now_us),
         balance_after=draft.balance(wallet.ref),
         repaid=wallet.receivable - owed,
         at_us=now_us,
@@ -100,10 +80,39 @@ def grant(state: State, command: Grant, now_us: int) -> Outcome:
     return draft.applied(granted)
 
 
-def _take_from_wallet(
-    draft: Draft, source: WalletRef, wallet: Wallet, amount: int
-) -> list[tuple[bool, int]] | Rejected:
-    """Move *amount* out of *source*'s free blocks: how much of it the operator was paid for, and how much not."""
+def _grantable(state: State, command: Grant, *, effective_at_us: int) -> bool:
+    """Whether the amount and the time make sense: a wallet's blocks together stay within the bounds of an amount."""
+    there = sum(block.remaining for block in state.blocks.get(command.wallet, {}).values())
+    return (
+        command.amount > 0
+        and there + command.amount <= AMOUNT_MAX
+        and (command.expires_at_us is None or effective_at_us < command.expires_at_us)
+        and command.from_wallet != command.wallet
+    )
+
+
+def _second_block(command: Grant) -> str:
+    return f"{command.block_id}_2"
+
+
+def _lots(draft: Draft, command: Grant, wallet: Wallet) -> list[_Lot] | Rejected:
+    """Bring the credits in. Nobody but the operator says that it was paid: credits from elsewhere never are."""
+    if command.from_wallet is not None:
+        return _take_from_wallet(draft, command, command.from_wallet, wallet)
+    draft.transfer(
+        command.amount,
+        asset=wallet.asset,
+        debit=FUNDING_ACCOUNT[command.funding],
+        credit=wallet.account,
+        block_id=command.block_id,
+    )
+    paid = command.operator_paid and command.funding is not Funding.EXTERNAL
+    return [_Lot(command.block_id, paid, command.amount)]
+
+
+def _take_from_wallet(draft: Draft, command: Grant, source: WalletRef, wallet: Wallet) -> list[_Lot] | Rejected:
+    """Move the amount out of *source*'s free blocks: what the operator was paid for, and what not, stay apart."""
+    amount = command.amount
     giver = draft.wallet(source)
     if giver is None:
         return Rejected(Reason.INSUFFICIENT_CREDITS, needed=amount)
@@ -111,62 +120,72 @@ def _take_from_wallet(
         return Rejected(Reason.ASSET_MISMATCH)
     if giver.frozen:
         return Rejected(Reason.WALLET_FROZEN)
-    blocks = [] if giver.receivable else draft.payable(source, NO_TAGS)
-    available = sum(draft.free(block) for block in blocks)
+    available = draft.available(source)
+    if giver.receivable:
+        return Rejected(Reason.RECEIVABLE_OUTSTANDING, needed=amount, available=0)
     if available < amount:
-        reason = Reason.RECEIVABLE_OUTSTANDING if giver.receivable else Reason.INSUFFICIENT_CREDITS
-        return Rejected(reason, needed=amount, available=available)
-    lots = {True: 0, False: 0}
-    for block in blocks:
-        part = min(amount, draft.free(block))
-        if part > 0:
-            amount -= part
-            lots[block.operator_paid] += part
-            draft.change_block(block, consumed=part)
-            draft.transfer(wallet, part, debit=giver.account, credit=wallet.account, block=block.id)
-    return [(paid, part) for paid, part in lots.items() if part > 0]
+        return Rejected(Reason.INSUFFICIENT_CREDITS, needed=amount, available=available)
+    taken = {True: 0, False: 0}
+    for block in draft.payable(source, NO_TAGS):
+        part = Source(giver, block, min(amount, draft.free(block)))
+        if part.amount > 0:
+            amount -= part.amount
+            taken[block.operator_paid] += part.amount
+            draft.use(part, part.amount, held=False)
+            draft.spend(part, part.amount, account=wallet.account, reference=command.block_id)
+    block_ids = (command.block_id, _second_block(command))
+    kinds = [(paid, part) for paid, part in taken.items() if part > 0]
+    return [_Lot(block_id, paid, part) for block_id, (paid, part) in zip(block_ids, kinds, strict=False)]
 
 
 def revoke(state: State, command: Revoke, now_us: int) -> Outcome:
-    block = state.blocks.get(command.wallet, {}).get(command.block_id)
+    if not 0 < command.amount <= AMOUNT_MAX:
+        return Rejected(Reason.INVALID_AMOUNT)
     wallet = state.wallets.get(command.wallet)
+    block = state.blocks.get(command.wallet, {}).get(command.block_id)
     if block is None or wallet is None:
         return Rejected(Reason.NOT_FOUND)
-    if not 0 < command.amount <= block.granted:
+    if command.amount > block.granted:
         return Rejected(Reason.INVALID_AMOUNT)
-    draft = Draft(state, command.id, now_us)
+    draft = Draft(state, command, now_us)
     free = min(command.amount, block.free)
-    owed = command.amount - free if command.clawback else 0
-    draft.change_block(block, revoked=free)
-    draft.change_wallet(wallet.ref, receivable=owed)
-    reference = command.reference or ""
-    if block.pool is not None:
-        draft.return_to_pool(wallet, block, free + owed, reference=reference)
-    else:
-        account = FUNDING_ACCOUNT[block.funding]
-        draft.transfer(wallet, free + owed, debit=wallet.account, credit=account, block=block.id, reference=reference)
-    body = {"block": msgspec.to_builtins(block), "amount": free + owed, "reference": command.reference}
-    draft.raise_event(wallet.ref, "credit.clawed_back", body)
-    revoked = Revoked(amount=free, receivable=wallet.receivable + owed, balance=draft.balance(wallet.ref))
+    owed = min(command.amount - free, _clawable(block)) if command.clawback else 0
+    if free + owed > 0:
+        draft.change_block(block, revoked=free, clawed=owed)
+        draft.change_wallet(wallet.ref, receivable=owed)
+        taken = Source(wallet, block, free + owed)
+        if block.pool is not None:
+            draft.return_to_pool(taken, taken.amount, reference=command.reference)
+        else:
+            account = FUNDING_ACCOUNT[block.funding]
+            draft.spend(taken, taken.amount, account=account, reference=command.reference)
+        draft.raise_block_event("credit.clawed_back", block, amount=taken.amount, reference=command.reference)
+    revoked = Revoked(amount=free, receivable=wallet.receivable + owed, balance=draft.balance(wallet.ref), owed=owed)
     return draft.applied(revoked)
+
+
+def _clawable(block: Block) -> int:
+    """What is spent of a block, or about to be, and not taken back yet. What has lapsed was never had.
+
+    Nothing of credits that came out of another wallet: they would be there again to be spent, and the debt unpaid.
+    """
+    return 0 if block.pool is not None else block.consumed + block.reserved - block.clawed
 
 
 def expire(state: State, command: Expire, now_us: int) -> Outcome:
     wallet = state.wallets.get(command.wallet)
     if wallet is None:
         return Rejected(Reason.NOT_FOUND)
-    draft = Draft(state, command.id, now_us)
+    draft = Draft(state, command, now_us)
     lapsed: dict[str, int] = {}
     for block in state.blocks.get(command.wallet, {}).values():
-        if block.expires_at_us is None or now_us < block.expires_at_us or block.free == 0:
+        if not block.expired_at(now_us) or block.free == 0:
             continue
         lapsed[block.id] = block.free
         draft.change_block(block, expired=block.free)
-        draft.transfer(wallet, block.free, debit=wallet.account, credit=Account.BREAKAGE, block=block.id)
+        draft.spend(Source(wallet, block, block.free), block.free, account=Account.BREAKAGE, reference=None)
         if block.expired == 0:
-            event_id = f"evt_{block.id.partition('_')[2]}"
-            body = {"block": msgspec.to_builtins(block), "amount": block.free}
-            draft.raise_event(wallet.ref, "credit.expired", body, event_id=event_id)
+            draft.raise_block_event("credit.expired", block, amount=block.free)
     return draft.applied(Expired(blocks=tuple(lapsed), amount=sum(lapsed.values())))
 
 
@@ -188,7 +207,7 @@ def freeze(state: State, command: Freeze, now_us: int) -> Outcome:
 def set_overdraft(state: State, command: SetOverdraft, now_us: int) -> Outcome:
     if not 0 <= command.limit <= AMOUNT_MAX:
         return Rejected(Reason.INVALID_AMOUNT)
-    draft = Draft(state, command.id, now_us)
+    draft = Draft(state, command, now_us)
     wallet = draft.open_wallet(command.wallet, command.asset)
     if wallet.asset != command.asset:
         return Rejected(Reason.ASSET_MISMATCH)

@@ -69,8 +69,16 @@ class Swept(msgspec.Struct, frozen=True):
 class Ledger:
     """The one way in. Reads see every commit that was answered before they began."""
 
-    def __init__(self, store: Store, writer: Writer, clock: Clock, new_command_id: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        writer: Writer,
+        clock: Clock,
+        new_command_id: Callable[[], str],
+        applied: Callable[[Applied], None] | None,
+    ) -> None:
         self._store = store
+        self._applied = applied
         self._writer = writer
         self._clock = clock
         self._new_command_id = new_command_id
@@ -85,6 +93,7 @@ class Ledger:
         abandoned: Abandoned | None = None,
         queue_max: int = QUEUE_MAX,
         wait_s: float = WAIT_S,
+        applied: Callable[[Applied], None] | None = None,
     ) -> "Ledger":
         """Put a writer in front of *store*, which is then the ledger's to close.
 
@@ -92,9 +101,10 @@ class Ledger:
             clock: microseconds since the epoch, UTC.
             new_command_id: makes the ids of the sweep's own commands; unique, and time-ordered.
             abandoned: see :class:`~ledger.writer.Writer`.
+            applied: sees every command that was applied here and its facts, to count them; it must not fail.
         """
         writer = Writer(store.run_batch, abandoned=abandoned, queue_max=queue_max, wait_s=wait_s)
-        return cls(store, writer, clock, new_command_id)
+        return cls(store, writer, clock, new_command_id, applied)
 
     async def close(self) -> None:
         """Answer everybody who waits, then close the store."""
@@ -118,6 +128,8 @@ class Ledger:
         outcome: Outcome = await self._writer.submit(command)
         if isinstance(outcome, Rejected):
             raise error_of(outcome)
+        if self._applied is not None and outcome.facts:
+            self._applied(outcome)
         return outcome
 
     async def wallet_view(self, ref: WalletRef, tags: Tags | None = None) -> WalletView | None:

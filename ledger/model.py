@@ -28,11 +28,19 @@ class WalletRef(NamedTuple):
     mode: str
     wallet: str
 
+    @property
+    def scope(self) -> Scope:
+        return Scope(self.tenant, self.mode)
+
 
 class ReservationRef(NamedTuple):
     tenant: str
     mode: str
     reservation: str
+
+    @property
+    def scope(self) -> Scope:
+        return Scope(self.tenant, self.mode)
 
 
 class Account:
@@ -83,7 +91,7 @@ class Restriction(msgspec.Struct, frozen=True, omit_defaults=True):
     models: tuple[str, ...] = ()
 
     def allows(self, tags: Tags) -> bool:
-        return (
+        return self is UNRESTRICTED or (
             (not self.apps or tags.app in self.apps)
             and (not self.metrics or tags.metric in self.metrics)
             and (not self.models or tags.model in self.models)
@@ -123,7 +131,9 @@ class Block(msgspec.Struct, frozen=True, omit_defaults=True):
     ``granted = consumed + expired + revoked + remaining`` and ``0 <= reserved <= remaining``.
 
     ``operator_paid`` tells whether the operator was paid for these credits or gave them itself; base cost that is
-    burnt from others is due from the tenant. ``pool`` is the wallet of the grant pool that funded the block.
+    burnt from others is due from the tenant. ``pool`` is the wallet that the credits came out of: what is revoked of
+    them, and the markup on a developer's grant, goes back there. ``clawed`` is what was taken back of the block after
+    it was spent: the wallet owes it.
     """
 
     wallet: WalletRef
@@ -138,6 +148,7 @@ class Block(msgspec.Struct, frozen=True, omit_defaults=True):
     reserved: int = 0
     expired: int = 0
     revoked: int = 0
+    clawed: int = 0
     source: str = ""
     funding: Funding = Funding.PAID
     operator_paid: bool = True
@@ -153,19 +164,18 @@ class Block(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def free(self) -> int:
-        return self.remaining - self.reserved
+        return self.granted - self.consumed - self.expired - self.revoked - self.reserved
 
     @property
     def live(self) -> bool:
         """Whether any command can still move this block: a dead one need not be loaded."""
         return self.remaining > 0
 
+    def expired_at(self, now_us: int) -> bool:
+        return self.expires_at_us is not None and self.expires_at_us <= now_us
+
     def pays_at(self, now_us: int) -> bool:
-        return (
-            not self.frozen
-            and self.effective_at_us <= now_us
-            and (self.expires_at_us is None or now_us < self.expires_at_us)
-        )
+        return not self.frozen and self.effective_at_us <= now_us and not self.expired_at(now_us)
 
 
 class ReservationState(StrEnum):
@@ -255,11 +265,13 @@ class Leg(msgspec.Struct, frozen=True, omit_defaults=True):
 class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
     """Credits set aside for work under way.
 
-    ``mark`` is what is charged if nobody settles before ``expires_at_us``: None releases everything. ``charged`` is
-    what was charged so far, a leg each. ``settled_by`` is the command that did it: repeating that one is a replay.
-    ``balance`` is that of the first leg's first wallet when it was settled. ``key`` names the idempotency key that a
-    release frees again.
-    ``reserved`` is the most that the paying legs held.
+    No wallet stands twice in a leg, nor twice among the limits. ``mark`` is what is charged if nobody settles before
+    ``expires_at_us``: None releases everything. A commit answers for it and clears it; an expired reservation keeps
+    it, because a late commit debits only what is missing. ``charged`` is what was charged so far, a leg each.
+    ``settled_by`` is the command that settled it: repeating that one is a replay. ``key`` names the idempotency key
+    that a release frees again.
+    ``balance`` is that of the first leg's first wallet when it was settled. ``reserved`` is the most that the paying
+    legs held.
     """
 
     ref: ReservationRef
@@ -280,7 +292,6 @@ class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
     shortfall: int = 0
     payments: tuple[Payment, ...] = ()
     commits: int = 0
-    provider_cost_nanos: int = 0
     balance: int = 0
     settled_at_us: int | None = None
     settled_by: str | None = None
@@ -292,5 +303,11 @@ class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
         """What the paying legs hold together."""
         return sum(held.amount for held in self.slices if held.leg >= 0)
 
-    def held_by(self, leg: int) -> int:
-        return sum(held.amount for held in self.slices if held.leg == leg)
+    @property
+    def held_by_leg(self) -> tuple[int, ...]:
+        """What each paying leg holds."""
+        held = [0] * len(self.legs)
+        for part in self.slices:
+            if part.leg >= 0:
+                held[part.leg] += part.amount
+        return tuple(held)

@@ -68,10 +68,13 @@ class Settled(msgspec.Struct, frozen=True, omit_defaults=True, tag="settled"):
     late: bool = False
 
 
-class Revoked(msgspec.Struct, frozen=True, tag="revoked"):
+class Revoked(msgspec.Struct, frozen=True, omit_defaults=True, tag="revoked"):
+    """*amount* was unspent and is gone; *owed* was spent and joined *receivable*, all that the wallet owes."""
+
     amount: int
     receivable: int
     balance: int
+    owed: int = 0
 
 
 class Expired(msgspec.Struct, frozen=True, tag="expired"):
@@ -129,6 +132,7 @@ class BlockChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="block_c
     reserved: int = 0
     expired: int = 0
     revoked: int = 0
+    clawed: int = 0
     frozen: bool | None = None
 
 

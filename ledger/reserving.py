@@ -5,13 +5,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ledger.commands import (
-    Debit,
-    Extend,
-    Reserve,
-    ReserveLeg,
-)
-from ledger.draft import NO_TAGS, Draft
+from ledger.commands import Debit, Extend, Hold, Reserve
+from ledger.draft import NO_TAGS, Draft, Source
 from ledger.model import (
     AMOUNT_MAX,
     LIMIT_LEG,
@@ -22,239 +17,270 @@ from ledger.model import (
     ReservationState,
     Settlement,
     Slice,
+    Tags,
+    Wallet,
     WalletRef,
 )
-from ledger.outcomes import (
-    Applied,
-    Outcome,
-    Reason,
-    Rejected,
-    ReservationChanged,
-    Reserved,
-    Settled,
-)
+from ledger.outcomes import Applied, Outcome, Reason, Rejected, Reserved, Settled
 from ledger.state import State
 
 RESERVATION_LIFE_US_MAX = 24 * 3600 * 1_000_000
 """No reservation outlives a day: an expired block that it pins must lapse at last."""
 
 
-class _Hold(NamedTuple):
-    """What a leg could get hold of: its slices, and the sum of what there was at most."""
+class _Terms(NamedTuple):
+    """What bounds a hold beside the payers' credits."""
 
-    slices: list[Slice]
-    amount: int
+    tags: Tags
+    limits: tuple[WalletRef, ...]
+    unfunded: WalletRef | None
 
 
 def reserve(state: State, command: Reserve, now_us: int) -> Outcome:
+    if not _well_formed(command) or command.ttl_us <= 0:
+        return Rejected(Reason.INVALID_AMOUNT)
+    if command.mark is not None and not chargeable(command.mark, legs=len(command.legs)):
+        return Rejected(Reason.INVALID_AMOUNT)
     known = state.reservations.get(command.reservation)
     if known is not None:
         if known.state is ReservationState.OPEN and known.request_id == command.request_id:
             return Applied(result=_reserved(known), replayed=True)
         return Rejected(Reason.ALREADY_EXISTS, state=known.state)
-    draft = Draft(state, command.id, now_us)
-    reservation = hold_all(draft, command, ttl_us=command.ttl_us, mark=command.mark, metadata=command.metadata)
+    draft = Draft(state, command, now_us)
+    reservation = hold_all(
+        draft,
+        command,
+        ttl_us=command.ttl_us,
+        request_id=command.request_id,
+        mark=command.mark,
+        metadata=command.metadata,
+    )
     if isinstance(reservation, Rejected):
         return reservation
-    draft.change_reservation(ReservationChanged(reservation=reservation))
-    return draft.applied(_reserved(reservation))
+    return draft.applied(_reserved(reservation), reservation)
+
+
+def debit_hold(draft: Draft, command: Debit) -> Reservation | Rejected:
+    """What a debit holds, for no time at all, before it is committed."""
+    if not _well_formed(command) or not chargeable(command.settlement, legs=len(command.legs)):
+        return Rejected(Reason.INVALID_AMOUNT)
+    known = draft.state.reservations.get(command.reservation)
+    if known is not None:
+        return Rejected(Reason.ALREADY_EXISTS, state=known.state)
+    usage = command.settlement.usage
+    return hold_all(draft, command, ttl_us=0, request_id=None if usage is None else usage.request_id)
+
+
+def _well_formed(command: Hold) -> bool:
+    return len(command.legs) > 0 and all(
+        leg.wallets and 0 <= leg.minimum <= leg.amount <= AMOUNT_MAX for leg in command.legs
+    )
+
+
+def chargeable(settlement: Settlement, *, legs: int, already: int = 0) -> bool:
+    """Whether a settlement has one charge for each leg, and keeps the sum of all charges within bounds."""
+    total = already
+    for charge in settlement.charges:
+        if charge.base < 0 or charge.markup < 0:
+            return False
+        total += charge.total
+    cost_nanos = 0 if settlement.usage is None else settlement.usage.provider_cost_nanos
+    return len(settlement.charges) == legs and total <= AMOUNT_MAX and 0 <= cost_nanos <= AMOUNT_MAX
 
 
 def hold_all(
     draft: Draft,
-    command: Reserve | Debit,
+    command: Hold,
     *,
     ttl_us: int,
+    request_id: str | None,
     mark: Settlement | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> Reservation | Rejected:
     """Hold every leg and every limit, or refuse."""
-    if not command.legs or any(not 0 <= leg.minimum <= leg.amount <= AMOUNT_MAX for leg in command.legs):
-        return Rejected(Reason.INVALID_AMOUNT)
-    refused = _unusable(draft, (ref for leg in command.legs for ref in leg.wallets), command.asset)
-    if refused is not None:
-        return refused
-    draft.open_wallet(command.legs[0].wallets[0], command.asset)
-    reservation = Reservation(
+    terms = _Terms(command.tags, _distinct(command.limits), command.unfunded)
+    legs = tuple(Leg(_distinct(leg.wallets)) for leg in command.legs)
+    wallets = map(draft.wallet, command.wallets)
+    if any(wallet is not None and wallet.asset != command.asset for wallet in wallets):
+        return Rejected(Reason.ASSET_MISMATCH)
+    draft.open_wallet(legs[0].wallets[0], command.asset)
+    slices: list[Slice] = []
+    for number, leg in enumerate(legs):
+        wanted = command.legs[number]
+        held = _hold_leg(draft, terms, number, leg.wallets, amount=wanted.amount, minimum=wanted.minimum)
+        if isinstance(held, Rejected):
+            return held
+        slices += held
+    return Reservation(
         ref=command.reservation,
         state=ReservationState.OPEN,
         asset=command.asset,
         created_at_us=draft.now_us,
         expires_at_us=draft.now_us + min(ttl_us, RESERVATION_LIFE_US_MAX),
-        legs=tuple(Leg(wallets=leg.wallets) for leg in command.legs),
-        limits=command.limits,
+        legs=legs,
+        slices=tuple(slices),
+        reserved=_held(slices),
+        limits=terms.limits,
         unfunded=command.unfunded,
         developer=command.developer,
         tags=command.tags,
-        request_id=getattr(command, "request_id", None),
+        request_id=request_id,
         mark=mark,
-        charged=(Charge(),) * len(command.legs),
+        charged=(_NOTHING,) * len(legs),
         key=None if command.key is None else (command.key.operation, command.key.key),
         metadata=metadata or {},
     )
-    slices: list[Slice] = []
-    for number, leg in enumerate(command.legs):
-        held = _hold_leg(draft, reservation, number, leg)
-        if isinstance(held, Rejected):
-            return held
-        slices += held
-    reserved = sum(held.amount for held in slices if held.leg >= 0)
-    return msgspec.structs.replace(reservation, slices=tuple(slices), reserved=reserved)
 
 
-def _unusable(draft: Draft, wallets: Iterable[WalletRef], asset: str) -> Rejected | None:
-    for ref in wallets:
-        wallet = draft.wallet(ref)
-        if wallet is not None and wallet.asset != asset:
-            return Rejected(Reason.ASSET_MISMATCH)
-    return None
+def _held(slices: Iterable[Slice]) -> int:
+    """What the paying legs hold together."""
+    return sum(held.amount for held in slices if held.leg >= 0)
 
 
-def _hold_leg(draft: Draft, reservation: Reservation, number: int, leg: ReserveLeg) -> list[Slice] | Rejected:
-    """Hold *leg.amount*, or what there is down to *leg.minimum*, with what it draws on limits and the unfunded line."""
-    wanted = leg.amount
-    if number == 0:
-        for ref in reservation.limits:
-            wanted = min(wanted, _available_in(draft, ref))
-        if wanted < leg.minimum:
-            return Rejected(Reason.LIMIT_REACHED, needed=leg.minimum, available=wanted)
-    found = _find(draft, reservation, number, leg.wallets, wanted)
-    if found.amount < leg.minimum:
-        return _refusal(draft, leg, found.amount)
-    for held in found.slices:
-        _hold_slice(draft, held)
-    unfunded = sum(held.amount for held in found.slices if not _operator_paid(draft, held))
-    slices = list(found.slices)
-    if number == 0:
-        for ref in reservation.limits:
-            slices += _hold_plain(draft, ref, found.amount, leg=LIMIT_LEG)
-    if reservation.unfunded is not None and unfunded:
-        slices += _hold_plain(draft, reservation.unfunded, unfunded, leg=UNFUNDED_LEG)
+_NOTHING = Charge()
+
+
+def _distinct(wallets: tuple[WalletRef, ...]) -> tuple[WalletRef, ...]:
+    """Each wallet once, at its first place: named twice, its credits must not be counted twice."""
+    return wallets if len(wallets) < 2 else tuple(dict.fromkeys(wallets))
+
+
+def _hold_leg(
+    draft: Draft, terms: _Terms, number: int, wallets: tuple[WalletRef, ...], *, amount: int, minimum: int
+) -> list[Slice] | Rejected:
+    """Hold *amount*, or what there is down to *minimum*, with what it draws on the limits and the unfunded line."""
+    limits = terms.limits if number == 0 else ()
+    wanted = min([amount, *map(draft.available, limits)]) if limits else amount
+    usable = [wallet for wallet in map(draft.wallet, wallets) if wallet is not None and _usable(wallet)]
+    line = None if terms.unfunded is None else draft.available(terms.unfunded)
+    found = _find(draft, usable, terms.tags, wanted, line=line)
+    held = sum(part.amount for part in found)
+    if held < minimum:
+        without_bounds = sum(part.amount for part in _find(draft, usable, terms.tags, minimum, line=None))
+        return _refusal(draft, wallets, needed=minimum, available=held, limited=without_bounds >= minimum)
+    slices = _hold(draft, found, leg=number)
+    for ref in limits:
+        slices += _hold_plain(draft, ref, held, leg=LIMIT_LEG)
+    if terms.unfunded is not None:
+        unpaid = sum(part.amount for part in found if not _operator_paid(part))
+        slices += _hold_plain(draft, terms.unfunded, unpaid, leg=UNFUNDED_LEG)
     return slices
 
 
-def _find(draft: Draft, reservation: Reservation, leg: int, wallets: tuple[WalletRef, ...], wanted: int) -> _Hold:
-    """The slices of *wallets* that make up *wanted*, in burn order, or all there are."""
-    line = AMOUNT_MAX if reservation.unfunded is None else _available_in(draft, reservation.unfunded)
-    slices: list[Slice] = []
-    missing = wanted
-    for ref in wallets:
-        wallet = draft.wallet(ref)
-        if wallet is None or wallet.frozen or draft.owes_too_much(wallet):
-            continue
-        for block in draft.payable(ref, reservation.tags):
-            part = min(missing, draft.free(block))
-            if not block.operator_paid:
-                part = min(part, line)
-                line -= part
-            if part > 0:
-                slices.append(Slice(leg=leg, wallet=ref, block=block.id, amount=part))
-                missing -= part
-        part = min(missing, draft.overdraft_free(wallet))
+def _usable(wallet: Wallet) -> bool:
+    return not wallet.frozen and not _owes_too_much(wallet)
+
+
+def _owes_too_much(wallet: Wallet) -> bool:
+    return wallet.receivable > wallet.overdraft_limit
+
+
+def _find(draft: Draft, wallets: list[Wallet], tags: Tags, wanted: int, *, line: int | None) -> list[Source]:
+    """The sources that make up *wanted*, in burn order, or all there are; at most *line* of them not operator-paid."""
+    found: list[Source] = []
+    for source in draft.sources(wallets, tags):
+        if wanted == 0:
+            break
+        part = min(wanted, source.amount)
+        if line is not None and not _operator_paid(source):
+            part = min(part, line)
+            line -= part
         if part > 0:
-            slices.append(Slice(leg=leg, wallet=ref, block=None, amount=part))
-            missing -= part
-    return _Hold(slices, wanted - missing)
+            found.append(Source(source.wallet, source.block, part))
+            wanted -= part
+    return found
 
 
-def _refusal(draft: Draft, leg: ReserveLeg, available: int) -> Rejected:
-    """Why a leg cannot hold its minimum: the first reason in order of precedence."""
-    wallets = [wallet for wallet in map(draft.wallet, leg.wallets) if wallet is not None]
-    reason = Reason.INSUFFICIENT_CREDITS
-    if any(draft.owes_too_much(wallet) for wallet in wallets):
-        reason = Reason.RECEIVABLE_OUTSTANDING
-    if any(wallet.frozen for wallet in wallets):
-        reason = Reason.WALLET_FROZEN
-    return Rejected(reason, needed=leg.minimum, available=available)
+def _operator_paid(source: Source) -> bool:
+    """An overdraft is credit that nobody has paid for yet."""
+    return source.block is not None and source.block.operator_paid
 
 
-def _available_in(draft: Draft, ref: WalletRef) -> int:
-    return sum(draft.free(block) for block in draft.payable(ref, NO_TAGS))
+def _hold(draft: Draft, parts: list[Source], *, leg: int) -> list[Slice]:
+    slices = []
+    for part in parts:
+        draft.hold(part, part.amount)
+        slices.append(Slice(leg, part.wallet.ref, None if part.block is None else part.block.id, part.amount))
+    return slices
 
 
 def _hold_plain(draft: Draft, ref: WalletRef, amount: int, *, leg: int) -> list[Slice]:
-    """Hold *amount* of a limit, which is known to be there."""
-    slices = []
-    for block in draft.payable(ref, NO_TAGS):
-        part = min(amount, draft.free(block))
-        if part > 0:
-            amount -= part
-            held = Slice(leg=leg, wallet=ref, block=block.id, amount=part)
-            _hold_slice(draft, held)
-            slices.append(held)
-    return slices
+    """Hold *amount* of a limit or a line, which is known to be there."""
+    wallet = draft.wallet(ref)
+    return [] if wallet is None else _hold(draft, _find(draft, [wallet], NO_TAGS, amount, line=None), leg=leg)
 
 
-def _hold_slice(draft: Draft, held: Slice) -> None:
-    if held.block is None:
-        draft.change_wallet(held.wallet, overdraft_reserved=held.amount)
+def _refusal(draft: Draft, wallets: tuple[WalletRef, ...], *, needed: int, available: int, limited: bool) -> Rejected:
+    """Why a leg cannot hold its minimum: the first reason in order of precedence."""
+    known = [wallet for wallet in map(draft.wallet, wallets) if wallet is not None]
+    if limited:
+        reason = Reason.LIMIT_REACHED
+    elif any(wallet.frozen for wallet in known):
+        reason = Reason.WALLET_FROZEN
+    elif any(_owes_too_much(wallet) for wallet in known):
+        reason = Reason.RECEIVABLE_OUTSTANDING
     else:
-        draft.change_block(draft.block(held.wallet, held.block), reserved=held.amount)
-
-
-def free_slice(draft: Draft, held: Slice) -> None:
-    """Undo a hold. What goes back to a block that has expired meanwhile pays no more: ``Expire`` books it."""
-    if held.block is None:
-        draft.change_wallet(held.wallet, overdraft_reserved=-held.amount)
-    else:
-        draft.change_block(draft.block(held.wallet, held.block), reserved=-held.amount)
-
-
-def _operator_paid(draft: Draft, held: Slice) -> bool:
-    return held.block is None or draft.block(held.wallet, held.block).operator_paid
+        reason = Reason.INSUFFICIENT_CREDITS
+    return Rejected(reason, needed=needed, available=available)
 
 
 def extend(state: State, command: Extend, now_us: int) -> Outcome:
+    if not 0 <= command.minimum <= command.amount <= AMOUNT_MAX:
+        return Rejected(Reason.INVALID_AMOUNT)
     reservation = state.reservations.get(command.reservation)
     if reservation is None:
         return Rejected(Reason.NOT_FOUND)
-    if reservation.state is not ReservationState.OPEN:
-        return already_settled(reservation)
-    if not 0 <= command.minimum <= command.amount <= AMOUNT_MAX:
+    if command.mark is not None and not may_charge(reservation, command.mark):
         return Rejected(Reason.INVALID_AMOUNT)
-    draft = Draft(state, command.id, now_us)
-    slices = list(reservation.slices)
+    if reservation.state is not ReservationState.OPEN:
+        return already_settled(state, reservation, now_us)
+    draft = Draft(state, command, now_us)
+    slices = reservation.slices
     if command.amount > 0:
-        leg = ReserveLeg(wallets=reservation.legs[0].wallets, amount=command.amount, minimum=command.minimum)
-        more = _hold_leg(draft, reservation, 0, leg)
+        terms = _Terms(reservation.tags, reservation.limits, reservation.unfunded)
+        payers = reservation.legs[0].wallets
+        more = _hold_leg(draft, terms, 0, payers, amount=command.amount, minimum=command.minimum)
         if isinstance(more, Rejected):
             return more
         slices = _merged([*slices, *more])
-    expires_at_us = reservation.expires_at_us
-    if command.ttl_us is not None:
-        latest_us = reservation.created_at_us + RESERVATION_LIFE_US_MAX
-        expires_at_us = max(expires_at_us, min(now_us + command.ttl_us, latest_us))
     extended = msgspec.structs.replace(
         reservation,
-        slices=tuple(slices),
-        reserved=max(reservation.reserved, sum(held.amount for held in slices if held.leg >= 0)),
-        expires_at_us=expires_at_us,
+        slices=slices,
+        reserved=max(reservation.reserved, _held(slices)),
+        expires_at_us=_extended_until(reservation, command.ttl_us, now_us),
         mark=command.mark or reservation.mark,
     )
-    draft.change_reservation(ReservationChanged(reservation=extended))
-    return draft.applied(_reserved(extended))
+    return draft.applied(_reserved(extended), extended)
 
 
-def _merged(slices: list[Slice]) -> list[Slice]:
+def _extended_until(reservation: Reservation, ttl_us: int | None, now_us: int) -> int:
+    if ttl_us is None:
+        return reservation.expires_at_us
+    latest_us = reservation.created_at_us + RESERVATION_LIFE_US_MAX
+    return max(reservation.expires_at_us, min(now_us + ttl_us, latest_us))
+
+
+def _merged(slices: list[Slice]) -> tuple[Slice, ...]:
     """Join slices of one block and leg, at the place of the first: what was pinned first is used first."""
     totals: dict[tuple[int, WalletRef, str | None], int] = {}
     for held in slices:
         name = (held.leg, held.wallet, held.block)
         totals[name] = totals.get(name, 0) + held.amount
-    return [Slice(leg=leg, wallet=ref, block=block, amount=amount) for (leg, ref, block), amount in totals.items()]
+    return tuple(Slice(leg, ref, block, amount) for (leg, ref, block), amount in totals.items())
 
 
 def _reserved(reservation: Reservation) -> Reserved:
-    return Reserved(
-        reservation=reservation.ref.reservation,
-        held=tuple(reservation.held_by(number) for number in range(len(reservation.legs))),
-        expires_at_us=reservation.expires_at_us,
-    )
+    return Reserved(reservation.ref.reservation, reservation.held_by_leg, reservation.expires_at_us)
 
 
-def already_settled(reservation: Reservation) -> Rejected:
-    result = settled(reservation, balance=reservation.balance)
-    return Rejected(Reason.RESERVATION_SETTLED, state=reservation.state, result=result)
+def may_charge(reservation: Reservation, settlement: Settlement) -> bool:
+    already = reservation.shortfall + sum(charge.total for charge in reservation.charged)
+    return chargeable(settlement, legs=len(reservation.legs), already=already)
+
+
+def already_settled(state: State, reservation: Reservation, now_us: int) -> Rejected:
+    balance = state.balance(reservation.legs[0].wallets[0], now_us)
+    return Rejected(Reason.RESERVATION_SETTLED, state=reservation.state, result=settled(reservation, balance=balance))
 
 
 def settled(reservation: Reservation, *, balance: int, late: bool = False) -> Settled:

@@ -1,18 +1,10 @@
 """What a reservation comes to: its own slices first, then what is free, an agreed overdraft, and at last our loss."""
 
-from typing import NamedTuple
-
 import msgspec
 
-from ledger.commands import (
-    Commit,
-    Debit,
-    Lapse,
-    Release,
-)
-from ledger.draft import NO_TAGS, Draft
+from ledger.commands import Commit, Debit, Lapse, Release
+from ledger.draft import NO_TAGS, Draft, Source
 from ledger.model import (
-    AMOUNT_MAX,
     LIMIT_LEG,
     UNFUNDED_LEG,
     USD_ASSET,
@@ -23,24 +15,12 @@ from ledger.model import (
     Payment,
     Reservation,
     ReservationState,
-    Scope,
     Settlement,
     Slice,
-    Wallet,
     WalletRef,
 )
-from ledger.outcomes import (
-    Applied,
-    Changed,
-    KeyFreed,
-    Outcome,
-    Reason,
-    Rejected,
-    ReservationChanged,
-    Transfer,
-    UsageRecorded,
-)
-from ledger.reserving import already_settled, free_slice, hold_all, settled
+from ledger.outcomes import Applied, Changed, KeyFreed, Outcome, Reason, Rejected, UsageRecorded
+from ledger.reserving import already_settled, debit_hold, may_charge, settled
 from ledger.state import State
 
 
@@ -48,23 +28,19 @@ def commit(state: State, command: Commit, now_us: int) -> Outcome:
     reservation = state.reservations.get(command.reservation)
     if reservation is None:
         return Rejected(Reason.NOT_FOUND)
-    if reservation.state is not ReservationState.OPEN and reservation.settled_by == command.id:
-        balance = state.balance(reservation.legs[0].wallets[0], now_us)
-        return Applied(result=settled(reservation, balance=balance), replayed=True)
-    if reservation.state in (ReservationState.COMMITTED, ReservationState.RELEASED):
-        return already_settled(reservation)
-    if not _chargeable(command.settlement, reservation):
+    if reservation.settled_by == command.id:
+        return _replayed(state, reservation, now_us)
+    if not may_charge(reservation, command.settlement):
         return Rejected(Reason.INVALID_AMOUNT)
-    draft = Draft(state, command.id, now_us)
+    if reservation.state in (ReservationState.COMMITTED, ReservationState.RELEASED):
+        return already_settled(state, reservation, now_us)
+    draft = Draft(state, command, now_us)
     late = reservation.state is ReservationState.EXPIRED
-    settlement = _missing(command.settlement, reservation) if late else command.settlement
-    after = _charge(draft, reservation, settlement)
-    if command.final or late:
-        after = _free_all(draft, after, ReservationState.COMMITTED, command.id)
-    answers = reservation.key if command.response is not None else None
+    settlement = _missing(command.settlement, reservation.mark) if late else command.settlement
+    ends_as = ReservationState.COMMITTED if command.final or late else ReservationState.OPEN
+    after = _settle(draft, reservation, settlement, ends_as)
     result = settled(after, balance=draft.balance(after.legs[0].wallets[0]), late=late)
-    draft.change_reservation(ReservationChanged(reservation=after))
-    return msgspec.structs.replace(draft.applied(result), answers=answers)
+    return draft.applied(result, after, answers=None if command.response is None else reservation.key)
 
 
 def release(state: State, command: Release, now_us: int) -> Outcome:
@@ -72,12 +48,12 @@ def release(state: State, command: Release, now_us: int) -> Outcome:
     if reservation is None:
         return Rejected(Reason.NOT_FOUND)
     if reservation.state is ReservationState.RELEASED:
-        balance = state.balance(reservation.legs[0].wallets[0], now_us)
-        return Applied(result=settled(reservation, balance=balance), replayed=True)
+        return _replayed(state, reservation, now_us)
     if reservation.state is not ReservationState.OPEN:
-        return already_settled(reservation)
-    draft = Draft(state, command.id, now_us)
-    return _end(draft, reservation, ReservationState.RELEASED, command.id)
+        return already_settled(state, reservation, now_us)
+    draft = Draft(state, command, now_us)
+    after = _settle(draft, reservation, None, ReservationState.RELEASED)
+    return _answer(draft, after)
 
 
 def lapse(state: State, command: Lapse, now_us: int) -> Outcome:
@@ -86,172 +62,210 @@ def lapse(state: State, command: Lapse, now_us: int) -> Outcome:
         return Rejected(Reason.NOT_FOUND)
     if reservation.state is not ReservationState.OPEN or now_us < reservation.expires_at_us:
         return Applied(result=Changed())
-    draft = Draft(state, command.id, now_us)
-    if reservation.mark is not None and _chargeable(reservation.mark, reservation):
-        reservation = _charge(draft, reservation, reservation.mark)
+    draft = Draft(state, command, now_us)
+    after = _settle(draft, reservation, reservation.mark, ReservationState.EXPIRED)
     body = {
-        "reservation": reservation.ref.reservation,
-        "request_id": reservation.request_id,
-        "charged": sum(charge.total for charge in reservation.charged),
+        "reservation": after.ref.reservation,
+        "request_id": after.request_id,
+        "charged": sum(charge.total for charge in after.charged),
     }
-    draft.raise_event(reservation.legs[0].wallets[0], "reservation.expired", body)
-    return _end(draft, reservation, ReservationState.EXPIRED, command.id)
+    draft.raise_event(after.legs[0].wallets[0], "reservation.expired", body)
+    return _answer(draft, after)
 
 
 def debit(state: State, command: Debit, now_us: int) -> Outcome:
-    if command.reservation in state.reservations:
-        return Rejected(Reason.ALREADY_EXISTS, state=state.reservations[command.reservation].state)
-    draft = Draft(state, command.id, now_us)
-    reservation = hold_all(draft, command, ttl_us=0)
+    known = state.reservations.get(command.reservation)
+    if known is not None and known.settled_by == command.id:
+        return _replayed(state, known, now_us)
+    draft = Draft(state, command, now_us)
+    reservation = debit_hold(draft, command)
     if isinstance(reservation, Rejected):
         return reservation
-    if not _chargeable(command.settlement, reservation):
-        return Rejected(Reason.INVALID_AMOUNT)
-    charged = _charge(draft, reservation, command.settlement)
-    return _end(draft, charged, ReservationState.COMMITTED, command.id)
+    after = _settle(draft, reservation, command.settlement, ReservationState.COMMITTED)
+    return _answer(draft, after)
 
 
-def _end(draft: Draft, reservation: Reservation, state: ReservationState, command_id: str) -> Applied:
-    """Free what is held and say so; a reservation that charged nothing gives its key back."""
-    after = _free_all(draft, reservation, state, command_id)
-    if state is not ReservationState.COMMITTED and after.key is not None and after.commits == 0:
-        operation, key = after.key
-        scope = Scope(after.ref.tenant, after.ref.mode)
-        draft.other.append(KeyFreed(scope=scope, operation=operation, key=key))
-        after = msgspec.structs.replace(after, key=None)
-    draft.change_reservation(ReservationChanged(reservation=after))
-    return draft.applied(settled(after, balance=draft.balance(after.legs[0].wallets[0])))
+def _answer(draft: Draft, after: Reservation) -> Applied:
+    return draft.applied(settled(after, balance=draft.balance(after.legs[0].wallets[0])), after)
 
 
-def _free_all(draft: Draft, reservation: Reservation, state: ReservationState, command_id: str) -> Reservation:
-    for held in reservation.slices:
-        free_slice(draft, held)
+def _replayed(state: State, reservation: Reservation, now_us: int) -> Applied:
+    balance = state.balance(reservation.legs[0].wallets[0], now_us)
+    return Applied(result=settled(reservation, balance=balance), replayed=True)
+
+
+def _missing(settlement: Settlement, mark: Settlement | None) -> Settlement:
+    """What a late commit still has to debit: what the work really cost less what its mark was charged for it.
+
+    Never below zero. What the mark asked for and nobody could pay is written off already.
+    """
+    if mark is None:
+        return settlement
+    charges = []
+    for actual, marked in zip(settlement.charges, mark.charges, strict=True):
+        total = max(0, actual.total - marked.total)
+        base = min(max(0, actual.base - marked.base), total)
+        charges.append(Charge(base=base, markup=total - base))
+    usage = settlement.usage
+    if usage is not None and mark.usage is not None:
+        counted = mark.usage.units
+        units = {unit: quantity - counted.get(unit, 0) for unit, quantity in usage.units.items()}
+        usage = msgspec.structs.replace(
+            usage,
+            units={unit: quantity for unit, quantity in units.items() if quantity > 0},
+            provider_cost_nanos=max(0, usage.provider_cost_nanos - mark.usage.provider_cost_nanos),
+        )
+    return Settlement(charges=tuple(charges), usage=usage)
+
+
+def _settle(
+    draft: Draft, reservation: Reservation, settlement: Settlement | None, ends_as: ReservationState
+) -> Reservation:
+    """Charge *settlement*, if any, and unless the reservation stays open free the rest of it; what it is then."""
+    final = ends_as is not ReservationState.OPEN
+    slices = list(reservation.slices)
+    if settlement is not None:
+        reservation = _charge(draft, reservation, settlement, slices, final=final)
+    if not final:
+        return msgspec.structs.replace(reservation, slices=tuple(slices))
+    _free(draft, slices)
+    key = reservation.key
+    if key is not None and ends_as is not ReservationState.COMMITTED and reservation.commits == 0:
+        draft.other.append(KeyFreed(draft.command.scope, *key))
+        key = None
     return msgspec.structs.replace(
         reservation,
         slices=(),
-        state=state,
+        state=ends_as,
+        mark=settlement if ends_as is ReservationState.EXPIRED else None,
         balance=draft.balance(reservation.legs[0].wallets[0]),
         settled_at_us=draft.now_us,
-        settled_by=command_id,
+        settled_by=draft.command.id,
+        key=key,
+    )
+
+
+def _free(draft: Draft, slices: list[Slice], *, leg_min: int = UNFUNDED_LEG) -> None:
+    """Give *slices* back, in place: all, or those of the legs from *leg_min* on."""
+    for held in slices:
+        if held.leg >= leg_min:
+            draft.hold(_source(draft, held), -held.amount)
+    slices[:] = [held for held in slices if held.leg < leg_min]
+
+
+def _charge(
+    draft: Draft, reservation: Reservation, settlement: Settlement, slices: list[Slice], *, final: bool
+) -> Reservation:
+    """Charge every leg and draw on the limits: what the reservation is then, but for its *slices*, used up in place.
+
+    Each leg uses its own slices first. What one leg does not need of them is free for another before we bear a loss.
+    """
+    charges = settlement.charges
+    parts = [_use_slices(draft, slices, charge.total, leg=leg) for leg, charge in enumerate(charges)]
+    if final:
+        _free(draft, slices, leg_min=0)
+    payments: list[Payment] = []
+    for leg, charge in enumerate(charges):
+        parts[leg] += _use_more(draft, reservation, leg, charge.total - _sum(parts[leg]))
+        payments += _post(draft, reservation, leg, charge, parts[leg])
+    charged = tuple(_paid(payments, leg) for leg in range(len(charges)))
+    _draw_on_bounds(draft, reservation, slices, payments, charged[0].total)
+    shortfall = sum(charge.total for charge in charges) - sum(charge.total for charge in charged)
+    draft.transfer(
+        shortfall,
+        asset=reservation.asset,
+        debit=Account.METER_SHORTFALL,
+        credit=Account.REVENUE,
+        reference=reservation.ref.reservation,
+    )
+    _record(draft, reservation, settlement, charged, shortfall)
+    return msgspec.structs.replace(
+        reservation,
+        charged=tuple(map(_sum_of_charges, reservation.charged, charged)),
+        shortfall=reservation.shortfall + shortfall,
+        payments=_merged([*reservation.payments, *payments]),
+        commits=reservation.commits + 1,
         mark=None,
     )
 
 
-def _chargeable(settlement: Settlement, reservation: Reservation) -> bool:
-    amounts = [amount for charge in settlement.charges for amount in (charge.base, charge.markup)]
-    return len(settlement.charges) == len(reservation.legs) and all(0 <= amount <= AMOUNT_MAX for amount in amounts)
+def _sum(parts: list[Source]) -> int:
+    return sum(part.amount for part in parts)
 
 
-def _missing(settlement: Settlement, reservation: Reservation) -> Settlement:
-    """What a late commit still has to debit: the actual charge less what was charged without it, never below zero."""
-    charges = []
-    for number, (actual, charged) in enumerate(zip(settlement.charges, reservation.charged, strict=True)):
-        written_off = reservation.shortfall if number == 0 else 0
-        total = max(0, actual.total - charged.total - written_off)
-        base = min(max(0, actual.base - charged.base), total)
-        charges.append(Charge(base=base, markup=total - base))
-    usage = settlement.usage
-    if usage is not None:
-        cost_nanos = max(0, usage.provider_cost_nanos - reservation.provider_cost_nanos)
-        usage = msgspec.structs.replace(usage, provider_cost_nanos=cost_nanos)
-    return Settlement(charges=tuple(charges), usage=usage)
+def _paid(payments: list[Payment], leg: int) -> Charge:
+    base = sum(payment.base for payment in payments if payment.leg == leg)
+    markup = sum(payment.markup for payment in payments if payment.leg == leg)
+    return Charge(base, markup)
 
 
-class _Part(NamedTuple):
-    """A part of a charge: from a block, or the wallet's overdraft when *block* is None."""
-
-    wallet: Wallet
-    block: Block | None
-    amount: int
+def _sum_of_charges(one: Charge, other: Charge) -> Charge:
+    return Charge(one.base + other.base, one.markup + other.markup)
 
 
-def _charge(draft: Draft, reservation: Reservation, settlement: Settlement) -> Reservation:
-    """Charge every leg and draw on the limits; the reservation afterwards, with what is left of its slices."""
-    slices = list(reservation.slices)
-    charged: list[Charge] = []
-    payments: list[Payment] = []
-    shortfall = 0
-    for number, charge in enumerate(settlement.charges):
-        parts = _collect(draft, reservation, number, charge.total, slices)
-        paid, missed = _post(draft, reservation, number, charge, parts)
-        payments += paid
-        shortfall += missed
-        charged.append(
-            Charge(base=sum(payment.base for payment in paid), markup=sum(payment.markup for payment in paid))
-        )
-    for ref in reservation.limits:
-        _draw(draft, reservation, slices, ref=ref, leg=LIMIT_LEG, amount=charged[0].total)
-    if reservation.unfunded is not None:
-        burnt = sum(payment.base for payment in payments if payment.base_account == Account.TENANT_DUE)
-        _draw(draft, reservation, slices, ref=reservation.unfunded, leg=UNFUNDED_LEG, amount=burnt)
-    if settlement.usage is not None:
-        _record(draft, reservation, settlement, tuple(charged), shortfall)
-    return msgspec.structs.replace(
-        reservation,
-        slices=tuple(slices),
-        charged=tuple(
-            Charge(base=before.base + now.base, markup=before.markup + now.markup)
-            for before, now in zip(reservation.charged, charged, strict=True)
-        ),
-        shortfall=reservation.shortfall + shortfall,
-        payments=(*reservation.payments, *payments),
-        commits=reservation.commits + 1,
-        provider_cost_nanos=reservation.provider_cost_nanos
-        + (settlement.usage.provider_cost_nanos if settlement.usage else 0),
-    )
+def _merged(payments: list[Payment]) -> tuple[Payment, ...]:
+    """Join what one block paid at several times, at the place of the first: many commits stay a short list."""
+    if len(payments) < 2:
+        return tuple(payments)
+    merged: dict[tuple[object, ...], Payment] = {}
+    for payment in payments:
+        name = (payment.leg, payment.wallet, payment.block, payment.base_account, payment.markup_account)
+        before = merged.get(name)
+        if before is None:
+            merged[name] = payment
+        else:
+            base, markup = before.base + payment.base, before.markup + payment.markup
+            merged[name] = msgspec.structs.replace(before, base=base, markup=markup)
+    return tuple(merged.values())
 
 
-def _collect(draft: Draft, reservation: Reservation, leg: int, amount: int, slices: list[Slice]) -> list[_Part]:
-    """Consume *amount* for a leg: its own slices, then free blocks, then the agreed overdraft. It may come to less."""
-    parts, amount = _consume_slices(draft, leg, amount, slices)
-    for ref in reservation.legs[leg].wallets:
-        wallet = draft.wallet(ref)
-        if wallet is None or amount == 0:
-            continue
-        for block in draft.payable(ref, reservation.tags):
-            part = min(amount, draft.free(block))
-            if part > 0:
-                draft.change_block(block, consumed=part)
-                parts.append(_Part(wallet, block, part))
-                amount -= part
-        part = min(amount, draft.overdraft_free(wallet))
-        if part > 0:
-            draft.change_wallet(ref, receivable=part)
-            parts.append(_Part(wallet, None, part))
-            amount -= part
+def _use_more(draft: Draft, reservation: Reservation, leg: int, amount: int) -> list[Source]:
+    """Use up what a leg's own slices did not cover: free blocks, then the agreed overdraft. It may come to less."""
+    parts: list[Source] = []
+    if amount == 0:
+        return parts
+    wallets = [wallet for wallet in map(draft.wallet, reservation.legs[leg].wallets) if wallet is not None]
+    for source in draft.sources(wallets, reservation.tags):
+        part = Source(source.wallet, source.block, min(amount, source.amount))
+        draft.use(part, part.amount, held=False)
+        parts.append(part)
+        amount -= part.amount
+        if amount == 0:
+            break
     return parts
 
 
-def _consume_slices(draft: Draft, leg: int, amount: int, slices: list[Slice]) -> tuple[list[_Part], int]:
-    """Use up *slices* of *leg* in their order, in place: the parts, and what of *amount* they did not cover."""
-    parts: list[_Part] = []
+def _use_slices(
+    draft: Draft, slices: list[Slice], amount: int, *, leg: int, wallet: WalletRef | None = None
+) -> list[Source]:
+    """Use up the *slices* of a leg (those of *wallet* alone, if one is named) in their order, in place."""
+    parts: list[Source] = []
     kept: list[Slice] = []
     for held in slices:
-        part = min(amount, held.amount) if held.leg == leg else 0
-        if part > 0:
-            wallet = draft.wallet(held.wallet)
-            assert wallet is not None
-            if held.block is None:
-                draft.change_wallet(held.wallet, overdraft_reserved=-part, receivable=part)
-                parts.append(_Part(wallet, None, part))
-            else:
-                block = draft.block(held.wallet, held.block)
-                draft.change_block(block, reserved=-part, consumed=part)
-                parts.append(_Part(wallet, block, part))
-            amount -= part
-        if part < held.amount:
-            kept.append(msgspec.structs.replace(held, amount=held.amount - part))
+        mine = held.leg == leg and (wallet is None or held.wallet == wallet)
+        used = min(amount, held.amount) if mine else 0
+        if used > 0:
+            whole = _source(draft, held)
+            draft.use(whole, used, held=True)
+            parts.append(Source(whole.wallet, whole.block, used))
+            amount -= used
+        if used < held.amount:
+            kept.append(held if used == 0 else msgspec.structs.replace(held, amount=held.amount - used))
     slices[:] = kept
-    return parts, amount
+    return parts
 
 
-def _post(
-    draft: Draft, reservation: Reservation, leg: int, charge: Charge, parts: list[_Part]
-) -> tuple[list[Payment], int]:
-    """Book what each part pays of base and markup, pro rata; the payments, and what nobody paid.
+def _source(draft: Draft, held: Slice) -> Source:
+    wallet = draft.wallet(held.wallet)
+    assert wallet is not None, "a slice belongs to a wallet"
+    return Source(wallet, None if held.block is None else draft.block(held.wallet, held.block), held.amount)
 
-    Shares are differences of the rounded-down running total, so that they add up exactly and the last part bears
-    the remainder.
+
+def _post(draft: Draft, reservation: Reservation, leg: int, charge: Charge, parts: list[Source]) -> list[Payment]:
+    """Book what each part pays of base and markup, pro rata.
+
+    Shares are differences of the rounded-down running total: they are never negative, add up exactly, and the last
+    part bears the remainder.
     """
     reference = reservation.ref.reservation
     payments: list[Payment] = []
@@ -263,77 +277,71 @@ def _post(
         payment = Payment(
             leg=leg,
             wallet=part.wallet.ref,
-            block=part.block.id if part.block else None,
+            block=None if part.block is None else part.block.id,
             base=base,
             markup=part.amount - base,
             base_account=_base_account(part.block),
             markup_account=_markup_account(part.block, reservation.developer),
         )
         payments.append(payment)
-        draft.transfer(
-            part.wallet,
-            base,
-            debit=part.wallet.account,
-            credit=payment.base_account,
-            block=payment.block,
-            reference=reference,
-        )
-        if part.block is not None and part.block.pool is not None:
-            draft.return_to_pool(part.wallet, part.block, payment.markup, reference=reference)
+        draft.spend(part, payment.base, account=payment.base_account, reference=reference)
+        if _returns_markup(part.block):
+            draft.return_to_pool(part, payment.markup, reference=reference)
         else:
-            draft.transfer(
-                part.wallet,
-                payment.markup,
-                debit=part.wallet.account,
-                credit=payment.markup_account,
-                block=payment.block,
-                reference=reference,
-            )
-    missed = charge.total - covered
-    payer = draft.wallet(reservation.legs[leg].wallets[0])
-    if payer is not None:
-        draft.transfer(payer, missed, debit=Account.METER_SHORTFALL, credit=Account.REVENUE, reference=reference)
-    return payments, missed
+            draft.spend(part, payment.markup, account=payment.markup_account, reference=reference)
+    return payments
 
 
 def _base_account(block: Block | None) -> str:
     return Account.REVENUE if block is None or block.operator_paid else Account.TENANT_DUE
 
 
+def _returns_markup(block: Block | None) -> bool:
+    return block is not None and block.funding is Funding.DEVELOPER_GRANT
+
+
 def _markup_account(block: Block | None, developer: str | None) -> str:
-    if block is not None and block.pool is not None:
+    if block is not None and block.pool is not None and _returns_markup(block):
         return f"wallet:{block.pool.wallet}"
     if block is not None and block.funding is Funding.PAID and developer is not None:
         return f"{Account.DEVELOPER_PAYABLE}:{developer}"
     return Account.TENANT_MARGIN
 
 
+def _draw_on_bounds(
+    draft: Draft, reservation: Reservation, slices: list[Slice], payments: list[Payment], payer_charged: int
+) -> None:
+    """Draw on the limits what the payer was charged, and on the unfunded line the base cost that nobody paid for."""
+    for ref in reservation.limits:
+        _draw(draft, reservation, slices, ref=ref, leg=LIMIT_LEG, amount=payer_charged)
+    if reservation.unfunded is not None:
+        burnt = sum(payment.base for payment in payments if _unfunded(payment))
+        _draw(draft, reservation, slices, ref=reservation.unfunded, leg=UNFUNDED_LEG, amount=burnt)
+
+
+def _unfunded(payment: Payment) -> bool:
+    """Whether the operator was not paid for what paid this: an overdraft, or credits that came from elsewhere."""
+    return payment.block is None or payment.base_account == Account.TENANT_DUE
+
+
 def _draw(
     draft: Draft, reservation: Reservation, slices: list[Slice], *, ref: WalletRef, leg: int, amount: int
 ) -> None:
     """Use up a limit: its own slices, then what is free of it. Work that is done is never refused."""
-    own = [held for held in slices if held.wallet == ref and held.leg == leg]
-    rest = [held for held in slices if not (held.wallet == ref and held.leg == leg)]
-    parts, amount = _consume_slices(draft, leg, amount, own)
-    slices[:] = rest + own
+    parts = _use_slices(draft, slices, amount, leg=leg, wallet=ref)
+    amount -= _sum(parts)
     wallet = draft.wallet(ref)
     if wallet is None:
         return
     for block in draft.payable(ref, NO_TAGS):
-        part = min(amount, draft.free(block))
-        if part > 0:
-            draft.change_block(block, consumed=part)
-            parts.append(_Part(wallet, block, part))
-            amount -= part
-    for used in parts:
-        draft.transfer(
-            wallet,
-            used.amount,
-            debit=wallet.account,
-            credit=Account.LIMIT,
-            block=used.block.id if used.block else None,
-            reference=reservation.ref.reservation,
-        )
+        used = min(amount, draft.free(block))
+        if used > 0:
+            part = Source(wallet, block, used)
+            draft.use(part, used, held=False)
+            parts.append(part)
+            amount -= used
+    for part in parts:
+        draft.spend(part, part.amount, account=Account.LIMIT, reference=reservation.ref.reservation)
 
 
 def _record(
@@ -341,28 +349,28 @@ def _record(
 ) -> None:
     """The usage row, the provider's cost in dollars, and the event: all in the charge's transaction."""
     usage = settlement.usage
-    assert usage is not None
-    row = UsageRecorded(
-        reservation=reservation.ref,
-        part=reservation.commits + 1,
-        record=usage,
-        charges=charged,
-        shortfall=shortfall,
-        at_us=draft.now_us,
-    )
-    draft.other.append(row)
-    if usage.provider_cost_nanos > 0:
-        entry = Transfer(
-            scope=Scope(reservation.ref.tenant, reservation.ref.mode),
-            debit=Account.PROVIDER_COST,
-            credit=Account.PROVIDER_PAYABLE,
-            amount=usage.provider_cost_nanos,
-            asset=USD_ASSET,
-            reference=reservation.ref.reservation,
+    if usage is None:
+        return
+    reference = reservation.ref.reservation
+    draft.other.append(
+        UsageRecorded(
+            reservation=reservation.ref,
+            part=reservation.commits + 1,
+            record=usage,
+            charges=charged,
+            shortfall=shortfall,
+            at_us=draft.now_us,
         )
-        draft.transfers.append(entry)
+    )
+    draft.transfer(
+        usage.provider_cost_nanos,
+        asset=USD_ASSET,
+        debit=Account.PROVIDER_COST,
+        credit=Account.PROVIDER_PAYABLE,
+        reference=reference,
+    )
     body = {
-        "reservation": reservation.ref.reservation,
+        "reservation": reference,
         "request_id": usage.request_id,
         "charged": sum(charge.total for charge in charged),
     }

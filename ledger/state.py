@@ -1,5 +1,9 @@
 """The state that the journal adds up to. ``evolve`` is its only writer; replaying all facts gives it again."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
 import msgspec
 
 from ledger.model import Block, Reservation, ReservationRef, Scope, Wallet, WalletRef
@@ -17,53 +21,41 @@ from ledger.outcomes import (
 KeyRef = tuple[Scope, str, str]
 
 
+@dataclass(slots=True)
 class State:
     """Wallets, their blocks, reservations and keys. A batch loads only those that its commands name."""
 
-    __slots__ = ("blocks", "keys", "reservations", "wallets")
-
-    def __init__(self) -> None:
-        self.wallets: dict[WalletRef, Wallet] = {}
-        self.blocks: dict[WalletRef, dict[str, Block]] = {}
-        self.reservations: dict[ReservationRef, Reservation] = {}
-        self.keys: dict[KeyRef, KeyTaken] = {}
+    wallets: dict[WalletRef, Wallet] = field(default_factory=dict)
+    blocks: dict[WalletRef, dict[str, Block]] = field(default_factory=dict)
+    reservations: dict[ReservationRef, Reservation] = field(default_factory=dict)
+    keys: dict[KeyRef, KeyTaken] = field(default_factory=dict)
 
     def balance(self, ref: WalletRef, now_us: int) -> int:
         """What has not expired of the wallet's blocks, reserved or not, less what it owes."""
         wallet = self.wallets.get(ref)
         if wallet is None:
             return 0
-        live = sum(
-            block.remaining
-            for block in self.blocks.get(ref, {}).values()
-            if block.expires_at_us is None or now_us < block.expires_at_us
-        )
-        return live - wallet.receivable
+        balance = -wallet.receivable
+        for block in self.blocks.get(ref, {}).values():
+            if not block.expired_at(now_us):
+                balance += block.remaining
+        return balance
 
 
 def evolve(state: State, fact: Fact) -> None:
     """Fold one fact into *state*. Transfers and usage are the journal's own and change nothing here."""
-    match fact:
-        case BlockChanged():
-            blocks = state.blocks[fact.wallet]
-            blocks[fact.block] = _changed_block(blocks[fact.block], fact)
-        case WalletChanged():
-            state.wallets[fact.wallet] = _changed_wallet(state.wallets[fact.wallet], fact)
-        case ReservationChanged():
-            state.reservations[fact.reservation.ref] = fact.reservation
-        case BlockOpened():
-            state.blocks.setdefault(fact.block.wallet, {})[fact.block.id] = fact.block
-        case WalletOpened():
-            state.wallets[fact.wallet.ref] = fact.wallet
-        case KeyTaken():
-            state.keys[fact.scope, fact.operation, fact.key] = fact
-        case KeyFreed():
-            state.keys.pop((fact.scope, fact.operation, fact.key), None)
-        case _:
-            pass
+    fold = _FOLDS.get(type(fact))
+    if fold is not None:
+        fold(state, fact)
 
 
-def _changed_block(block: Block, change: BlockChanged) -> Block:
+def _change_block(state: State, change: BlockChanged) -> None:
+    blocks = state.blocks[change.wallet]
+    block = blocks[change.block]
+    blocks[change.block] = changed_block(block, change)
+
+
+def changed_block(block: Block, change: BlockChanged) -> Block:
     return msgspec.structs.replace(
         block,
         granted=block.granted + change.granted,
@@ -71,12 +63,14 @@ def _changed_block(block: Block, change: BlockChanged) -> Block:
         reserved=block.reserved + change.reserved,
         expired=block.expired + change.expired,
         revoked=block.revoked + change.revoked,
+        clawed=block.clawed + change.clawed,
         frozen=block.frozen if change.frozen is None else change.frozen,
     )
 
 
-def _changed_wallet(wallet: Wallet, change: WalletChanged) -> Wallet:
-    return msgspec.structs.replace(
+def _change_wallet(state: State, change: WalletChanged) -> None:
+    wallet = state.wallets[change.wallet]
+    state.wallets[change.wallet] = msgspec.structs.replace(
         wallet,
         receivable=wallet.receivable + change.receivable,
         overdraft_reserved=wallet.overdraft_reserved + change.overdraft_reserved,
@@ -87,3 +81,34 @@ def _changed_wallet(wallet: Wallet, change: WalletChanged) -> Wallet:
         version=wallet.version + 1,
         last_fact_us=max(wallet.last_fact_us, change.at_us),
     )
+
+
+def _change_reservation(state: State, change: ReservationChanged) -> None:
+    state.reservations[change.reservation.ref] = change.reservation
+
+
+def _open_block(state: State, opened: BlockOpened) -> None:
+    state.blocks.setdefault(opened.block.wallet, {})[opened.block.id] = opened.block
+
+
+def _open_wallet(state: State, opened: WalletOpened) -> None:
+    state.wallets[opened.wallet.ref] = opened.wallet
+
+
+def _take_key(state: State, taken: KeyTaken) -> None:
+    state.keys[taken.scope, taken.operation, taken.key] = taken
+
+
+def _free_key(state: State, freed: KeyFreed) -> None:
+    state.keys.pop((freed.scope, freed.operation, freed.key), None)
+
+
+_FOLDS: dict[type[Fact], Callable[[State, Any], None]] = {
+    BlockChanged: _change_block,
+    WalletChanged: _change_wallet,
+    ReservationChanged: _change_reservation,
+    BlockOpened: _open_block,
+    WalletOpened: _open_wallet,
+    KeyTaken: _take_key,
+    KeyFreed: _free_key,
+}

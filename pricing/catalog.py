@@ -97,11 +97,28 @@ class PriceOverride(msgspec.Struct, frozen=True, kw_only=True):
     effective_from_us: int = 0
 
 
-def build_price_book(overrides: Sequence[PriceOverride] = ()) -> PriceBook:
+class LimitOverride(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator knows better than the catalogue of a model, whose prices stay the catalogue's.
+
+    Attributes:
+        model: the name that clients use.
+        priced_as: the name that the catalogue has it under.
+    """
+
+    model: str
+    priced_as: str
+    provider: str | None = None
+    context_window: int | None = None
+    max_output_tokens: int | None = None
+    hidden_reasoning: bool | None = None
+
+
+def build_price_book(overrides: Sequence[PriceOverride] = (), limits: Sequence[LimitOverride] = ()) -> PriceBook:
     """The book of this installation. Imports genai-prices, which takes about half a second: once, at the start.
 
     Raises:
         PriceInvalid: an override's price is missing, negative, absurd or not a number.
+        ModelNotPriced: the catalogue has no price for a model whose limits are given.
     """
     from genai_prices.data import providers  # noqa: PLC0415 - its import is slow, and only this needs it
 
@@ -109,6 +126,15 @@ def build_price_book(overrides: Sequence[PriceOverride] = ()) -> PriceBook:
     book = PriceBook(catalogue)
     for override in overrides:
         book.add(_override_card(override, catalogue))
+    for limit in limits:
+        known = {
+            "context_window": limit.context_window,
+            "max_output_tokens": limit.max_output_tokens,
+            "hidden_reasoning": limit.hidden_reasoning,
+        }
+        changes = {name: value for name, value in known.items() if value is not None}
+        for card in catalogue.versions(limit.priced_as, limit.provider):
+            book.add(msgspec.structs.replace(card, model=limit.model, **changes))
     return book
 
 

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.access import EXTRA_HEADERS
-from gateway.telemetry import Metrics
+from gateway.telemetry import CLIENT_LEFT, Metrics
 
 REQUEST_ID: Final = "farebox.request_id"
 UNMATCHED: Final = "unmatched"
@@ -37,7 +37,7 @@ class Frame:
         extra: list[tuple[bytes, bytes]] = [(b"x-request-id", request_id.encode())]
         scope[REQUEST_ID] = request_id
         scope[EXTRA_HEADERS] = extra
-        status = 499
+        status = CLIENT_LEFT
         began_s = time.perf_counter()
 
         async def framed(message: MutableMapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ class ModelList(View):
 @router.get("/models")
 async def list_models(principal: Proxier, services: Here) -> ModelList:
     """Every model that is served and priced."""
-    return ModelList(data=_models(services))
+    return ModelList(data=await _models(services))
 
 
 @router.get("/models/{model:path}")
@@ -37,14 +37,14 @@ async def get_model(
     model: Annotated[str, Path(min_length=1, max_length=256)], principal: Proxier, services: Here
 ) -> ModelView:
     """One model."""
-    for known in _models(services):
+    for known in await _models(services):
         if known.id == model:
             return known
     raise model_not_found(model)
 
 
-def _models(services: Here) -> list[ModelView]:
+async def _models(services: Here) -> list[ModelView]:
     return [
         ModelView(id=name, created=card.effective_from_us // MICROSECONDS, owned_by=card.provider)
-        for name, card in services.router.models(services.now_us()).items()
+        for name, card in (await services.models.all()).items()
     ]

@@ -11,6 +11,7 @@ from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
+from gateway.prices import ServedModels
 from gateway.proxy.quoting import Quoter
 from gateway.proxy.rate_limit import RateLimit
 from gateway.proxy.routing import Router
@@ -29,6 +30,7 @@ class Services:
     customers: Customers
     rate_limit: RateLimit
     router: Router
+    models: ServedModels
     quoter: Quoter
     proxy: ASGIApp
     metrics: Metrics

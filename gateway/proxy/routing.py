@@ -79,11 +79,13 @@ class Router:
         return Route(model=model, candidates=candidates, hidden_reasoning=hidden)
 
     def models(self, at_us: int) -> dict[str, RateCard]:
-        """What clients may ask for, by the name that they use."""
+        """What clients may ask for, by the name that they use. Takes a second at first: all prices are worked out."""
         if not self._models:
             upstream = self._settings.live_upstream
             provider = self._provider(upstream) if upstream is not None else None
-            return {card.model: card for card in self._book.models(at_us, provider=provider)}
+            names = {card.model for card in self._book.models(at_us, provider=provider)}
+            cards = {name: self._priced(name, provider, at_us) for name in sorted(names)}
+            return {name: card for name, card in cards.items() if card is not None}
         return {
             name: self._card(name, self._provider(listed.upstream), at_us, otherwise=listed.upstream_model)
             for name, listed in self._models.items()
@@ -123,10 +125,16 @@ class Router:
             return None
         return configured.provider
 
-    def _card(self, name: str, provider: str | None, at_us: int, *, otherwise: str | None = None) -> RateCard:
+    def _priced(self, name: str, provider: str | None, at_us: int) -> RateCard | None:
         try:
             return self._book.lookup(name, at_us, provider=provider)
         except ModelNotPriced:
-            if otherwise is not None and otherwise != name:
-                return self._card(otherwise, provider, at_us)
-            raise model_not_priced(name) from None
+            return None
+
+    def _card(self, name: str, provider: str | None, at_us: int, *, otherwise: str | None = None) -> RateCard:
+        card = self._priced(name, provider, at_us)
+        if card is None and otherwise is not None:
+            card = self._priced(otherwise, provider, at_us)
+        if card is None:
+            raise model_not_priced(name)
+        return card

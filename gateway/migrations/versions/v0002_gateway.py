@@ -1,4 +1,4 @@
-"""The gateway: tenants and their assets, apps, keys, customers."""
+"""The gateway: tenants and their assets, apps, keys, customers, kept answers."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -108,3 +108,19 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("tenant", "mode", "id"),
     )
     op.create_index("api_keys_id", "api_keys", ["id"], unique=True)
+    op.create_table(
+        "kept_answers",
+        sa.Column("tenant", sa.String(), nullable=False),
+        sa.Column("mode", sa.String(), nullable=False),
+        sa.Column("operation", sa.String(), nullable=False),
+        sa.Column("key", sa.String(), nullable=False),
+        sa.Column("digest", sa.String(), nullable=False),
+        sa.Column("answer", sa.JSON(), nullable=True),
+        sa.Column("created_at_us", sa.BigInteger(), nullable=False),
+        sa.CheckConstraint("mode IN ('live', 'test')", name="mode_known"),
+        sa.ForeignKeyConstraint(
+            ["tenant"],
+            ["tenants.id"],
+        ),
+        sa.PrimaryKeyConstraint("tenant", "mode", "operation", "key"),
+    )

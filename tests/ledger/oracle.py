@@ -1,0 +1,175 @@
+"""What must always hold, written a second time and from the outside: it trusts the facts and nothing of the core.
+
+It shares no arithmetic with ``ledger``: the properties of a block are computed here from its fields, and the balances
+of the journal from its entries alone.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from ledger.commands import AnyCommand, Hold
+from ledger.model import Reservation, ReservationState, Scope
+from ledger.outcomes import (
+    Applied,
+    BlockChanged,
+    BlockOpened,
+    Fact,
+    KeyFreed,
+    KeyTaken,
+    ReservationChanged,
+    Transfer,
+    UsageRecorded,
+    WalletChanged,
+    WalletOpened,
+)
+from ledger.state import State, evolve
+
+AccountRef = tuple[Scope, str, str]
+"""Scope, account, asset."""
+
+FINAL = (ReservationState.COMMITTED, ReservationState.RELEASED)
+
+
+def account_balances(facts: Iterable[Fact]) -> dict[AccountRef, int]:
+    """What has arrived at each account less what has left it."""
+    balances: dict[AccountRef, int] = defaultdict(int)
+    for fact in facts:
+        if isinstance(fact, Transfer):
+            balances[fact.scope, fact.debit, fact.asset] -= fact.amount
+            balances[fact.scope, fact.credit, fact.asset] += fact.amount
+    return balances
+
+
+def replayed(facts: Iterable[Fact]) -> State:
+    state = State()
+    for fact in facts:
+        evolve(state, fact)
+    return state
+
+
+def check_state(state: State, balances: dict[AccountRef, int]) -> None:
+    """The invariants of one moment: blocks, wallets against the journal, reservations against what they hold."""
+    _check_blocks(state)
+    _check_wallets(state, balances)
+    _check_slices(state)
+    for reservation in state.reservations.values():
+        _check_reservation(reservation)
+
+
+def _check_blocks(state: State) -> None:
+    for blocks in state.blocks.values():
+        sequences = sorted(block.sequence for block in blocks.values())
+        assert sequences == list(range(1, len(blocks) + 1)), "each block of a wallet has a number of its own"
+        for block in blocks.values():
+            parts = (block.granted, block.consumed, block.reserved, block.expired, block.revoked, block.clawed)
+            assert min(parts) >= 0, block
+            remaining = block.granted - block.consumed - block.expired - block.revoked
+            assert 0 <= block.reserved <= remaining, block
+            assert block.remaining == remaining
+            assert block.free == remaining - block.reserved
+            assert block.clawed <= block.granted - block.revoked - block.expired, block
+            assert block.pool is None or block.clawed == 0, block
+
+
+def _check_wallets(state: State, balances: dict[AccountRef, int]) -> None:
+    for ref, wallet in state.wallets.items():
+        assert wallet.ref == ref
+        assert wallet.receivable >= 0, wallet
+        assert wallet.overdraft_reserved >= 0, wallet
+        blocks = state.blocks.get(ref, {}).values()
+        assert wallet.blocks_opened == len(blocks), wallet
+        remainders = sum(block.granted - block.consumed - block.expired - block.revoked for block in blocks)
+        account = balances.get((Scope(ref.tenant, ref.mode), f"wallet:{ref.wallet}", wallet.asset), 0)
+        assert account == remainders - wallet.receivable, f"the journal says {account} of {wallet}"
+    known = {(Scope(ref.tenant, ref.mode), f"wallet:{ref.wallet}") for ref in state.wallets}
+    booked = {(scope, account) for scope, account, _ in balances if account.startswith("wallet:")}
+    assert booked <= known, "every wallet of the journal is there"
+
+
+def _check_slices(state: State) -> None:
+    held: dict[object, int] = defaultdict(int)
+    for reservation in state.reservations.values():
+        for part in reservation.slices:
+            assert part.amount > 0, part
+            held[part.wallet, part.block] += part.amount
+    for ref, blocks in state.blocks.items():
+        for block in blocks.values():
+            assert block.reserved == held.pop((ref, block.id), 0), block
+    for ref, wallet in state.wallets.items():
+        assert wallet.overdraft_reserved == held.pop((ref, None), 0), wallet
+    assert not held, "nothing is held of what is not there"
+
+
+def _check_reservation(reservation: Reservation) -> None:
+    if reservation.state is not ReservationState.OPEN:
+        assert reservation.slices == (), reservation
+        assert reservation.settled_at_us is not None
+    assert reservation.expires_at_us - reservation.created_at_us <= 24 * 3600 * 1_000_000
+    assert len(reservation.charged) == len(reservation.legs)
+    for leg, charged in enumerate(reservation.charged):
+        paid = [payment for payment in reservation.payments if payment.leg == leg]
+        assert all(payment.base >= 0 and payment.markup >= 0 for payment in paid), reservation
+        assert sum(payment.base for payment in paid) == charged.base
+        assert sum(payment.markup for payment in paid) == charged.markup
+        assert all(payment.wallet in reservation.legs[leg].wallets for payment in paid)
+
+
+def check_step(state: State, command: AnyCommand, outcome: Applied, now_us: int) -> None:
+    """What the facts of one command may say, given the *state* before them."""
+    allowed = {command.scope}
+    if isinstance(command, Hold):
+        allowed |= {Scope(ref.tenant, ref.mode) for leg in command.legs for ref in leg.wallets}
+        allowed |= {Scope(ref.tenant, ref.mode) for ref in (*command.limits, *filter(None, [command.unfunded]))}
+    reservation = getattr(command, "reservation", None)
+    known = state.reservations.get(reservation) if reservation is not None else None
+    if known is not None:
+        refs = [ref for leg in known.legs for ref in leg.wallets] + [*known.limits, *filter(None, [known.unfunded])]
+        allowed |= {Scope(ref.tenant, ref.mode) for ref in refs}
+    assert {scope.mode for scope in allowed} == {command.scope.mode}, "test data and live data never meet"
+    for fact in outcome.facts:
+        assert _scope(fact) in allowed, f"{fact} crosses a border"
+        if isinstance(fact, Transfer):
+            assert fact.amount > 0
+            assert fact.debit != fact.credit
+        if isinstance(fact, ReservationChanged):
+            _check_change(state.reservations.get(fact.reservation.ref), fact.reservation)
+    versions = [fact.wallet for fact in outcome.facts if isinstance(fact, WalletChanged)]
+    assert len(versions) == len(set(versions)), "a command raises a wallet's version once"
+    moved = {fact.wallet for fact in outcome.facts if isinstance(fact, BlockChanged)}
+    assert moved <= set(versions), "whoever changes a block raises its wallet's version"
+    numbers: dict[object, list[int]] = defaultdict(list)
+    for event in outcome.events:
+        assert event.at_us == now_us
+        numbers[event.wallet].append(event.sequence)
+    for ref, raised in numbers.items():
+        before = state.wallets[ref].events_raised if ref in state.wallets else 0
+        assert raised == list(range(before + 1, before + len(raised) + 1)), "events are numbered without a gap"
+    assert len({event.id for event in outcome.events}) == len(outcome.events)
+
+
+def _check_change(before: Reservation | None, after: Reservation) -> None:
+    if before is None:
+        return
+    assert before.state not in FINAL, "what is settled stays settled"
+    if before.state is ReservationState.EXPIRED:
+        assert after.state is ReservationState.COMMITTED, "only a late commit changes what has expired"
+    assert after.expires_at_us >= before.expires_at_us
+    for was, now in zip(before.charged, after.charged, strict=True):
+        assert now.base >= was.base, "what was charged stays charged"
+        assert now.markup >= was.markup
+
+
+def _scope(fact: Fact) -> Scope:
+    match fact:
+        case Transfer() | KeyTaken() | KeyFreed():
+            return fact.scope
+        case WalletOpened():
+            return fact.wallet.ref.scope
+        case WalletChanged() | BlockChanged():
+            return fact.wallet.scope
+        case BlockOpened():
+            return fact.block.wallet.scope
+        case ReservationChanged():
+            return fact.reservation.ref.scope
+        case UsageRecorded():
+            return fact.reservation.scope
