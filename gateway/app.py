@@ -38,9 +38,9 @@ from gateway.proxy.upkeep import Upkeep
 from gateway.proxy.upstream import HTTPUpstream, Upstream
 from gateway.refusals import REFUSALS
 from gateway.settings import SIMULATED, Settings
+from gateway.stores import open_store
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
-from ledger.store.sqlite import SqliteStore
 from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
 
 CHAT_PATH: Final = "/v1/chat/completions"
@@ -169,7 +169,7 @@ async def running_parts(
     async with AsyncExitStack() as stack:
         database = Database(settings.database_url)
         stack.push_async_callback(database.close)
-        store = await SqliteStore.open(settings.database_url, clock=now_us)
+        store = await open_store(settings.database_url, clock=now_us)
         ledger = await Ledger.open(
             store,
             clock=now_us,

@@ -12,9 +12,11 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -86,6 +88,8 @@ class Supervisor:
         self._workers: dict[int, int] = {}
         self._ready: set[int] = set()
         self._stopping = False
+        # The supervisor alone holds the other end open: when it is gone, however it went, its workers read the end.
+        self._lifeline, self._held = os.pipe()
 
     def run(self) -> int:
         """Until asked to stop and every worker has; 0, or 1 when a worker could not start."""
@@ -107,7 +111,8 @@ class Supervisor:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
         for worker in self._workers:
-            os.kill(worker, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGTERM)
 
     def _fork(self) -> None:
         # A signal between the fork and the note of it would leave a worker that nobody stops.
@@ -128,6 +133,8 @@ class Supervisor:
         code = 1
         try:
             os.close(ready)
+            os.close(self._held)
+            threading.Thread(target=_stop_when_orphaned, args=(self._lifeline,), daemon=True).start()
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -143,7 +150,7 @@ class Supervisor:
 
     def _wait_until_ready(self) -> None:
         """Until every worker has told that it accepts connections, or one has ended."""
-        while not self._stopping and not all([self._came_up(worker) for worker in self._workers]):
+        while not self._stopping and not all(map(self._came_up, self._workers)):
             if any(_ended(worker) for worker in self._workers):
                 return
             time.sleep(READY_POLL_S)
@@ -175,6 +182,11 @@ class Supervisor:
             if not self._stopping:
                 self._fork()
         return code
+
+
+def _stop_when_orphaned(lifeline: int) -> None:
+    os.read(lifeline, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _forget_gauges(worker: int) -> None:
