@@ -38,10 +38,10 @@ from gateway.proxy.upkeep import Upkeep
 from gateway.proxy.upstream import HTTPUpstream, Upstream
 from gateway.refusals import REFUSALS
 from gateway.settings import SIMULATED, Settings
+from gateway.stores import open_store
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
-from ledger.store.sqlite import SqliteStore
-from pricing.tokens import PromptCounter, TextCounter, encoding_for
+from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
 
 CHAT_PATH: Final = "/v1/chat/completions"
 USERS_PATH: Final = "/v1/users/"
@@ -169,11 +169,14 @@ async def running_parts(
     async with AsyncExitStack() as stack:
         database = Database(settings.database_url)
         stack.push_async_callback(database.close)
-        store = await SqliteStore.open(settings.database_url, clock=now_us)
+        journal = SettlementJournal(settings.journal_dir, name=_process_name(), report=log.warning)
+        stack.callback(journal.close)
+        store = await open_store(settings.database_url, clock=now_us)
         ledger = await Ledger.open(
             store,
             clock=now_us,
             new_command_id=lambda: new_id("cmd"),
+            abandoned=journal.undo,
             wait_s=settings.ledger_timeout_s,
             applied=metrics.count_applied,
         )
@@ -188,8 +191,6 @@ async def running_parts(
         quoter = Quoter(settings, PromptCounter())
 
         live, shield = LiveHolds(ledger), Shield()
-        journal = SettlementJournal(settings.journal_dir, name=_process_name(), report=log.warning)
-        stack.callback(journal.close)
         upkeep = Upkeep(ledger=ledger, live=live, journal=journal, heartbeat_s=settings.heartbeat_s, now_us=now_us)
         upkeep.start()
         stack.push_async_callback(upkeep.stop)
@@ -229,6 +230,9 @@ async def running_parts(
         )
         gauges = asyncio.create_task(_set_gauges(metrics, ledger, journal), name="gauges")
         stack.push_async_callback(_cancelled, gauges)
+        # The ranks take a third of a second to load; the first request need not wait for them.
+        warming = asyncio.create_task(asyncio.to_thread(warm), name="warm")
+        stack.push_async_callback(_finished, warming)
         yield Parts(services=services, chat=chat, api=create_api(services))
 
 
@@ -258,6 +262,10 @@ async def _set_gauges(metrics: Metrics, ledger: Ledger, journal: SettlementJourn
         metrics.ledger_queue.set(ledger.queue_length)
         metrics.journal_waiting.set(journal.waiting)
         await asyncio.sleep(GAUGES_S)
+
+
+async def _finished(task: asyncio.Task[Any]) -> None:
+    await asyncio.wait((task,))
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

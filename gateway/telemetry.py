@@ -25,10 +25,8 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from gateway.supervisor import MULTIPROCESS_DIR
 from ledger.outcomes import Applied, UsageRecorded
-
-MULTIPROCESS_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
-"""Where the workers of one gateway keep their counters together; `gateway/server.py` sets it."""
 
 SECRETS: Final = re.compile(
     r"\b(fb_(?:live|test|admin)_[0-9a-z]{4})[0-9a-z_]+|\b((?:sk|rk|whsec)[-_][A-Za-z0-9]{2})[A-Za-z0-9_-]{8,}"

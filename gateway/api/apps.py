@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path, Request, Response
 from pydantic import ConfigDict, Field
 
 from gateway.api.access import Administrator, refuse_test_keys
@@ -74,7 +74,9 @@ async def list_apps(principal: Administrator, services: Here) -> Page[AppView]:
 
 
 @router.post("", status_code=201)
-async def create_app(body: NewApp, request: Request, principal: Administrator, services: Here) -> AppView:
+async def create_app(
+    body: NewApp, request: Request, response: Response, principal: Administrator, services: Here
+) -> AppView:
     """Create an app. It needs a key next: `POST /v1/keys`."""
     refuse_test_keys(principal)
     markup_bps = services.settings.markup_bps if body.markup_bps is None else body.markup_bps
@@ -89,7 +91,8 @@ async def create_app(body: NewApp, request: Request, principal: Administrator, s
         )
         return app_view(app)
 
-    return await once(request, services, principal, key_of(request, body, "apps.create"), act, view=AppView)
+    key = key_of(request, body, "apps.create")
+    return await once(request, response, services, principal, key=key, act=act, view=AppView)
 
 
 @router.patch("/{app_id}")

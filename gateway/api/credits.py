@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from gateway.api.access import Reader
 from gateway.api.customers import Cursor, CustomerPath, Limit
-from gateway.api.services import Here, Services
+from gateway.api.services import Here
 from gateway.api.wire import (
     PAGE_DEFAULT,
     Credits,
@@ -24,7 +24,7 @@ from gateway.api.wire import (
 from gateway.errors import invalid_request
 from gateway.identity.wallets import customer_wallet
 from ledger.burndown import burn_order
-from ledger.ledger import WalletView, cursor_after
+from ledger.ledger import Ledger, WalletView, cursor_after
 from ledger.model import Block, Tags, Wallet, WalletRef
 from ledger.store.protocol import PAGE_MAX, Transaction
 from pricing.money import Asset
@@ -127,7 +127,7 @@ async def get_credits(
     customer_id = (await services.customers.find(principal.tenant_id, principal.mode, customer)).id
     ref = customer_wallet(principal.tenant_id, principal.mode, customer_id)
     tags = Tags(app=principal.app_id, metric=which.metric, model=which.model)
-    wallet = await wallet_now(services, ref, principal.asset, tags)
+    wallet = await wallet_now(services.ledger, ref, principal.asset, tags)
     blocks = None
     if which.include_blocks:
         unexpired = [block for block in wallet.blocks if not _expired(block, services.now_us())]
@@ -152,8 +152,19 @@ async def list_transactions(
     """The journal of a customer's wallet as a statement, newest first: one line for everything that happened."""
     customer_id = (await services.customers.find(principal.tenant_id, principal.mode, customer)).id
     wallet = customer_wallet(principal.tenant_id, principal.mode, customer_id)
+    return await statement_of(services.ledger, wallet, principal.asset, cursor=cursor, limit=limit)
+
+
+async def statement_of(
+    ledger: Ledger, wallet: WalletRef, asset: Asset, *, cursor: str | None, limit: int
+) -> Page[TransactionView]:
+    """A page of a wallet's statement, newest first.
+
+    Raises:
+        ApiError: 400 for a cursor that is none of ours.
+    """
     try:
-        page = await services.ledger.transactions(wallet, cursor, limit=PAGE_MAX)
+        page = await ledger.transactions(wallet, cursor, limit=PAGE_MAX)
     except ValueError:
         raise invalid_request("cursor is not a next_cursor of this list.", param="cursor") from None
     lines = [list(entries) for _, entries in groupby(page.transactions, key=lambda entry: entry.seq)]
@@ -162,15 +173,15 @@ async def list_transactions(
     more = page.cursor is not None or len(lines) > limit
     lines = lines[:limit]
     return Page(
-        data=[transaction_view(line, principal.asset) for line in lines],
+        data=[transaction_view(line, asset) for line in lines],
         has_more=more,
         next_cursor=cursor_after(lines[-1][-1]) if more else None,
     )
 
 
-async def wallet_now(services: Services, ref: WalletRef, asset: Asset, tags: Tags | None = None) -> WalletView:
+async def wallet_now(ledger: Ledger, ref: WalletRef, asset: Asset, tags: Tags | None = None) -> WalletView:
     """The wallet now; an empty one where nothing was ever granted."""
-    view = await services.ledger.wallet_view(ref, tags)
+    view = await ledger.wallet_view(ref, tags)
     if view is not None:
         return view
     nothing = Wallet(ref=ref, asset=asset.code)

@@ -97,19 +97,16 @@ async def create_customer(
 ) -> CustomerView:
     """Create a customer, or find the one with this `external_id`; `metadata` replaces what was there."""
     check_external_id(body.external_id, param="external_id")
-    created = False
 
     async def act(transactions: Transactions) -> CustomerView:
-        nonlocal created
         customer, created = await services.customers.put(
             principal.tenant_id, principal.mode, body.external_id, body.metadata, transactions=transactions
         )
+        response.status_code = 201 if created else 200
         return customer_view(customer, principal)
 
     key = key_of(request, body, "customers.create")
-    answer = await once(request, services, principal, key, act, view=CustomerView)
-    response.status_code = 201 if created else 200
-    return answer
+    return await once(request, response, services, principal, key=key, act=act, view=CustomerView)
 
 
 @router.get("/customers")

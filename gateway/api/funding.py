@@ -223,7 +223,7 @@ async def _funding(services: Services, principal: Principal, app_id: str) -> Fun
 
 
 async def _holding(services: Services, wallet: WalletRef, asset: Asset) -> HoldingView:
-    view = await wallet_now(services, wallet, asset)
+    view = await wallet_now(services.ledger, wallet, asset)
     return HoldingView(
         balance_usd=asset.to_usd_text(view.balance),
         **amounts(asset, balance=view.balance, available=view.effective_balance),

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 import msgspec
-from fastapi import Request
+from fastapi import Request, Response
 from pydantic import BaseModel
 from sqlalchemy import select, update
 from sqlmodel import col
@@ -67,17 +67,19 @@ def mark_replayed(request: Request) -> None:
 
 async def once(
     request: Request,
+    response: Response,
     services: Services,
     principal: Principal,
+    *,
     key: Key | None,
     act: Callable[[Transactions], Awaitable[V]],
-    *,
     view: type[V],
     keep: Callable[[V], V] = lambda answer: answer,
 ) -> V:
-    """Do *act* in one transaction with its key, or answer as it did before.
+    """Do *act* in one transaction with its key, or answer as it did before, with the same status.
 
     Args:
+        act: may set the response's status.
         keep: what is kept of the answer, where a part of it is a secret.
 
     Raises:
@@ -94,7 +96,7 @@ async def once(
         )
         if claimed.rowcount:
             answer = await act(Joined(connection))
-            kept = keep(answer).model_dump(mode="json")
+            kept = {"status": response.status_code, "body": keep(answer).model_dump(mode="json")}
             await connection.execute(update(KeptAnswer).where(*matches).values(answer=kept))
             return answer
         query = select(col(KeptAnswer.digest), col(KeptAnswer.answer)).where(*matches)
@@ -102,4 +104,5 @@ async def once(
     if digest != key.digest:
         raise idempotency_key_reused()
     mark_replayed(request)
-    return view.model_validate(kept)
+    response.status_code = kept["status"]
+    return view.model_validate(kept["body"])

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Final, Literal
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path, Request, Response
 from pydantic import ConfigDict, Field
 
 from gateway.api.access import Administrator
@@ -69,7 +69,9 @@ async def list_keys(principal: Administrator, services: Here) -> Page[KeyView]:
 
 
 @router.post("", status_code=201)
-async def create_key(body: NewKeyBody, request: Request, principal: Administrator, services: Here) -> NewKeyView:
+async def create_key(
+    body: NewKeyBody, request: Request, response: Response, principal: Administrator, services: Here
+) -> NewKeyView:
     """Create a key of an app. Keep it: only its hash is stored, and nobody can show it again."""
     _refuse_other_mode(principal, body.mode)
 
@@ -81,13 +83,24 @@ async def create_key(body: NewKeyBody, request: Request, principal: Administrato
 
     key = key_of(request, body, "keys.create")
     return await once(
-        request, services, principal, key, act, view=NewKeyView, keep=lambda view: view.model_copy(update={"key": None})
+        request,
+        response,
+        services,
+        principal,
+        key=key,
+        act=act,
+        view=NewKeyView,
+        keep=lambda made: made.model_copy(update={"key": None}),
     )
 
 
 @router.post("/{key_id}/revoke")
 async def revoke_key(
-    key_id: Annotated[str, Path(max_length=64)], request: Request, principal: Administrator, services: Here
+    key_id: Annotated[str, Path(max_length=64)],
+    request: Request,
+    response: Response,
+    principal: Administrator,
+    services: Here,
 ) -> KeyView:
     """End a key. Every gateway refuses it within a second. Repeating it changes nothing."""
     known = {key.id: key for key in await services.tenants.list_keys(principal.tenant_id)}.get(key_id)
@@ -99,7 +112,7 @@ async def revoke_key(
         return key_view(await services.tenants.within(transactions).revoke_key(principal.tenant_id, key_id))
 
     key = key_of(request, None, "keys.revoke", about=key_id)
-    answer = await once(request, services, principal, key, act, view=KeyView)
+    answer = await once(request, response, services, principal, key=key, act=act, view=KeyView)
     services.principals.invalidate()
     return answer
 
