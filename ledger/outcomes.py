@@ -34,14 +34,14 @@ class Reason(StrEnum):
     LIMIT_REACHED = "limit_reached"
 
 
-class Granted(msgspec.Struct, frozen=True, tag="granted"):
+class Granted(msgspec.Struct, frozen=True, gc=False, tag="granted"):
     block_id: str
     amount: int
     balance_before: int
     balance_after: int
 
 
-class Reserved(msgspec.Struct, frozen=True, tag="reserved"):
+class Reserved(msgspec.Struct, frozen=True, gc=False, tag="reserved"):
     """*held* is what each leg holds now; *expires_at_us* is when it lapses unless extended."""
 
     reservation: str
@@ -49,7 +49,7 @@ class Reserved(msgspec.Struct, frozen=True, tag="reserved"):
     expires_at_us: int
 
 
-class Settled(msgspec.Struct, frozen=True, omit_defaults=True, tag="settled"):
+class Settled(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="settled"):
     """*charged* is the sum of all commits, a leg each; *balance* is that of the first leg's first wallet.
 
     *late* tells that the reservation had been settled without the caller, and only the missing part was debited.
@@ -64,7 +64,7 @@ class Settled(msgspec.Struct, frozen=True, omit_defaults=True, tag="settled"):
     late: bool = False
 
 
-class Revoked(msgspec.Struct, frozen=True, omit_defaults=True, tag="revoked"):
+class Revoked(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="revoked"):
     """*amount* was unspent and is gone; *owed* was spent and joined *receivable*, all that the wallet owes."""
 
     amount: int
@@ -73,19 +73,19 @@ class Revoked(msgspec.Struct, frozen=True, omit_defaults=True, tag="revoked"):
     owed: int = 0
 
 
-class Expired(msgspec.Struct, frozen=True, tag="expired"):
+class Expired(msgspec.Struct, frozen=True, gc=False, tag="expired"):
     blocks: tuple[str, ...]
     amount: int
 
 
-class Changed(msgspec.Struct, frozen=True, tag="changed"):
+class Changed(msgspec.Struct, frozen=True, gc=False, tag="changed"):
     """The command had nothing more to tell."""
 
 
 Result = Granted | Reserved | Settled | Revoked | Expired | Changed
 
 
-class Transfer(msgspec.Struct, frozen=True, omit_defaults=True, tag="transfer"):
+class Transfer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="transfer"):
     """One entry of the journal: *amount* > 0 leaves *debit* and arrives at *credit*."""
 
     scope: Scope
@@ -97,11 +97,11 @@ class Transfer(msgspec.Struct, frozen=True, omit_defaults=True, tag="transfer"):
     reference: str | None = None
 
 
-class WalletOpened(msgspec.Struct, frozen=True, omit_defaults=True, tag="wallet_opened"):
+class WalletOpened(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="wallet_opened"):
     wallet: Wallet
 
 
-class WalletChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="wallet_changed"):
+class WalletChanged(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="wallet_changed"):
     """What a command did to a wallet, as differences; every one raises the wallet's version by one."""
 
     wallet: WalletRef
@@ -114,11 +114,11 @@ class WalletChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="wallet
     overdraft_limit: int | None = None
 
 
-class BlockOpened(msgspec.Struct, frozen=True, omit_defaults=True, tag="block_opened"):
+class BlockOpened(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="block_opened"):
     block: Block
 
 
-class BlockChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="block_changed"):
+class BlockChanged(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="block_changed"):
     """What a command did to a block, as differences."""
 
     wallet: WalletRef
@@ -132,11 +132,11 @@ class BlockChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="block_c
     frozen: bool | None = None
 
 
-class ReservationChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="reservation_changed"):
+class ReservationChanged(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="reservation_changed"):
     reservation: Reservation
 
 
-class KeyFreed(msgspec.Struct, frozen=True, omit_defaults=True, tag="key_freed"):
+class KeyFreed(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="key_freed"):
     """A release without a charge lets its idempotency key serve another attempt."""
 
     scope: Scope
@@ -144,7 +144,7 @@ class KeyFreed(msgspec.Struct, frozen=True, omit_defaults=True, tag="key_freed")
     key: str
 
 
-class KeyTaken(msgspec.Struct, frozen=True, omit_defaults=True, tag="key_taken"):
+class KeyTaken(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="key_taken"):
     """From now on the key answers with this result."""
 
     scope: Scope
@@ -154,7 +154,7 @@ class KeyTaken(msgspec.Struct, frozen=True, omit_defaults=True, tag="key_taken")
     result: Result
 
 
-class UsageRecorded(msgspec.Struct, frozen=True, omit_defaults=True, tag="usage_recorded"):
+class UsageRecorded(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="usage_recorded"):
     """The usage behind a commit. *charges* is what this commit charged, a leg each; *part* counts the commits."""
 
     reservation: ReservationRef
@@ -178,7 +178,7 @@ Fact = (
 )
 
 
-class Event(msgspec.Struct, frozen=True):
+class Event(msgspec.Struct, frozen=True, gc=False):
     """An outbox row: written in the transaction of what it tells, in sequence for each wallet."""
 
     id: str
@@ -189,7 +189,7 @@ class Event(msgspec.Struct, frozen=True):
     body: dict[str, Any]
 
 
-class Applied(msgspec.Struct, frozen=True):
+class Applied(msgspec.Struct, frozen=True, gc=False):
     """*replayed* tells that nothing was done again: this is the first attempt's result.
 
     *answers* names the idempotency key (operation, key) under which a response that the command brought is kept.
@@ -202,7 +202,7 @@ class Applied(msgspec.Struct, frozen=True):
     answers: tuple[str, str] | None = None
 
 
-class Rejected(msgspec.Struct, frozen=True):
+class Rejected(msgspec.Struct, frozen=True, gc=False):
     """*needed* and *available* are in the asset's smallest unit, where the reason is a lack of credits.
 
     *state* is that of the reservation, where the reason is that it is settled or exists already.

@@ -63,9 +63,10 @@ def debit_hold(draft: Draft, command: Debit) -> Reservation | Rejected:
 
 
 def _well_formed(command: Hold) -> bool:
-    return len(command.legs) > 0 and all(
-        leg.wallets and 0 <= leg.minimum <= leg.amount <= AMOUNT_MAX for leg in command.legs
-    )
+    for leg in command.legs:
+        if not leg.wallets or not 0 <= leg.minimum <= leg.amount <= AMOUNT_MAX:
+            return False
+    return len(command.legs) > 0
 
 
 def chargeable(settlement: Settlement, *, legs: int, already: int = 0) -> bool:
@@ -260,7 +261,9 @@ def _reserved(reservation: Reservation) -> Reserved:
 
 
 def may_charge(reservation: Reservation, settlement: Settlement) -> bool:
-    already = reservation.shortfall + sum(charge.total for charge in reservation.charged)
+    already = reservation.shortfall
+    for charge in reservation.charged:
+        already += charge.total
     return chargeable(settlement, legs=len(reservation.legs), already=already)
 
 

@@ -144,12 +144,9 @@ def _settle(
     )
 
 
-def _free(draft: Draft, slices: list[Slice], *, leg_min: int = UNFUNDED_LEG) -> None:
-    """Give *slices* back, in place: all, or those of the legs from *leg_min* on."""
+def _free(draft: Draft, slices: list[Slice]) -> None:
     for held in slices:
-        if held.leg >= leg_min:
-            draft.hold(_source(draft, held), -held.amount)
-    slices[:] = [held for held in slices if held.leg < leg_min]
+        draft.hold(_source(draft, held), -held.amount)
 
 
 def _charge(
@@ -161,8 +158,9 @@ def _charge(
     """
     charges = settlement.charges
     parts = [_use_slices(draft, slices, charge.total, leg=leg) for leg, charge in enumerate(charges)]
-    if final:
-        _free(draft, slices, leg_min=0)
+    if final and len(charges) > 1:
+        _free(draft, [held for held in slices if held.leg >= 0])
+        slices[:] = [held for held in slices if held.leg < 0]
     for leg, charge in enumerate(charges):
         parts[leg] += _use_more(draft, reservation, leg, charge.total - total(parts[leg]))
     payments: list[Payment] = []
