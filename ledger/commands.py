@@ -16,7 +16,7 @@ from ledger.model import (
 )
 
 
-class Key(msgspec.Struct, frozen=True):
+class Key(msgspec.Struct, frozen=True, gc=False):
     """An idempotency key. Its scope is tenant, mode and operation; *digest* stands for the input it came with."""
 
     operation: str
@@ -24,7 +24,7 @@ class Key(msgspec.Struct, frozen=True):
     digest: str
 
 
-class Command(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Command(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     """*id* is unique and time-ordered; events derive theirs from it."""
 
     id: str
@@ -56,7 +56,7 @@ class Grant(Command, frozen=True, kw_only=True, tag="grant"):
     metadata: dict[str, Any] = {}
 
 
-class ReserveLeg(msgspec.Struct, frozen=True):
+class ReserveLeg(msgspec.Struct, frozen=True, gc=False):
     """Set *amount* aside from *wallets* in their order; what there is, but not under *minimum*, when it is short."""
 
     wallets: tuple[WalletRef, ...]
@@ -117,7 +117,7 @@ class Extend(Command, frozen=True, kw_only=True, tag="extend"):
     mark: Settlement | None = None
 
 
-class StoredResponse(msgspec.Struct, frozen=True):
+class StoredResponse(msgspec.Struct, frozen=True, gc=False):
     """An answer to be replayed under its idempotency key for a day."""
 
     status: int

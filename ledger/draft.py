@@ -5,7 +5,7 @@ draft is dropped, and nothing has happened.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -40,7 +40,7 @@ FUNDING_ACCOUNT = {
 """Where a grant of this kind comes from. A developer's grant has none: it comes out of a pool, which is a wallet."""
 
 
-class Source(NamedTuple):
+class Source(msgspec.Struct, frozen=True, gc=False):
     """Free credits of a block, or of the wallet's overdraft when *block* is None."""
 
     wallet: Wallet
@@ -48,8 +48,28 @@ class Source(NamedTuple):
     amount: int
 
 
+def total(parts: list[Source]) -> int:
+    amount = 0
+    for part in parts:
+        amount += part.amount
+    return amount
+
+
 class Draft:
     """Collects differences by block and wallet: each of them is one fact."""
+
+    __slots__ = (
+        "_blocks",
+        "_blocks_opened",
+        "_wallets",
+        "_wallets_opened",
+        "command",
+        "events",
+        "now_us",
+        "other",
+        "state",
+        "transfers",
+    )
 
     def __init__(self, state: State, command: Command, now_us: int) -> None:
         self.state = state

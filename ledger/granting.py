@@ -32,7 +32,7 @@ def grant(state: State, command: Grant, now_us: int) -> Outcome:
     effective_at_us = now_us if command.effective_at_us is None else command.effective_at_us
     if not _grantable(state, command, effective_at_us=max(now_us, effective_at_us)):
         return Rejected(Reason.INVALID_AMOUNT)
-    if command.from_wallet is None and command.funding is Funding.DEVELOPER_GRANT:
+    if not _comes_from_somewhere(command):
         return Rejected(Reason.NOT_FOUND)
     blocks = state.blocks.get(command.wallet, {})
     if command.block_id in blocks or _second_block(command) in blocks:
@@ -89,6 +89,13 @@ def _grantable(state: State, command: Grant, *, effective_at_us: int) -> bool:
         and (command.expires_at_us is None or effective_at_us < command.expires_at_us)
         and command.from_wallet != command.wallet
     )
+
+
+def _comes_from_somewhere(command: Grant) -> bool:
+    """A developer's grant needs its pool, and no grant comes out of another tenant's or mode's wallet."""
+    if command.from_wallet is None:
+        return command.funding is not Funding.DEVELOPER_GRANT
+    return command.from_wallet[:2] == command.scope
 
 
 def _second_block(command: Grant) -> str:

@@ -3,7 +3,7 @@
 import msgspec
 
 from ledger.commands import Commit, Debit, Lapse, Release
-from ledger.draft import NO_TAGS, Draft, Source
+from ledger.draft import NO_TAGS, Draft, Source, total
 from ledger.model import (
     LIMIT_LEG,
     UNFUNDED_LEG,
@@ -145,12 +145,9 @@ def _settle(
     )
 
 
-def _free(draft: Draft, slices: list[Slice], *, leg_min: int = UNFUNDED_LEG) -> None:
-    """Give *slices* back, in place: all, or those of the legs from *leg_min* on."""
+def _free(draft: Draft, slices: list[Slice]) -> None:
     for held in slices:
-        if held.leg >= leg_min:
-            draft.hold(_source(draft, held), -held.amount)
-    slices[:] = [held for held in slices if held.leg < leg_min]
+        draft.hold(_source(draft, held), -held.amount)
 
 
 def _charge(
@@ -162,15 +159,20 @@ def _charge(
     """
     charges = settlement.charges
     parts = [_use_slices(draft, slices, charge.total, leg=leg) for leg, charge in enumerate(charges)]
-    if final:
-        _free(draft, slices, leg_min=0)
-    payments: list[Payment] = []
+    if final and len(charges) > 1:
+        _free(draft, [held for held in slices if held.leg >= 0])
+        slices[:] = [held for held in slices if held.leg < 0]
     for leg, charge in enumerate(charges):
-        parts[leg] += _use_more(draft, reservation, leg, charge.total - _sum(parts[leg]))
-        payments += _post(draft, reservation, leg, charge, parts[leg])
-    charged = tuple(_paid(payments, leg) for leg in range(len(charges)))
-    _draw_on_bounds(draft, reservation, slices, payments, charged[0].total)
-    shortfall = sum(charge.total for charge in charges) - sum(charge.total for charge in charged)
+        parts[leg] += _use_more(draft, reservation, leg, charge.total - total(parts[leg]))
+    payments: list[Payment] = []
+    charged: list[Charge] = []
+    shortfall = 0
+    for leg, charge in enumerate(charges):
+        made, paid = _post(draft, reservation, leg, charge, parts[leg])
+        payments += made
+        charged.append(paid)
+        shortfall += charge.total - paid.total
+    _draw_on_bounds(draft, reservation, slices, payments, payer_charged=charged[0].total)
     draft.transfer(
         shortfall,
         asset=reservation.asset,
@@ -178,7 +180,7 @@ def _charge(
         credit=Account.REVENUE,
         reference=reservation.ref.reservation,
     )
-    _record(draft, reservation, settlement, charged, shortfall)
+    _record(draft, reservation, settlement, tuple(charged), shortfall)
     return msgspec.structs.replace(
         reservation,
         charged=tuple(map(_sum_of_charges, reservation.charged, charged)),
@@ -187,16 +189,6 @@ def _charge(
         commits=reservation.commits + 1,
         mark=None,
     )
-
-
-def _sum(parts: list[Source]) -> int:
-    return sum(part.amount for part in parts)
-
-
-def _paid(payments: list[Payment], leg: int) -> Charge:
-    base = sum(payment.base for payment in payments if payment.leg == leg)
-    markup = sum(payment.markup for payment in payments if payment.leg == leg)
-    return Charge(base, markup)
 
 
 def _sum_of_charges(one: Charge, other: Charge) -> Charge:
@@ -261,8 +253,10 @@ def _source(draft: Draft, held: Slice) -> Source:
     return Source(wallet, None if held.block is None else draft.block(held.wallet, held.block), held.amount)
 
 
-def _post(draft: Draft, reservation: Reservation, leg: int, charge: Charge, parts: list[Source]) -> list[Payment]:
-    """Book what each part pays of base and markup, pro rata.
+def _post(
+    draft: Draft, reservation: Reservation, leg: int, charge: Charge, parts: list[Source]
+) -> tuple[list[Payment], Charge]:
+    """Book what each part pays of base and markup, pro rata; the payments, and what they come to.
 
     Shares are differences of the rounded-down running total: they are never negative, add up exactly, and the last
     part bears the remainder.
@@ -271,25 +265,22 @@ def _post(draft: Draft, reservation: Reservation, leg: int, charge: Charge, part
     payments: list[Payment] = []
     covered = base_covered = 0
     for part in parts:
+        block = part.block
         covered += part.amount
         base = charge.base * covered // charge.total - base_covered
         base_covered += base
+        markup = part.amount - base
+        base_account, markup_account = _base_account(block), _markup_account(block, reservation.developer)
+        draft.spend(part, base, account=base_account, reference=reference)
+        if _returns_markup(block):
+            draft.return_to_pool(part, markup, reference=reference)
+        else:
+            draft.spend(part, markup, account=markup_account, reference=reference)
         payment = Payment(
-            leg=leg,
-            wallet=part.wallet.ref,
-            block=None if part.block is None else part.block.id,
-            base=base,
-            markup=part.amount - base,
-            base_account=_base_account(part.block),
-            markup_account=_markup_account(part.block, reservation.developer),
+            leg, part.wallet.ref, None if block is None else block.id, base, markup, base_account, markup_account
         )
         payments.append(payment)
-        draft.spend(part, payment.base, account=payment.base_account, reference=reference)
-        if _returns_markup(part.block):
-            draft.return_to_pool(part, payment.markup, reference=reference)
-        else:
-            draft.spend(part, payment.markup, account=payment.markup_account, reference=reference)
-    return payments
+    return payments, Charge(base_covered, covered - base_covered)
 
 
 def _base_account(block: Block | None) -> str:
@@ -309,7 +300,7 @@ def _markup_account(block: Block | None, developer: str | None) -> str:
 
 
 def _draw_on_bounds(
-    draft: Draft, reservation: Reservation, slices: list[Slice], payments: list[Payment], payer_charged: int
+    draft: Draft, reservation: Reservation, slices: list[Slice], payments: list[Payment], *, payer_charged: int
 ) -> None:
     """Draw on the limits what the payer was charged, and on the unfunded line the base cost that nobody paid for."""
     for ref in reservation.limits:
@@ -329,7 +320,7 @@ def _draw(
 ) -> None:
     """Use up a limit: its own slices, then what is free of it. Work that is done is never refused."""
     parts = _use_slices(draft, slices, amount, leg=leg, wallet=ref)
-    amount -= _sum(parts)
+    amount -= total(parts)
     wallet = draft.wallet(ref)
     if wallet is None:
         return

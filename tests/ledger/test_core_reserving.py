@@ -355,6 +355,19 @@ def test_an_extension_holds_more_and_lives_longer():
     """)
 
 
+def test_what_was_pinned_first_is_used_first():
+    """Lapse order is collection order: an extension does not reorder what is held already."""
+    check("""
+        grant   w1 old 50
+        reserve w1 r1 30
+        grant   w1 new 20 priority=1
+        extend  r1 30
+        reservation r1 slices=w1/old:40,w1/new:20
+        commit  r1 45
+        reservation r1 payments=w1/old:40+0,w1/new:5+0
+    """)
+
+
 def test_a_heartbeat_touches_no_wallet():
     check("""
         grant   w1 b1 50
