@@ -24,7 +24,7 @@ import pytest
 import typer
 
 from gateway import settings
-from gateway.cli import app as command_line
+from gateway.cli import cli as command_line
 from gateway.errors import KINDS
 from gateway.proxy.settlement import TABLE
 from ledger.errors import error_of
@@ -97,7 +97,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     command = folder / "bin" / "farebox"
     command.parent.mkdir()
-    command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c 'from gateway.cli import main; main()' \"$@\"\n")
+    command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m gateway.cli \"$@\"\n")
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     (folder / ".curlrc").write_text("fail-with-body\nshow-error\n")
     return folder
