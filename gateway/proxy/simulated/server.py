@@ -7,7 +7,7 @@ requests of one connection are answered one after the other. When the client lea
 import asyncio
 import zlib
 from http import HTTPStatus
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 
@@ -95,9 +95,8 @@ class _Connection(asyncio.Protocol):
         self.gone = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=0)  # So that all was given to the kernel before a cut.
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by inheritance.
+        self._transport.set_write_buffer_limits(high=0)  # So that all was given to the kernel before a cut.
         self._server.opened(self)
 
     def connection_lost(self, error: Exception | None) -> None:
