@@ -1,9 +1,9 @@
 """The pages are true: what they show runs, what they name is there, and their tables are those of the code.
 
-An example runs when its fence says so: `python runnable`, `sh runnable`; with `demo` behind it, it talks to a gateway, and
-has the demo's address, key and user in its environment. A fence `text output` behind an example holds what it prints. A
-fence `ledger runnable` is a table of `tests/ledger/spec.py`. A fence `toml farebox.toml` is written to that file, for the
-examples behind it.
+An example runs when its fence says so: `python runnable`, `sh runnable`. With `demo` behind it, it talks to a gateway,
+and has the demo's address, key and user in its environment. A fence `text output` behind an example holds what it
+prints. A fence `ledger runnable` is a table of `tests/ledger/spec.py`. A fence `toml farebox.toml` is written to that
+file, for the examples behind it.
 """
 
 import json
