@@ -42,7 +42,7 @@ async def measure(*, in_flight: int, seconds: float, batch_max: int = BATCH_MAX,
         migrate(url)
         store = await SqliteStore.open(url, clock=now_us)
         writer = Writer(store.run_batch, batch_max=batch_max)
-        ledger = Ledger(store, writer, now_us, lambda: new_id("cmd"))
+        ledger = Ledger(store, writer, now_us, lambda: new_id("cmd"), None)
         wallets = [WalletRef(*SCOPE, f"customer:{number}") for number in range(1 if one_wallet else in_flight)]
         for wallet in wallets:
             await ledger.execute(

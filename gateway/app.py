@@ -169,11 +169,14 @@ async def running_parts(
     async with AsyncExitStack() as stack:
         database = Database(settings.database_url)
         stack.push_async_callback(database.close)
+        journal = SettlementJournal(settings.journal_dir, name=_process_name(), report=log.warning)
+        stack.callback(journal.close)
         store = await open_store(settings.database_url, clock=now_us)
         ledger = await Ledger.open(
             store,
             clock=now_us,
             new_command_id=lambda: new_id("cmd"),
+            abandoned=journal.undo,
             wait_s=settings.ledger_timeout_s,
             applied=metrics.count_applied,
         )
@@ -188,8 +191,6 @@ async def running_parts(
         quoter = Quoter(settings, PromptCounter())
 
         live, shield = LiveHolds(ledger), Shield()
-        journal = SettlementJournal(settings.journal_dir, name=_process_name(), report=log.warning)
-        stack.callback(journal.close)
         upkeep = Upkeep(ledger=ledger, live=live, journal=journal, heartbeat_s=settings.heartbeat_s, now_us=now_us)
         upkeep.start()
         stack.push_async_callback(upkeep.stop)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ledger.commands import AnyCommand, Commit, Debit, Extend, Freeze, Grant, Lapse, Release, Reserve, Revoke
+from ledger.commands import AnyCommand, Commit, Debit, Extend, Freeze, Grant, Hold, Lapse, Release, Reserve, Revoke
 from ledger.core import decide
 from ledger.model import Block, Reservation, ReservationRef, Scope, Wallet, WalletRef
 from ledger.outcomes import (
@@ -64,7 +64,7 @@ def needs(commands: Iterable[AnyCommand]) -> Needs:
         if command.key is not None:
             named.keys.add((command.scope, command.key.operation, command.key.key))
         match command:
-            case Reserve() | Debit():
+            case Hold():
                 named.reservations.add(command.reservation)
                 named.wallets.update(_wallets_named(command))
             case Extend() | Commit() | Release() | Lapse():
@@ -116,20 +116,16 @@ def return_blocks(pool_wallets: Iterable[WalletRef]) -> set[BlockRef]:
     return {(pool, block_id) for pool in pool_wallets for block_id in RETURN_BLOCKS}
 
 
-def _wallets_named(command: Reserve | Debit | Grant) -> set[WalletRef]:
+def _wallets_named(command: Hold | Grant) -> set[WalletRef]:
     if isinstance(command, Grant):
         return {command.wallet} if command.from_wallet is None else {command.wallet, command.from_wallet}
-    wallets = {ref for leg in command.legs for ref in leg.wallets}
-    wallets.update(command.limits)
-    if command.unfunded is not None:
-        wallets.add(command.unfunded)
-    return wallets
+    return set(command.wallets)
 
 
 def _wallets_touched(state: State, command: AnyCommand) -> set[WalletRef]:
     """The wallets of *command* but for pools, as far as *state* knows them."""
     match command:
-        case Reserve() | Debit() | Grant():
+        case Hold() | Grant():
             return _wallets_named(command)
         case Extend() | Commit() | Release() | Lapse():
             reservation = state.reservations.get(command.reservation)

@@ -13,7 +13,7 @@ from ledger.invariants import Audit, Violation, digest
 from ledger.model import Reservation, ReservationRef
 from ledger.outcomes import KeyTaken
 from ledger.state import KeyRef
-from ledger.store.protocol import Snapshot, Store
+from ledger.store.protocol import DamagedRow, Snapshot, Store
 
 Row = TypeVar("Row", bound=msgspec.Struct)
 Ref = TypeVar("Ref")
@@ -47,8 +47,8 @@ async def verify(store: Store, *, operator: str | None = None) -> Verified:
                     return _verified(audit, [])
             audit.finish()
             differences = [difference async for difference in _differences(audit, snapshot)]
-        except msgspec.MsgspecError as error:
-            return _verified(audit, [Violation("a row cannot be read", {"error": str(error)})])
+        except DamagedRow as error:
+            return _verified(audit, [Violation("a row is damaged: the rest was not looked at", {"row": str(error)})])
     return _verified(audit, differences)
 
 

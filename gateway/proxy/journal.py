@@ -14,9 +14,11 @@ from typing import IO, Final
 
 import msgspec
 
-from ledger.commands import Commit, Release
+from gateway.ids import new_id
+from ledger.commands import AnyCommand, Commit, Release, Reserve
 from ledger.errors import LedgerError, LedgerUnavailable
 from ledger.ledger import Ledger
+from ledger.outcomes import Applied, Outcome, Reserved
 
 Kept = Commit | Release
 
@@ -69,6 +71,17 @@ class SettlementJournal:
         self._file.write(msgspec.json.encode(command) + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def undo(self, command: AnyCommand, outcome: Outcome) -> None:
+        """Give back what was reserved after its request had stopped waiting for it: nothing was forwarded.
+
+        Not kept on disk: if this process dies first, the reservation is settled for its mark.
+        """
+        if not isinstance(command, Reserve) or not isinstance(outcome, Applied):
+            return
+        reserved = outcome.result
+        if isinstance(reserved, Reserved) and reserved.reservation == command.reservation.reservation:
+            self._waiting.append(Release(id=new_id("cmd"), scope=command.scope, reservation=command.reservation))
 
     async def replay(self, ledger: Ledger) -> int:
         """Tell *ledger* all that waits; how much it took. The file is emptied once nothing waits."""

@@ -24,7 +24,7 @@ _EVENT_END: Final = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
 _LOOK_BACK: Final = 3  # An event's end is at most 4 bytes long, so it may begin 3 bytes before what is new.
 
 
-class SSETooLarge(Exception):  # noqa: N818
+class SSETooLarge(Exception):
     """An event is longer than the decoder's limit; the decoder is of no more use."""
 
     def __init__(self, bytes_max: int) -> None:

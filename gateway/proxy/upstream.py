@@ -48,7 +48,7 @@ class UpstreamError(Exception):
     """The upstream's fault, of which the subclass says how far the request had come."""
 
 
-class UpstreamUnreachable(UpstreamError):  # noqa: N818
+class UpstreamUnreachable(UpstreamError):
     """No connection: refused, no such host, or TLS failed. Nothing was sent, so the request may be repeated."""
 
     def __init__(self, reason: str) -> None:
@@ -56,7 +56,7 @@ class UpstreamUnreachable(UpstreamError):  # noqa: N818
         self.reason = reason
 
 
-class UpstreamTimeout(UpstreamError):  # noqa: N818
+class UpstreamTimeout(UpstreamError):
     """A time limit passed. In the phase `connect` nothing was sent."""
 
     def __init__(self, *, phase: Phase, bytes_received: int = 0) -> None:
@@ -65,7 +65,7 @@ class UpstreamTimeout(UpstreamError):  # noqa: N818
         self.bytes_received = bytes_received
 
 
-class UpstreamBroken(UpstreamError):  # noqa: N818
+class UpstreamBroken(UpstreamError):
     """The request was sent, and the answer ended before its end or was not HTTP."""
 
     def __init__(self, *, bytes_received: int, reason: str) -> None:
@@ -74,7 +74,7 @@ class UpstreamBroken(UpstreamError):  # noqa: N818
         self.reason = reason
 
 
-class UpstreamBodyTooLarge(UpstreamError):  # noqa: N818
+class UpstreamBodyTooLarge(UpstreamError):
     """The body is longer than the reader's limit; the rest was not read."""
 
     def __init__(self, bytes_max: int) -> None:
@@ -99,7 +99,7 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
 
 
 class UpstreamResponse(Protocol):
-    """An answer whose body has yet to be read. Whoever gets one calls `close` at the end, however it ends."""
+    """An answer whose body has yet to be read. Who gets one calls `close`, unless it read to the end or to an error."""
 
     @property
     def status(self) -> int: ...
@@ -337,6 +337,7 @@ class HTTPResponse:
             # aiohttp raises before it hands out what came with the cut; these bytes were received all the same.
             chunk = self._content._read_nowait(-1)
             if not chunk:
+                self._response.close()
                 raise self._translated(error) from error
         if not chunk:
             raise StopAsyncIteration

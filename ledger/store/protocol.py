@@ -22,6 +22,10 @@ class SchemaMissing(Exception):
     """The database has no ledger in it yet: run ``farebox migrate``."""
 
 
+class DamagedRow(Exception):
+    """A stored row cannot be read, or its columns contradict each other."""
+
+
 class JournalEntry(msgspec.Struct, frozen=True):
     """One applied command as the journal has it; *transfers_written* is how many transfers went with it."""
 
@@ -66,7 +70,10 @@ class WalletBlocks(NamedTuple):
 
 
 class Snapshot(Protocol):
-    """The whole ledger at one moment, in pages, for replay. Iterators are used one at a time."""
+    """The whole ledger at one moment, in pages, for replay. Iterators are used one at a time.
+
+    Each may raise :class:`DamagedRow`.
+    """
 
     def journal(self) -> AsyncIterator[JournalEntry]:
         """Every applied command in the order of its number."""

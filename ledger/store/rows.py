@@ -87,6 +87,7 @@ def block_row(block: Block) -> Row:
         block.reserved,
         block.expired,
         block.revoked,
+        block.clawed,
         block.remaining,
         block.live,
         block.frozen,
@@ -106,7 +107,7 @@ def block_row(block: Block) -> Row:
 
 def block_from(row: Sequence[Any]) -> Block:
     """*remaining* and *live* derive from the other columns; that they agree is a CHECK of the table."""
-    restriction, pool, metadata = row[20], row[21], row[23]
+    restriction, pool, metadata = row[21], row[22], row[24]
     return Block(
         wallet=WalletRef(*row[:3]),
         id=row[3],
@@ -116,17 +117,18 @@ def block_from(row: Sequence[Any]) -> Block:
         reserved=row[7],
         expired=row[8],
         revoked=row[9],
-        frozen=bool(row[12]),
-        created_at_us=row[13],
-        effective_at_us=row[14],
-        expires_at_us=row[15],
-        priority=row[16],
-        source=row[17],
-        funding=Funding(row[18]),
-        operator_paid=bool(row[19]),
+        clawed=row[10],
+        frozen=bool(row[13]),
+        created_at_us=row[14],
+        effective_at_us=row[15],
+        expires_at_us=row[16],
+        priority=row[17],
+        source=row[18],
+        funding=Funding(row[19]),
+        operator_paid=bool(row[20]),
         restriction=UNRESTRICTED if restriction == "{}" else _decode_restriction(restriction),
         pool=None if pool is None else _decode_wallet_ref(pool),
-        payment_reference=row[22],
+        payment_reference=row[23],
         metadata={} if metadata == "{}" else _decode_mapping(metadata),
     )
 

@@ -134,7 +134,7 @@ class SqliteStore:
     async def _snapshot(self) -> AsyncIterator[Snapshot]:
         connection = await self._in_reader(lambda: connect(self._path))
         try:
-            await self._in_reader(lambda: connection.execute("BEGIN"))
+            await self._in_reader(lambda: _begin_now(connection))
             yield reads.SqliteSnapshot(connection, self._in_reader)
         finally:
             await self._in_reader(connection.close)
@@ -171,6 +171,12 @@ def _open(path: str, clock: Callable[[], int]) -> BatchConnection:
         batches.close()
         raise SchemaMissing(f"{path} has no table {min(missing)}: run `farebox migrate` first")
     return batches
+
+
+def _begin_now(connection: sqlite3.Connection) -> None:
+    """A transaction reads the moment of its first read: make that one now."""
+    connection.execute("BEGIN")
+    connection.execute("SELECT max(seq) FROM ledger_command").fetchone()
 
 
 def _translated(work: Callable[[], T]) -> T:

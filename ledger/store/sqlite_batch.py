@@ -84,7 +84,7 @@ _WALLET_CHANGES = (
 )
 _CHANGE_WALLETS = statements.update("ledger_wallet", (*_WALLET, "version"), _WALLET_CHANGES)
 
-_BLOCK_CHANGES = ("granted", "consumed", "reserved", "expired", "revoked", "remaining", "frozen")
+_BLOCK_CHANGES = ("granted", "consumed", "reserved", "expired", "revoked", "clawed", "remaining", "frozen")
 _CHANGE_BLOCKS = statements.update("ledger_block", (*_WALLET, "id"), _BLOCK_CHANGES)
 _CHANGE_BLOCKS_LIVE = statements.update("ledger_block", (*_WALLET, "id"), (*_BLOCK_CHANGES, "live"))
 """For the few blocks that run dry or fill again: setting ``live`` rewrites two indexes."""
@@ -294,6 +294,7 @@ class BatchConnection:
                 block.reserved,
                 block.expired,
                 block.revoked,
+                block.clawed,
                 block.remaining,
                 block.frozen,
             )

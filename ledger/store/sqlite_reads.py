@@ -5,20 +5,28 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
+import msgspec
+
 from ledger.commands import StoredResponse
 from ledger.model import Block, Reservation, ReservationRef, Scope, Wallet, WalletRef
 from ledger.outcomes import KeyTaken, Transfer, UsageRecorded
-from ledger.store.protocol import JournalEntry, Position, Transaction, WalletBlocks
+from ledger.store.protocol import DamagedRow, JournalEntry, Position, Transaction, WalletBlocks
 from ledger.store.rows import (
+    Row,
     block_from,
+    block_row,
     facts_from,
     key_from,
+    key_row,
     reservation_from,
+    reservation_row,
     response_from,
     result_from,
     transfer_from,
     usage_from,
+    usage_row,
     wallet_from,
+    wallet_row,
 )
 from ledger.store.statements import columns
 
@@ -123,6 +131,13 @@ def due_wallets(connection: sqlite3.Connection, now_us: int, limit: int) -> list
     return [WalletRef(*row) for row in connection.execute(_DUE_WALLETS, (now_us, limit))]
 
 
+def _read(decode: Callable[[str], T], text: str, seq: int) -> T:
+    try:
+        return decode(text)
+    except msgspec.MsgspecError as error:
+        raise DamagedRow(f"ledger_command {seq}: {error}") from error
+
+
 class SqliteSnapshot:
     """Iterates inside one read transaction. *run* does its work in a thread."""
 
@@ -163,10 +178,10 @@ class SqliteSnapshot:
                 id=command_id,
                 kind=kind,
                 at_us=at_us,
-                facts=facts_from(facts),
+                facts=_read(facts_from, facts, seq),
                 transfers=tuple(transfers.pop(seq, ())),
                 transfers_written=count,
-                result=result_from(result),
+                result=_read(result_from, result, seq),
             )
             for seq, tenant, mode, command_id, kind, at_us, count, facts, result in commands
         ]
@@ -187,22 +202,29 @@ class SqliteSnapshot:
         return sorted(entries, key=lambda entry: entry.seq)
 
     def wallets(self) -> AsyncIterator[Wallet]:
-        return self._rows("ledger_wallet", wallet_from)
+        return self._rows("ledger_wallet", wallet_from, wallet_row)
 
     def blocks(self) -> AsyncIterator[Block]:
-        return self._rows("ledger_block", block_from)
+        return self._rows("ledger_block", block_from, block_row)
 
     def reservations(self) -> AsyncIterator[Reservation]:
-        return self._rows("ledger_reservation", lambda row: reservation_from(row[-1]))
+        return self._rows("ledger_reservation", lambda row: reservation_from(row[-1]), reservation_row)
 
     def keys(self) -> AsyncIterator[KeyTaken]:
-        return self._rows("ledger_key", key_from)
+        return self._rows("ledger_key", key_from, key_row)
 
     def usage(self) -> AsyncIterator[UsageRecorded]:
-        return self._rows("ledger_usage", usage_from)
+        return self._rows("ledger_usage", usage_from, usage_row)
 
-    async def _rows(self, table: str, value: Callable[[Any], T]) -> AsyncIterator[T]:
+    async def _rows(self, table: str, value_of: Callable[[Row], T], row_of: Callable[[T], Row]) -> AsyncIterator[T]:
+        """Every row's value, which must make the same row again: some columns repeat what others say."""
         cursor = self._connection.execute(_select(table, ""))
         while rows := await self._run(lambda: cursor.fetchmany(JOURNAL_PAGE)):
             for row in rows:
-                yield value(row)
+                try:
+                    value = value_of(row)
+                except (msgspec.MsgspecError, ValueError, TypeError) as error:
+                    raise DamagedRow(f"{table} {row[:4]}: {error}") from error
+                if row_of(value) != row:
+                    raise DamagedRow(f"{table} {row[:4]}: its columns contradict each other")
+                yield value

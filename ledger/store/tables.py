@@ -103,7 +103,7 @@ class LedgerBlockRow(SQLModel, table=True):
     __tablename__ = "ledger_block"
     __table_args__ = (
         CheckConstraint(
-            "granted >= 0 AND consumed >= 0 AND expired >= 0 AND revoked >= 0 AND remaining >= 0",
+            "granted >= 0 AND consumed >= 0 AND expired >= 0 AND revoked >= 0 AND clawed >= 0 AND remaining >= 0",
             name="ck_ledger_block_amounts",
         ),
         CheckConstraint("granted = consumed + expired + revoked + remaining", name="ck_ledger_block_sum"),
@@ -137,6 +137,7 @@ class LedgerBlockRow(SQLModel, table=True):
     reserved: int = Field(sa_type=BigInteger)
     expired: int = Field(sa_type=BigInteger)
     revoked: int = Field(sa_type=BigInteger)
+    clawed: int = Field(sa_type=BigInteger)
     remaining: int = Field(sa_type=BigInteger)
     live: bool = Field(sa_type=Boolean)
     frozen: bool = Field(sa_type=Boolean)

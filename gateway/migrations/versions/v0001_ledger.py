@@ -24,6 +24,7 @@ def upgrade() -> None:
         sa.Column("reserved", sa.BigInteger(), nullable=False),
         sa.Column("expired", sa.BigInteger(), nullable=False),
         sa.Column("revoked", sa.BigInteger(), nullable=False),
+        sa.Column("clawed", sa.BigInteger(), nullable=False),
         sa.Column("remaining", sa.BigInteger(), nullable=False),
         sa.Column("live", sa.Boolean(), nullable=False),
         sa.Column("frozen", sa.Boolean(), nullable=False),
@@ -40,7 +41,7 @@ def upgrade() -> None:
         sa.Column("metadata", sa.Text(), nullable=False),
         sa.CheckConstraint("granted = consumed + expired + revoked + remaining", name="ck_ledger_block_sum"),
         sa.CheckConstraint(
-            "granted >= 0 AND consumed >= 0 AND expired >= 0 AND revoked >= 0 AND remaining >= 0",
+            "granted >= 0 AND consumed >= 0 AND expired >= 0 AND revoked >= 0 AND clawed >= 0 AND remaining >= 0",
             name="ck_ledger_block_amounts",
         ),
         sa.CheckConstraint("live = (remaining > 0)", name="ck_ledger_block_live"),

@@ -121,7 +121,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
         return self.max_completion_tokens or self.max_tokens or TOKENS_MAX
 
 
-class RequestRefused(Exception):  # noqa: N818
+class RequestRefused(Exception):
     """A 400 in OpenAI's words."""
 
     def __init__(self, message: str, *, param: str | None, code: str | None) -> None:

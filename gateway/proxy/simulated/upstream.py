@@ -58,6 +58,7 @@ class SimulatedResponse:
 
     __slots__ = (
         "_bytes_received",
+        "_done_at_s",
         "_first",
         "_idle_timeout_s",
         "_sends_in_a_row",
@@ -72,6 +73,7 @@ class SimulatedResponse:
         self.headers = passable_headers(script.headers)
         self._steps = iter(script.steps)
         self._step: Step | None = None  # Not done yet: waiting may be cancelled, and is then taken up again.
+        self._done_at_s = 0.0
         self._first: bytes | None = None
         self._idle_timeout_s = idle_timeout_s
         self._bytes_received = 0
@@ -117,27 +119,26 @@ class SimulatedResponse:
         return chunk
 
     async def _next_chunk(self, *, timeout_s: float, phase: Phase) -> bytes | None:
-        silence_s = 0.0
+        now_s = asyncio.get_running_loop().time
+        timeout_at_s = now_s() + timeout_s
         while True:
-            step = self._step or next(self._steps, None)
-            if isinstance(step, Send):
-                self._sends_in_a_row += 1
-                if self._sends_in_a_row > _SENDS_IN_A_ROW_MAX:
-                    self._step = step
-                    await asyncio.sleep(0)
-                    self._step = None
-                    self._sends_in_a_row = 0
-                return step.data
+            step = self._step
+            if step is None:
+                self._step = step = next(self._steps, None)
+                self._done_at_s = now_s() + (step.seconds if isinstance(step, Wait) else math.inf)
             if step is None:
                 return None
-            self._step = step
             if isinstance(step, Cut):
                 raise UpstreamBroken(bytes_received=self._bytes_received, reason="the connection was cut")
-            wait_s = step.seconds if isinstance(step, Wait) else math.inf
-            self._sends_in_a_row = 0
-            if silence_s + wait_s > timeout_s:
-                await asyncio.sleep(timeout_s - silence_s)
-                raise UpstreamTimeout(phase=phase, bytes_received=self._bytes_received)
-            await asyncio.sleep(wait_s)
+            if not isinstance(step, Send):
+                await asyncio.sleep(min(self._done_at_s, timeout_at_s) - now_s())
+                if self._done_at_s > timeout_at_s:
+                    raise UpstreamTimeout(phase=phase, bytes_received=self._bytes_received)
+                self._sends_in_a_row = 0
+            elif self._sends_in_a_row == _SENDS_IN_A_ROW_MAX:
+                self._sends_in_a_row = 0
+                await asyncio.sleep(0)
             self._step = None
-            silence_s += wait_s
+            if isinstance(step, Send):
+                self._sends_in_a_row += 1
+                return step.data
