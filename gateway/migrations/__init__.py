@@ -1,18 +1,25 @@
 """One history for the gateway's tables and the ledger's. ``migrate`` brings a database to its end."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 
 from ledger.store.sqlite import database_path
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
 LOCK_WAIT_S = 60
 """How long to wait for another process that is migrating."""
 
 _POSTGRESQL_LOCK = 0x66617265626F78
+
+HEAD: Final = max(path.stem[1:5] for path in (Path(__file__).parent / "versions").glob("v*.py"))
+"""The revision that this code is written for."""
 
 
 def migrate(database_url: str) -> None:
@@ -23,6 +30,11 @@ def migrate(database_url: str) -> None:
     Raises:
         ValueError: the URL names a database in memory, which would be gone when this returns.
     """
+    if _is_at_head(database_url):
+        return
+    # Alembic takes a third of a second to import, which a start on a current schema need not wait for.
+    from alembic import command  # noqa: PLC0415
+
     engine = _engine(database_url)
     try:
         with engine.begin() as connection:
@@ -35,8 +47,25 @@ def migrate(database_url: str) -> None:
         engine.dispose()
 
 
-def configuration() -> Config:
+def _is_at_head(database_url: str) -> bool:
+    """Whether a SQLite file has this code's schema already."""
+    if make_url(database_url).get_backend_name() != "sqlite":
+        return False
+    path = Path(database_path(database_url))
+    if not path.exists():
+        return False
+    with closing(sqlite3.connect(path, timeout=LOCK_WAIT_S)) as connection:
+        try:
+            found = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+        except sqlite3.OperationalError:
+            return False
+    return found == [(HEAD,)]
+
+
+def configuration() -> "Config":
     """Alembic's settings: where the history is. The connection comes in its attributes."""
+    from alembic.config import Config  # noqa: PLC0415
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.set_main_option("path_separator", "os")
