@@ -74,6 +74,8 @@ def grant(state: State, command: Grant, now_us: int) -> Outcome:
         amount=command.amount,
         balance_before=state.balance(wallet.ref, now_us),
         balance_after=draft.balance(wallet.ref),
+        repaid=wallet.receivable - owed,
+        at_us=now_us,
     )
     return draft.applied(granted)
 

@@ -34,11 +34,15 @@ class Reason(StrEnum):
     LIMIT_REACHED = "limit_reached"
 
 
-class Granted(msgspec.Struct, frozen=True, gc=False, tag="granted"):
+class Granted(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="granted"):
+    """*repaid* is the part of *amount* that went to what the wallet owed; *at_us* is when the block was opened."""
+
     block_id: str
     amount: int
     balance_before: int
     balance_after: int
+    repaid: int = 0
+    at_us: int = 0
 
 
 class Reserved(msgspec.Struct, frozen=True, gc=False, tag="reserved"):

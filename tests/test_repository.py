@@ -23,7 +23,7 @@ def names(requirements: list[str]) -> set[str]:
 def test_a_lock_names_no_registry_and_no_folder(lock: str):
     text = (ROOT / lock).read_text()
     assert "://" not in text
-    assert not re.search(r"^-|file:|/home|/tmp|/opt", text, re.MULTILINE)
+    assert not re.search(r"^-|file:|(^| )/", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("lock", LOCKS)

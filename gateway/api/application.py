@@ -1,0 +1,138 @@
+"""The management API as one application: every router, and one envelope for whatever is refused."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from gateway import __version__
+from gateway.api import apps, chat, credits, customers, docs, funding, health, keys, models, quote, requests, topup
+from gateway.api.access import SECURITY
+from gateway.api.frame import REQUEST_ID, Frame
+from gateway.api.services import Services
+from gateway.errors import ApiError, internal_error, invalid_request, method_not_allowed, not_found
+from gateway.refusals import REFUSALS
+
+DESCRIPTION: Final = """
+The prepaid meter in front of an LLM. Point an OpenAI SDK at this server, name the user whose wallet pays in a header,
+and every completion is reserved, streamed and charged exactly.
+
+Amounts are integer millicredits (1000 are one credit), rounded down; each has a twin with the suffix `_decimal` that is
+exact. Times are RFC 3339, UTC. Every POST takes an `Idempotency-Key`; a repeated one answers as it did the first time,
+with `X-Idempotent-Replayed: true`.
+"""
+
+
+class ErrorView(BaseModel):
+    """Further members hold the facts, such as `needed` and `available`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    message: str
+    type: str = Field(examples=["invalid_request_error"])
+    code: str = Field(examples=["invalid_request"])
+    param: str | None
+    request_id: str
+
+
+class ErrorEnvelope(BaseModel):
+    error: ErrorView
+
+
+REFUSED: Final[Mapping[int, str]] = {
+    400: "The request is not valid; `param` says where",
+    401: "The key is missing, unknown or revoked",
+    402: "Not enough credits",
+    403: "The key may not do this",
+    404: "There is no such thing, or it is another tenant's",
+    405: "Another method is needed",
+    413: "The body is too large",
+    422: "The idempotency key was used for another request",
+    429: "Too many requests",
+    503: "The ledger cannot be reached",
+}
+
+_REFUSED: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorEnvelope, "description": description} for status, description in REFUSED.items()
+}
+
+
+def create_api(services: Services) -> ASGIApp:
+    """The management API over *services*."""
+    api = FastAPI(
+        title="Farebox",
+        version=__version__,
+        description=DESCRIPTION,
+        openapi_url="/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    api.state.services = services
+    for resource in (chat, quote, models, requests, topup, funding, credits, customers, apps, keys):
+        api.include_router(resource.router, responses=_REFUSED, dependencies=list(SECURITY))
+    for plain in (health, docs):
+        api.include_router(plain.router)
+    api.add_exception_handler(Exception, _broken)
+    api.add_exception_handler(ApiError, _refused)
+    api.add_exception_handler(HTTPException, _not_routed)
+    api.add_exception_handler(RequestValidationError, _not_valid)
+    for kind in REFUSALS.kinds:
+        api.add_exception_handler(kind, _refused)
+    return Frame(api, metrics=services.metrics, new_id=services.new_id)
+
+
+def _answer(request: Request, refusal: ApiError) -> Response:
+    body = refusal.to_body(request.scope[REQUEST_ID])
+    return Response(body, refusal.status, dict(refusal.headers), media_type="application/json")
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return _answer(request, REFUSALS.translate(error) or internal_error())
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return _answer(request, internal_error())
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        return _answer(request, method_not_allowed((error.headers or {}).get("Allow", "another method")))
+    if error.status_code == 404:
+        return _answer(request, not_found(f"endpoint {request.method} {request.url.path[:200]}"))
+    return _answer(request, invalid_request("The request could not be read."))
+
+
+async def _not_valid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    param = place(problem["loc"])
+    return _answer(request, invalid_request(sentence(problem, param), param=param))
+
+
+def place(location: Sequence[int | str]) -> str | None:
+    """`metadata.priority`, or `apps[0]`; None for the body as a whole."""
+    where = ""
+    for step in location[1:]:
+        where += f"[{step}]" if isinstance(step, int) else f".{step}" if where else step
+    return where or None
+
+
+def sentence(problem: Mapping[str, Any], param: str | None) -> str:
+    """What is wrong and where. What was sent is not repeated: it may be secret."""
+    subject = param or "The body"
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{subject} is not a known parameter here."
+        case "missing":
+            return f"{subject} is missing."
+        case "value_error":
+            return f"{subject}: {problem['ctx']['error']}."
+        case _:
+            text: str = problem["msg"]
+            return f"{subject}: {text[0].lower()}{text[1:]}."

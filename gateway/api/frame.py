@@ -1,0 +1,60 @@
+"""What every management response has: a request id, the headers that an endpoint left, and our envelope at the worst.
+
+Pure ASGI: Starlette's BaseHTTPMiddleware costs several times what most endpoints do.
+"""
+
+import time
+from collections.abc import Callable, MutableMapping
+from typing import Any, Final
+
+import structlog
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.api.access import EXTRA_HEADERS
+from gateway.telemetry import CLIENT_LEFT, Metrics
+
+REQUEST_ID: Final = "farebox.request_id"
+UNMATCHED: Final = "unmatched"
+
+log = structlog.get_logger(__name__)
+
+
+class Frame:
+    """Around the management API's application.
+
+    Args:
+        new_id: makes the request's id.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, new_id: Callable[[str], str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._new_id = new_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = self._new_id("req")
+        extra: list[tuple[bytes, bytes]] = [(b"x-request-id", request_id.encode())]
+        scope[REQUEST_ID] = request_id
+        scope[EXTRA_HEADERS] = extra
+        status = CLIENT_LEFT
+        began_s = time.perf_counter()
+
+        async def framed(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, framed)
+        except ClientDisconnect:
+            pass
+        except Exception:
+            # The application has answered with our envelope already; this is for whoever reads the log.
+            log.exception("request failed", request_id=request_id)
+        finally:
+            route = getattr(scope.get("route"), "path_format", UNMATCHED)
+            self._metrics.requests.labels(route, scope["method"], str(status)).inc()
+            self._metrics.request_seconds.labels(route).observe(time.perf_counter() - began_s)

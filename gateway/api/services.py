@@ -1,0 +1,48 @@
+"""What the endpoints work with. `gateway/app.py` puts it together; an endpoint takes it as `Here`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from starlette.types import ASGIApp
+
+from gateway.database import Database
+from gateway.identity.customers import Customers
+from gateway.identity.principals import Principals
+from gateway.identity.tenants import Tenants
+from gateway.prices import ServedModels
+from gateway.proxy.quoting import Quoter
+from gateway.proxy.rate_limit import RateLimit
+from gateway.proxy.routing import Router
+from gateway.settings import Settings
+from gateway.telemetry import Metrics
+from ledger.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    settings: Settings
+    database: Database
+    ledger: Ledger
+    principals: Principals
+    tenants: Tenants
+    customers: Customers
+    rate_limit: RateLimit
+    router: Router
+    models: ServedModels
+    quoter: Quoter
+    proxy: ASGIApp
+    metrics: Metrics
+    now_us: Callable[[], int]
+    new_id: Callable[[str], str]
+    draining: Callable[[], bool]
+
+
+def services_of(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+Here = Annotated[Services, Depends(services_of)]

@@ -1,0 +1,287 @@
+"""The composition root: the one module that wires all others, and the door that each request comes through.
+
+How it works. `Gateway` is the ASGI application. Its lifespan opens everything in the order in which it is needed and
+closes it in reverse: no new requests, settlements under way, periodic work, upstreams, the ledger, the database. A chat
+completion goes straight to the proxy; everything else to the management API.
+"""
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.api.application import create_api
+from gateway.api.services import Services
+from gateway.clock import now_us
+from gateway.database import Database
+from gateway.errors import ApiError, shutting_down
+from gateway.identity.customers import Customers
+from gateway.identity.principals import Principals
+from gateway.identity.tenants import Tenants
+from gateway.ids import new_id
+from gateway.prices import ServedModels, price_book
+from gateway.proxy.chat import ChatProxy
+from gateway.proxy.hold import LiveHolds
+from gateway.proxy.journal import SettlementJournal
+from gateway.proxy.quoting import Quoter
+from gateway.proxy.rate_limit import ProcessRateLimit
+from gateway.proxy.routing import Router
+from gateway.proxy.shield import Shield
+from gateway.proxy.simulated import SimulatedUpstream
+from gateway.proxy.upkeep import Upkeep
+from gateway.proxy.upstream import HTTPUpstream, Upstream
+from gateway.refusals import REFUSALS
+from gateway.settings import SIMULATED, Settings
+from gateway.stores import open_store
+from gateway.telemetry import Metrics
+from ledger.ledger import Ledger
+from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
+
+CHAT_PATH: Final = "/v1/chat/completions"
+USERS_PATH: Final = "/v1/users/"
+USER_CHAT_SUFFIX: Final = "/chat/completions"
+
+GAUGES_S: Final = 5.0
+"""How often the gauges are set that nothing sets by itself."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What runs between start and stop."""
+
+    services: Services
+    chat: ChatProxy
+    api: ASGIApp
+
+
+class Gateway:
+    """The application, raw ASGI.
+
+    Attributes:
+        draining: it is shutting down; new requests are turned away.
+    """
+
+    def __init__(
+        self, settings: Settings, *, metrics: Metrics | None = None, upstreams: Mapping[str, Upstream] | None = None
+    ) -> None:
+        """*upstreams* come before those of the settings, by their names."""
+        self._settings = settings
+        self._metrics = metrics or Metrics()
+        self._given = upstreams or {}
+        self._stack = AsyncExitStack()
+        self._parts: Parts | None = None
+        self.draining = False
+
+    @property
+    def services(self) -> Services:
+        """What the endpoints work with, while it runs."""
+        assert self._parts is not None, "the gateway has not been started"
+        return self._parts.services
+
+    async def start(self) -> None:
+        """Open everything; or nothing, and raise."""
+        self._parts = await self._stack.enter_async_context(
+            running_parts(self._settings, self._metrics, self._given, draining=lambda: self.draining)
+        )
+
+    async def stop(self) -> None:
+        """Finish every settlement, then close everything. Repeatable."""
+        self.draining = True
+        await self._stack.aclose()
+        self._parts = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._request(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+
+    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        parts = self._parts
+        if parts is None or (self.draining and not scope["path"].startswith("/health/")):
+            await _refuse(shutting_down(), send)
+            return
+        if scope["method"] == "POST":
+            path: str = scope["path"]
+            if path == CHAT_PATH:
+                await self._counted(parts.chat, scope, receive, send, None)
+                return
+            if path.startswith(USERS_PATH) and path.endswith(USER_CHAT_SUFFIX):
+                user = path[len(USERS_PATH) : -len(USER_CHAT_SUFFIX)]
+                await self._counted(parts.chat, scope, receive, send, user)
+                return
+        await parts.api(scope, receive, send)
+
+    async def _counted(self, chat: ChatProxy, scope: Scope, receive: Receive, send: Send, user: str | None) -> None:
+        with self._metrics.proxied() as seen:
+
+            async def counted(message: MutableMapping[str, Any]) -> None:
+                if message["type"] == "http.response.start":
+                    seen.status = message["status"]
+                await send(message)
+
+            await chat(scope, receive, counted, path_user=user)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                try:
+                    await self.start()
+                except Exception as error:
+                    log.exception("the gateway could not start")
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                try:
+                    await self.stop()
+                except Exception as error:
+                    log.exception("the gateway did not stop in good order")
+                    await send({"type": "lifespan.shutdown.failed", "message": str(error)})
+                    return
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+
+def build(settings: Settings) -> Gateway:
+    """The application for *settings*; its lifespan opens and closes what it needs."""
+    return Gateway(settings)
+
+
+@asynccontextmanager
+async def running_parts(
+    settings: Settings,
+    metrics: Metrics,
+    given: Mapping[str, Upstream],
+    *,
+    draining: Callable[[], bool],
+) -> AsyncIterator[Parts]:
+    """Everything that a gateway needs, open until the block ends, then closed in reverse."""
+    async with AsyncExitStack() as stack:
+        database = Database(settings.database_url)
+        stack.push_async_callback(database.close)
+        journal = SettlementJournal(settings.journal_dir, name=_process_name(), report=log.warning)
+        stack.callback(journal.close)
+        store = await open_store(settings.database_url, clock=now_us)
+        ledger = await Ledger.open(
+            store,
+            clock=now_us,
+            new_command_id=lambda: new_id("cmd"),
+            abandoned=journal.undo,
+            wait_s=settings.ledger_timeout_s,
+            applied=metrics.count_applied,
+        )
+        stack.push_async_callback(ledger.close)
+        principals, customers, tenants = Principals(database), Customers(database), Tenants(database)
+        rate_limit = ProcessRateLimit()
+
+        upstreams = {**configured_upstreams(settings), **given}
+        for upstream in upstreams.values():
+            stack.push_async_callback(upstream.close)
+        router = Router(settings, upstreams, price_book(settings))
+        quoter = Quoter(settings, PromptCounter())
+
+        live, shield = LiveHolds(ledger), Shield()
+        upkeep = Upkeep(ledger=ledger, live=live, journal=journal, heartbeat_s=settings.heartbeat_s, now_us=now_us)
+        upkeep.start()
+        stack.push_async_callback(upkeep.stop)
+        stack.push_async_callback(shield.drain)
+        chat = ChatProxy(
+            settings=settings,
+            principals=principals,
+            customers=customers,
+            rate_limit=rate_limit,
+            router=router,
+            quoter=quoter,
+            ledger=ledger,
+            live=live,
+            journal=journal,
+            shield=shield,
+            errors=REFUSALS,
+            new_counter=lambda model: TextCounter(encoding_for(model)),
+            new_id=new_id,
+            now_us=now_us,
+        )
+        services = Services(
+            settings=settings,
+            database=database,
+            ledger=ledger,
+            principals=principals,
+            tenants=tenants,
+            customers=customers,
+            rate_limit=rate_limit,
+            router=router,
+            models=ServedModels(settings, now_us),
+            quoter=quoter,
+            proxy=chat,
+            metrics=metrics,
+            now_us=now_us,
+            new_id=new_id,
+            draining=draining,
+        )
+        gauges = asyncio.create_task(_set_gauges(metrics, ledger, journal), name="gauges")
+        stack.push_async_callback(_cancelled, gauges)
+        # The ranks take a third of a second to load; the first request need not wait for them.
+        warming = asyncio.create_task(asyncio.to_thread(warm), name="warm")
+        stack.push_async_callback(_finished, warming)
+        yield Parts(services=services, chat=chat, api=create_api(services))
+
+
+def configured_upstreams(settings: Settings) -> dict[str, Upstream]:
+    """The upstreams that the settings name, and the built-in one."""
+    upstreams: dict[str, Upstream] = {SIMULATED: SimulatedUpstream()}
+    for upstream in settings.upstreams:
+        upstreams[upstream.name] = HTTPUpstream(
+            name=upstream.name,
+            base_url=upstream.base_url,
+            api_key=None if upstream.api_key is None else upstream.api_key.get_secret_value(),
+            headers={name: secret.get_secret_value() for name, secret in upstream.headers.items()},
+            connect_timeout_s=upstream.connect_timeout_s,
+            first_byte_timeout_s=upstream.first_byte_timeout_s,
+            idle_timeout_s=upstream.idle_timeout_s,
+        )
+    return upstreams
+
+
+def _process_name() -> str:
+    """A name that no live process shares, also not one in another container on the same disk."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
+async def _set_gauges(metrics: Metrics, ledger: Ledger, journal: SettlementJournal) -> None:
+    while True:
+        metrics.ledger_queue.set(ledger.queue_length)
+        metrics.journal_waiting.set(journal.waiting)
+        await asyncio.sleep(GAUGES_S)
+
+
+async def _finished(task: asyncio.Task[Any]) -> None:
+    await asyncio.wait((task,))
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def _refuse(refusal: ApiError, send: Send) -> None:
+    request_id = new_id("req")
+    headers: Iterable[tuple[str, str]] = (
+        ("content-type", "application/json"),
+        ("x-request-id", request_id),
+        ("connection", "close"),
+        *refusal.headers,
+    )
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": refusal.to_body(request_id)})

@@ -1,0 +1,96 @@
+"""`serve` and `demo`."""
+
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gateway.cli.first_run import base_url_of, curl_line, install_here, print_installed
+from gateway.cli.shared import ConfigOption, HostOption, JsonOption, PortOption, settings_from
+
+if TYPE_CHECKING:
+    from gateway.installation import Installed
+    from gateway.settings import Settings
+
+
+def serve(
+    config: ConfigOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, max=256, help="Processes. Default 1.")] = None,
+) -> None:
+    """Serve the gateway until SIGTERM, which lets open requests finish and exits with 0."""
+    from gateway import supervisor  # noqa: PLC0415
+    from gateway.migrations import migrate  # noqa: PLC0415
+    from gateway.stores import require_supported  # noqa: PLC0415
+
+    settings = settings_from(config, host=host, port=port, workers=workers)
+    require_supported(settings.database_url)
+    listener = supervisor.listen(settings.host, settings.port)
+    migrate(settings.database_url)
+    if settings.live_upstream is None:
+        typer.echo(
+            "No upstream is set up: live keys will get 502. Set OPENAI_API_KEY, or name one under [[upstreams]].",
+            err=True,
+        )
+    base_url = base_url_of(settings, listener.getsockname()[1])
+    code = supervisor.serve(settings, listener, started=lambda: typer.echo(f"Farebox serves {base_url}", err=True))
+    raise typer.Exit(code)
+
+
+def demo(host: HostOption = None, port: PortOption = None, as_json: JsonOption = False) -> None:
+    """Serve a complete installation with a simulated upstream: nothing to set up, nothing kept.
+
+    With FAREBOX_DATABASE_URL set, that database is used, and used again the next time.
+    """
+    from gateway import supervisor  # noqa: PLC0415
+
+    with ExitStack() as stack:
+        settings = _demo_settings(stack, host=host, port=port)
+        listener = supervisor.listen(settings.host, settings.port)
+        installed = install_here(settings, base_url=base_url_of(settings, listener.getsockname()[1]), again=True)
+        announce = print_installed if as_json else _print_demo
+        code = supervisor.serve(settings, listener, started=lambda: announce(installed))
+    raise typer.Exit(code)
+
+
+def _demo_settings(stack: ExitStack, *, host: str | None, port: int | None) -> "Settings":
+    from gateway.settings import SIMULATED  # noqa: PLC0415
+
+    changes: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "workers": 1,
+        "upstreams": (),
+        "models": (),
+        "default_upstream": SIMULATED,
+        "test_upstream": SIMULATED,
+        "rate_limit_per_minute": 0,
+        "management_rate_limit_per_minute": 0,
+    }
+    if not os.environ.get("FAREBOX_DATABASE_URL"):
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="farebox-demo-")))
+        changes |= {"database_url": f"sqlite:///{folder / 'farebox.db'}", "journal_dir": folder / "journal"}
+    return settings_from(None, **changes)
+
+
+def _print_demo(installed: "Installed") -> None:
+    typer.echo(
+        f"""Farebox is running, with a simulated upstream. Ctrl+C ends it.
+
+  base URL   {installed.base_url}
+  key        {installed.live_key}
+  test key   {installed.test_key}
+  admin key  {installed.admin_key}
+  user       {installed.user} (1000 credits)
+
+Try it:
+
+  {curl_line(installed)}
+"""
+    )
+    sys.stdout.flush()

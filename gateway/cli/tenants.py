@@ -1,0 +1,65 @@
+"""`tenants`."""
+
+from typing import Annotated
+
+import typer
+
+from gateway.cli.shared import (
+    ConfigOption,
+    JsonOption,
+    credits_text,
+    print_json,
+    print_table,
+    settings_from,
+    time_of,
+    units_of,
+    with_books,
+)
+
+tenants = typer.Typer(help="Tenants: list, create.", no_args_is_help=True)
+
+
+@tenants.command("list")
+def list_tenants(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """All tenants of the installation."""
+    from msgspec.structs import asdict  # noqa: PLC0415
+
+    found = with_books(settings_from(config), lambda books: books.tenants.list_tenants())
+    if as_json:
+        print_json([{**asdict(tenant), "created_at": time_of(tenant.created_at_us)} for tenant in found])
+        return
+    print_table(
+        ("id", "name", "first", ">unfunded limit", "created"),
+        [
+            (
+                tenant.id,
+                tenant.name,
+                "yes" if tenant.is_first else "",
+                "none" if tenant.unfunded_limit is None else credits_text(tenant.unfunded_limit),
+                time_of(tenant.created_at_us),
+            )
+            for tenant in found
+        ],
+    )
+
+
+@tenants.command("create")
+def create_tenant(
+    name: Annotated[str, typer.Argument(help="What to call it.")],
+    unfunded_limit: Annotated[
+        str, typer.Option("--unfunded-limit", help="Credits it may burn that you were not paid for.")
+    ] = "0",
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A further tenant. It needs an app and keys next: `farebox keys create --tenant`."""
+    from msgspec.structs import asdict  # noqa: PLC0415
+
+    from gateway.installation import add_tenant  # noqa: PLC0415
+
+    limit = units_of(unfunded_limit, "--unfunded-limit")
+    tenant = with_books(settings_from(config), lambda books: add_tenant(books, name, unfunded_limit=limit))
+    if as_json:
+        print_json(asdict(tenant))
+    else:
+        typer.echo(f"Created {tenant.id}.")

@@ -1,0 +1,27 @@
+"""Which wallet belongs to whom. A wallet's id follows from its owner, so nobody has to look it up.
+
+All of a tenant's wallets are in the tenant's own scope: the customers', each app's developer's, each app's grant pool,
+and the line that bounds what may be burnt from credits that the operator was not paid for.
+"""
+
+from ledger.model import WalletRef
+
+
+def customer_wallet(tenant_id: str, mode: str, customer_id: str) -> WalletRef:
+    """A user's own credits. *customer_id* is our id, `cus_…`."""
+    return WalletRef(tenant_id, mode, f"customer:{customer_id}")
+
+
+def app_wallet(tenant_id: str, mode: str, app_id: str) -> WalletRef:
+    """The developer's wallet of an app: it pays where no user does."""
+    return WalletRef(tenant_id, mode, f"app:{app_id}")
+
+
+def pool_wallet(tenant_id: str, mode: str, app_id: str) -> WalletRef:
+    """An app's grant pool: what the developer set aside to give to users."""
+    return WalletRef(tenant_id, mode, f"pool:{app_id}")
+
+
+def unfunded_wallet(tenant_id: str, mode: str) -> WalletRef:
+    """The tenant's line for credits that the operator was not paid for."""
+    return WalletRef(tenant_id, mode, f"unfunded:{tenant_id}")

@@ -1,0 +1,234 @@
+"""The credits behind one request: reserved before it is sent, extended while it streams, settled once.
+
+How it works. A hold knows how many output tokens its credits cover, at the prices and the prompt of its request, and
+asks the ledger for more by doubling. A process keeps its holds in ``LiveHolds``, whose heartbeat renews them all before
+they would lapse; a hold that is not renewed is settled by the sweeper for its last mark, and a commit that comes after
+that debits only what is missing.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import msgspec
+
+from gateway.proxy.journal import SettlementJournal
+from gateway.proxy.settlement import Action, Ending, UsageSource, settle
+from gateway.proxy.shield import Shield
+from gateway.proxy.tariff import Tariff
+from ledger.commands import Commit, Extend, Release, StoredResponse
+from ledger.errors import (
+    InsufficientCredits,
+    LedgerUnavailable,
+    LimitReached,
+    NotFound,
+    ReceivableOutstanding,
+    ReservationSettled,
+    WalletFrozen,
+)
+from ledger.ledger import Ledger
+from ledger.model import ReservationRef, Scope, Settlement, UsageRecord
+from ledger.outcomes import Reserved, Result, Settled
+from pricing.quote import affordable_output
+from pricing.usage import Usage
+
+GROWTH: Final = 2
+"""Each extension covers this many times the tokens of the one before, so that there are few of them."""
+
+UNLIMITED_TOKENS: Final = 2**62
+
+_NO_MORE: Final = (InsufficientCredits, LimitReached, WalletFrozen, ReceivableOutstanding, ReservationSettled, NotFound)
+
+
+class Hold:
+    """One request's reservation.
+
+    Attributes:
+        held: what each leg holds, in the asset's smallest unit.
+        covered: output tokens that it pays for, the margin on the prompt's count included. A product action's price
+            covers any number of them.
+        covered_exactly: the same without that margin, for the last stretch of a wallet.
+        settled: nothing is held any more.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        journal: SettlementJournal,
+        shield: Shield,
+        new_id: Callable[[str], str],
+        reservation: ReservationRef,
+        tariff: Tariff,
+        record: UsageRecord,
+        prompt_tokens: int,
+        prompt_tokens_max: int,
+        held: tuple[int, ...],
+        ttl_us: int,
+    ) -> None:
+        """The ledger has reserved *held* for a prompt of *prompt_tokens*, which may count *prompt_tokens_max*."""
+        self.reservation = reservation
+        self.tariff = tariff
+        self.record = record
+        self.prompt_tokens = prompt_tokens
+        self.settled = False
+        self.progress: Callable[[], Usage] | None = None
+        self._ledger = ledger
+        self._journal = journal
+        self._shield = shield
+        self._new_id = new_id
+        self._prompt_tokens_max = prompt_tokens_max
+        self._ttl_us = ttl_us
+        self._cover(held)
+
+    def serve(self, tariff: Tariff) -> None:
+        """From now on the prices are those of the candidate that serves the request."""
+        self.tariff = tariff
+        self._cover(self.held)
+
+    def _cover(self, held: tuple[int, ...]) -> None:
+        self.held = held
+        self.covered = self._affords(self._prompt_tokens_max)
+        self.covered_exactly = self._affords(self.prompt_tokens)
+
+    def _affords(self, prompt_tokens: int) -> int:
+        tariff = self.tariff
+        if tariff.action is not None:
+            return UNLIMITED_TOKENS
+        return affordable_output(
+            tariff.card,
+            prompt_tokens=prompt_tokens,
+            budget=sum(self.held),
+            markup_bps=tariff.markup_bps,
+            asset=tariff.asset,
+        )
+
+    async def extend(self, tokens: int, *, ceiling: int) -> None:
+        """Try to cover *tokens* of output and, up to *ceiling*, as many again; less is taken where there is less.
+
+        Raises:
+            LedgerUnavailable: nobody knows; deliver nothing more.
+        """
+        wanted = max(tokens, min(tokens * GROWTH, ceiling))
+        missing = self.tariff.total(Usage(input=self._prompt_tokens_max, output=wanted)) - self.held[0]
+        if missing <= 0:
+            return
+        command = Extend(
+            id=self._new_id("cmd"),
+            scope=self._scope,
+            reservation=self.reservation,
+            amount=missing,
+            minimum=1,
+            ttl_us=self._ttl_us,
+            mark=self._mark(Usage(input=self.prompt_tokens, output=tokens)),
+        )
+        try:
+            extended = (await self._ledger.execute(command)).result
+        except _NO_MORE:
+            return
+        assert isinstance(extended, Reserved)
+        self._cover(extended.held)
+
+    def heartbeat(self) -> Extend:
+        """The command that keeps the hold alive, with a mark of how far the work has come."""
+        usage = self.progress() if self.progress is not None else None
+        mark = None if usage is None else self._mark(usage)
+        return Extend(
+            id=self._new_id("cmd"), scope=self._scope, reservation=self.reservation, ttl_us=self._ttl_us, mark=mark
+        )
+
+    def _mark(self, usage: Usage) -> Settlement:
+        return self.tariff.settlement(
+            usage, msgspec.structs.replace(self.record, source=UsageSource.PARTIAL, ending=Ending.DIED)
+        )
+
+    async def settle(
+        self,
+        ending: Ending,
+        *,
+        reported: Usage | None,
+        counted: Usage,
+        delivered: bool = True,
+        response: StoredResponse | None = None,
+    ) -> "Charged":
+        """Charge or release, as the settlement table says, whatever becomes of the request's task meanwhile.
+
+        Being called again, or after the sweeper has settled, charges nothing twice.
+        """
+        decision = settle(ending=ending, reported=reported, counted=counted, delivered=delivered)
+        if decision.action is Action.RELEASE:
+            await self.release()
+            return Charged(usage=decision.usage, settled=None)
+        assert decision.source is not None
+        record = msgspec.structs.replace(self.record, source=decision.source, ending=ending)
+        command = Commit(
+            id=self._new_id("cmd"),
+            scope=self._scope,
+            reservation=self.reservation,
+            settlement=self.tariff.settlement(decision.usage, record),
+            response=response,
+        )
+        return Charged(usage=decision.usage, settled=await self._shield.run(self._commit(command)))
+
+    async def _commit(self, command: Commit) -> Settled | None:
+        self.settled = True
+        result: Result | None
+        try:
+            result = (await self._ledger.execute(command)).result
+        except ReservationSettled as error:
+            result = error.result
+        except LedgerUnavailable:
+            await self._journal.keep(command)
+            return None
+        assert isinstance(result, Settled)
+        return result
+
+    async def release(self) -> None:
+        """Give everything back. Where the ledger cannot be reached, the journal does it later."""
+        await self._shield.run(self._release())
+
+    async def _release(self) -> None:
+        command = Release(id=self._new_id("cmd"), scope=self._scope, reservation=self.reservation)
+        self.settled = True
+        try:
+            await self._ledger.execute(command)
+        except ReservationSettled:
+            return
+        except LedgerUnavailable:
+            await self._journal.keep(command)
+
+    @property
+    def _scope(self) -> Scope:
+        return Scope(self.reservation.tenant, self.reservation.mode)
+
+
+class Charged(NamedTuple):
+    """How a hold was settled: for which usage, and what the ledger says.
+
+    *settled* is None when nothing was charged, or when the charge waits in the journal.
+    """
+
+    usage: Usage
+    settled: Settled | None
+
+
+class LiveHolds:
+    """The holds of this process, renewed together: the ledger's batches make one transaction of a heartbeat."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._holds: dict[ReservationRef, Hold] = {}
+
+    def __len__(self) -> int:
+        return len(self._holds)
+
+    def add(self, hold: Hold) -> None:
+        self._holds[hold.reservation] = hold
+
+    def remove(self, hold: Hold) -> None:
+        self._holds.pop(hold.reservation, None)
+
+    async def heartbeat(self) -> None:
+        """Renew every hold once. One that is settled already, or a ledger that is away, is the journey's own matter."""
+        renewals = [self._ledger.execute(hold.heartbeat()) for hold in self._holds.values() if not hold.settled]
+        await asyncio.gather(*renewals, return_exceptions=True)

@@ -1,0 +1,139 @@
+"""The settlement journal: what the ledger could not be told is kept on local disk until it can.
+
+How it works. One file for each process, appended to and synced before anybody relies on it, and locked for the life of
+the process. Replaying is safe at any time and any number of times, because a settlement names its reservation and
+its command. At start a process adopts the files whose lock nobody holds: their owners are dead.
+"""
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Final
+
+import msgspec
+
+from gateway.ids import new_id
+from ledger.commands import AnyCommand, Commit, Release, Reserve
+from ledger.errors import LedgerError, LedgerUnavailable
+from ledger.ledger import Ledger
+from ledger.outcomes import Applied, Outcome, Reserved
+
+Kept = Commit | Release
+
+SUFFIX: Final = ".settlements"
+
+_DECODER: Final = msgspec.json.Decoder(Kept)
+
+
+class SettlementJournal:
+    """Settlements that wait for the ledger.
+
+    Args:
+        folder: made when the first settlement has to be kept.
+        name: of this process; no two live processes may share it.
+    """
+
+    def __init__(self, folder: Path, *, name: str, report: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._name = name
+        self._report = report
+        self._file: IO[bytes] | None = None
+        self._waiting: list[Kept] = []
+        self._lock = asyncio.Lock()
+
+    @property
+    def waiting(self) -> int:
+        """Settlements kept and not yet replayed."""
+        return len(self._waiting)
+
+    async def keep(self, command: Kept) -> None:
+        """Write *command* durably.
+
+        Raises:
+            OSError: the disk refused; the reservation's mark is what remains.
+        """
+        async with self._lock:
+            await asyncio.to_thread(self._append, command)
+            self._waiting.append(command)
+
+    def _append(self, command: Kept) -> None:
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / f"{self._name}{SUFFIX}").open("ab")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            folder = os.open(self._folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        self._file.write(msgspec.json.encode(command) + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def undo(self, command: AnyCommand, outcome: Outcome) -> None:
+        """Give back what was reserved after its request had stopped waiting for it: nothing was forwarded.
+
+        Not kept on disk: if this process dies first, the reservation is settled for its mark.
+        """
+        if not isinstance(command, Reserve) or not isinstance(outcome, Applied):
+            return
+        reserved = outcome.result
+        if isinstance(reserved, Reserved) and reserved.reservation == command.reservation.reservation:
+            self._waiting.append(Release(id=new_id("cmd"), scope=command.scope, reservation=command.reservation))
+
+    async def replay(self, ledger: Ledger) -> int:
+        """Tell *ledger* all that waits; how much it took. The file is emptied once nothing waits."""
+        told = 0
+        while self._waiting and await self._tell(ledger, self._waiting[0]):
+            self._waiting.pop(0)
+            told += 1
+        async with self._lock:
+            if told and not self._waiting and self._file is not None:
+                await asyncio.to_thread(self._file.truncate, 0)
+        return told
+
+    async def adopt(self, ledger: Ledger) -> int:
+        """Replay the journals of processes that are gone, and remove each that was told in full."""
+        told = 0
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")) if self._folder.is_dir() else ():
+            if path.stem == self._name:
+                continue
+            with path.open("r+b") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                commands = [command for line in file if (command := self._read(line, path)) is not None]
+                answered = [await self._tell(ledger, command) for command in commands]
+                told += sum(answered)
+                if all(answered):
+                    path.unlink()
+        return told
+
+    def _read(self, line: bytes, path: Path) -> Kept | None:
+        try:
+            kept: Kept = _DECODER.decode(line)
+        except msgspec.DecodeError:
+            # The process died while it wrote this line, so it never relied on it.
+            self._report(f"an unfinished line in {path.name} was left out")
+            return None
+        return kept
+
+    async def _tell(self, ledger: Ledger, command: Kept) -> bool:
+        """Whether the ledger has dealt with *command*: applied, now or before, or refused for good."""
+        try:
+            await ledger.execute(command)
+        except LedgerUnavailable:
+            return False
+        except LedgerError as error:
+            self._report(f"the ledger refused the settlement of {command.reservation.reservation}: {error}")
+        return True
+
+    def close(self) -> None:
+        """Let the file go; what waits in it is adopted by the next process."""
+        if self._file is not None:
+            self._file.close()
+            if not self._waiting:
+                (self._folder / f"{self._name}{SUFFIX}").unlink(missing_ok=True)

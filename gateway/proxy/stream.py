@@ -1,0 +1,142 @@
+"""A streamed answer: passed on as it comes, covered before it is delivered, charged before its last bytes leave."""
+
+import asyncio
+from typing import Final
+
+from gateway.errors import ApiError, ledger_unavailable, upstream_error, upstream_timeout
+from gateway.proxy.answer import quota_of
+from gateway.proxy.exchange import Exchange
+from gateway.proxy.hold import UNLIMITED_TOKENS, Charged, Hold
+from gateway.proxy.meter import StreamMeter
+from gateway.proxy.quoting import Plan
+from gateway.proxy.settlement import Ending
+from gateway.proxy.sse import SSETooLarge
+from gateway.proxy.upstream import UpstreamError, UpstreamResponse, UpstreamTimeout
+from ledger.errors import LedgerUnavailable
+from pricing.usage import Usage
+
+DRY: Final = {"code": "insufficient_credits", "message": "The wallet affords no more. Top up to continue."}
+"""The reason in the last chunk of a stream that we stop."""
+
+
+class StreamedAnswer:
+    """One stream between its upstream and its client."""
+
+    def __init__(
+        self, exchange: Exchange, plan: Plan, hold: Hold, response: UpstreamResponse, meter: StreamMeter
+    ) -> None:
+        self._exchange = exchange
+        self._plan = plan
+        self._hold = hold
+        self._response = response
+        self._meter = meter
+        self._failure: Exception | None = None
+
+    async def pass_on(self, *, grace_s: float) -> None:
+        """Pass the stream on to its end, whichever it is.
+
+        Args:
+            grace_s: how long to read on, to learn the usage, when the client has gone.
+
+        Raises:
+            ApiError: 502 or 504 when it broke before anything was delivered; nothing is charged then.
+        """
+        self._hold.progress = lambda: Usage(input=self._plan.prompt_tokens, output=self._meter.bound)
+        ending = Ending.BROKEN
+        try:
+            ending = await self._read(grace_s)
+        finally:
+            # Also when this task is cancelled: what has been delivered is charged.
+            charged = await self._settle(ending)
+        if ending is not Ending.CLIENT_LEFT:
+            await self._end(ending, charged)
+
+    async def _read(self, grace_s: float) -> Ending:
+        """Read, meter and write until the stream ends in one way or another."""
+        exchange, meter = self._exchange, self._meter
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as limit:
+                exchange.watch(lambda: limit.reschedule(loop.time() + grace_s))
+                async for chunk in self._response.chunks():
+                    meter.feed(chunk)
+                    if exchange.gone:
+                        meter.take(UNLIMITED_TOKENS)
+                    elif not await self._deliver():
+                        return Ending.DRY
+                    if meter.finished:
+                        break
+        except TimeoutError:
+            return Ending.CLIENT_LEFT
+        except (UpstreamError, SSETooLarge, LedgerUnavailable) as error:
+            self._failure = error
+        if exchange.gone:
+            return Ending.CLIENT_LEFT
+        return Ending.FINISHED if meter.finished else Ending.BROKEN
+
+    async def _deliver(self) -> bool:
+        """Write what has come, extending the hold as it needs; False when the wallet is dry."""
+        meter = self._meter
+        while True:
+            take, covered = meter.take, self._covered
+            data = await asyncio.to_thread(take, covered) if meter.heavy else take(covered)
+            if data:
+                await self._start()
+                await self._exchange.write(data)
+            if not meter.waiting:
+                return True
+            await self._hold.extend(meter.bound, ceiling=self._plan.ceiling)
+            if meter.bound <= self._covered:
+                continue
+            if meter.exact:
+                meter.drop_waiting()
+                return False
+            # The last stretch of the wallet: from here on every token counts, and the prompt's margin is spent.
+            meter.exact = True
+
+    @property
+    def _covered(self) -> int:
+        return self._hold.covered_exactly if self._meter.exact else self._hold.covered
+
+    async def _start(self) -> None:
+        if not self._exchange.started:
+            await self._exchange.start(self._response.status, self._response.headers)
+
+    async def _settle(self, ending: Ending) -> Charged:
+        meter = self._meter
+        output, reasoning = await asyncio.to_thread(meter.counted) if meter.heavy else meter.counted()
+        counted = Usage(input=self._plan.prompt_tokens, output=output, reasoning=reasoning)
+        reported = meter.reported if ending is Ending.FINISHED or not meter.stale else None
+        return await self._hold.settle(ending, reported=reported, counted=counted, delivered=meter.delivered)
+
+    async def _end(self, ending: Ending, charged: Charged) -> None:
+        """Write the last bytes, which say what the stream cost, or why it ends here."""
+        if ending is Ending.BROKEN and not self._exchange.started:
+            raise self._refusal()
+        await self._start()
+        if ending is Ending.BROKEN:
+            await self._exchange.finish(self._error_event(self._refusal()))
+            return
+        if charged.settled is None:
+            await self._exchange.finish(self._error_event(ledger_unavailable()))
+            return
+        quota = quota_of(
+            self._plan.tariff.asset, cost=charged.settled.charged[0].total, balance=charged.settled.balance
+        )
+        if ending is Ending.FINISHED:
+            await self._exchange.finish(self._meter.ending(charged.usage, quota))
+        else:
+            await self._exchange.finish(self._meter.cut_short(charged.usage, quota, DRY))
+
+    def _refusal(self) -> ApiError:
+        """What to tell of a stream that broke; *delivered* parts have been charged."""
+        if isinstance(self._failure, LedgerUnavailable):
+            return ledger_unavailable()
+        what = "What was delivered has been charged." if self._meter.delivered else "Nothing was charged."
+        if isinstance(self._failure, UpstreamTimeout):
+            return upstream_timeout(f"The upstream fell silent. {what}")
+        return upstream_error(f"The upstream broke off. {what}")
+
+    def _error_event(self, error: ApiError) -> bytes:
+        """How a stream that has begun tells of its failure: the envelope as an event, and no ``[DONE]``."""
+        return b"data: " + error.to_body(self._exchange.request_id) + b"\n\n"

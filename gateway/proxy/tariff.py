@@ -1,0 +1,51 @@
+"""What a request's usage comes to: the model's prices, the markup, or a product action's fixed price.
+
+``pricing`` and ``ledger`` meet here: usage in, the charge of each leg of the reservation out, all plain integers.
+"""
+
+import msgspec
+
+from ledger.model import Charge, Settlement, UsageRecord
+from pricing.book import RateCard
+from pricing.charge import action_charge, charge
+from pricing.money import Asset
+from pricing.usage import Usage
+
+
+class Action(msgspec.Struct, frozen=True):
+    """A product action: *price* in the asset's smallest unit, whatever the tokens."""
+
+    key: str
+    price: int
+
+
+class Tariff(msgspec.Struct, frozen=True):
+    """How one request is charged. With an *action* there are two legs: the payer's, and the developer's subsidy."""
+
+    card: RateCard
+    markup_bps: int
+    asset: Asset
+    action: Action | None = None
+
+    def charges(self, usage: Usage) -> tuple[Charge, ...]:
+        """What *usage* costs, a leg each."""
+        if self.action is None:
+            amount = charge(usage, self.card, markup_bps=self.markup_bps, asset=self.asset)
+            return (Charge(base=amount.base, markup=amount.markup),)
+        pay, subsidy = action_charge(self.action.price, usage, self.card, asset=self.asset)
+        return (Charge(base=pay.base, markup=pay.markup), Charge(base=subsidy.base, markup=subsidy.markup))
+
+    def total(self, usage: Usage) -> int:
+        """What *usage* costs, all legs together."""
+        return sum(leg.total for leg in self.charges(usage))
+
+    def settlement(self, usage: Usage, record: UsageRecord) -> Settlement:
+        """What to commit for *usage*; *record* holds the request's facts."""
+        cost = charge(usage, self.card, markup_bps=0, asset=self.asset)
+        filled = msgspec.structs.replace(
+            record,
+            units=usage.as_dict(),
+            provider_cost_nanos=cost.provider_cost_nanos,
+            price_version=self.card.version,
+        )
+        return Settlement(charges=self.charges(usage), usage=filled)

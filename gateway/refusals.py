@@ -1,0 +1,41 @@
+"""What the domain's exceptions become at the edge. The one place that turns them into HTTP.
+
+A lack of credits is not in the table: who asked knows the asset, and what to do about it.
+"""
+
+from typing import Final
+
+from gateway.database import DatabaseUnavailable
+from gateway.errors import (
+    ErrorTable,
+    idempotency_key_reused,
+    invalid_request,
+    ledger_unavailable,
+    not_found,
+    permission_denied,
+    reservation_settled,
+)
+from ledger.errors import (
+    AlreadyExists,
+    AssetMismatch,
+    InvalidAmount,
+    KeyReused,
+    LedgerUnavailable,
+    NotFound,
+    ReservationSettled,
+    WalletFrozen,
+)
+
+REFUSALS: Final = ErrorTable(
+    {
+        DatabaseUnavailable: lambda error: ledger_unavailable(),
+        LedgerUnavailable: lambda error: ledger_unavailable(),
+        KeyReused: lambda error: idempotency_key_reused(),
+        ReservationSettled: lambda error: reservation_settled(error.state.value if error.state else "settled"),
+        NotFound: lambda error: not_found("such wallet, block or reservation"),
+        AlreadyExists: lambda error: invalid_request("It exists already: take a new id."),
+        AssetMismatch: lambda error: invalid_request("The wallet holds another asset than the tenant's credits."),
+        InvalidAmount: lambda error: invalid_request("An amount or a time is out of bounds."),
+        WalletFrozen: lambda error: permission_denied("The wallet is frozen: nothing is taken from it."),
+    }
+)

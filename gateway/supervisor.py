@@ -1,0 +1,210 @@
+"""The listening socket, and the processes that share it.
+
+How it works. The socket is bound before anything else, so that a busy port is known at once and a port 0 is resolved.
+One process serves it itself; with more, a supervisor forks them, and each accepts from the same socket. A worker that
+died is started anew, unless it never came up: then all stop, because the next one would not come up either. What is
+slow to import is imported here only where it is needed: the counters that workers share must know of each other before
+the first of them is made.
+"""
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from gateway.settings import Settings
+
+BACKLOG: Final = 2048
+RESTART_PAUSE_S: Final = 0.5
+READY_POLL_S: Final = 0.01
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+READY: Final = b"1"
+
+MULTIPROCESS_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
+"""Where the workers of one gateway keep their counters together."""
+
+
+class CannotListen(Exception):
+    """The address cannot be listened on; the message says why, and what to do."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; *port* 0 takes a free one.
+
+    Raises:
+        CannotListen
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise CannotListen(f"The address {host} is not usable: {error.strerror}.") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise CannotListen(
+            f"Port {port} on {host} cannot be listened on: {error.strerror}. Choose another with --port."
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+def serve(settings: Settings, listener: socket.socket, *, started: Callable[[], None] | None = None) -> int:
+    """Serve until asked to stop; the exit code. *started* is called when connections are accepted."""
+    if settings.workers > 1:
+        return Supervisor(settings, listener, started=started).run()
+    return _serve_here(settings, listener, started)
+
+
+def _serve_here(settings: Settings, listener: socket.socket, started: Callable[[], None] | None) -> int:
+    from gateway.server import serve_here  # noqa: PLC0415 - see above
+    from gateway.telemetry import configure_logging  # noqa: PLC0415
+
+    configure_logging(settings.log_level)
+    return serve_here(settings, listener, started=started)
+
+
+class Supervisor:
+    """Several processes on one socket."""
+
+    def __init__(
+        self, settings: Settings, listener: socket.socket, *, started: Callable[[], None] | None = None
+    ) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._started = started
+        self._workers: dict[int, int] = {}
+        self._ready: set[int] = set()
+        self._stopping = False
+        # The supervisor alone holds the other end open: when it is gone, however it went, its workers read the end.
+        self._lifeline, self._held = os.pipe()
+
+    def run(self) -> int:
+        """Until asked to stop and every worker has; 0, or 1 when a worker could not start."""
+        with tempfile.TemporaryDirectory(prefix="farebox-metrics-") as folder:
+            os.environ[MULTIPROCESS_DIR] = folder
+            before = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
+            try:
+                for _ in range(self._settings.workers):
+                    self._fork()
+                self._wait_until_ready()
+                if self._started is not None and not self._stopping:
+                    self._started()
+                return self._watch()
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                del os.environ[MULTIPROCESS_DIR]
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopping = True
+        for worker in self._workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGTERM)
+
+    def _fork(self) -> None:
+        # A signal between the fork and the note of it would leave a worker that nobody stops.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            ready, tell = os.pipe()
+            os.set_blocking(ready, False)
+            worker = os.fork()
+            if worker == 0:
+                self._work(ready, tell)
+            os.close(tell)
+            self._workers[worker] = ready
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def _work(self, ready: int, tell: int) -> None:
+        """The whole life of a worker; it never returns."""
+        code = 1
+        try:
+            os.close(ready)
+            os.close(self._held)
+            threading.Thread(target=_stop_when_orphaned, args=(self._lifeline,), daemon=True).start()
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            code = _serve_here(self._settings, self._listener, lambda: _tell(tell))
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _wait_until_ready(self) -> None:
+        """Until every worker has told that it accepts connections, or one has ended."""
+        while not self._stopping and not all(map(self._came_up, self._workers)):
+            if any(_ended(worker) for worker in self._workers):
+                return
+            time.sleep(READY_POLL_S)
+
+    def _came_up(self, worker: int) -> bool:
+        """Whether the worker has told that it accepts connections."""
+        if worker not in self._ready and _told(self._workers[worker]):
+            self._ready.add(worker)
+        return worker in self._ready
+
+    def _watch(self) -> int:
+        code = 0
+        while self._workers:
+            worker, status = os.wait()
+            if worker not in self._workers:
+                continue
+            came_up = self._came_up(worker)
+            os.close(self._workers.pop(worker))
+            if self._stopping:
+                code = code or (0 if status == 0 else 1)
+                continue
+            print(f"farebox: worker {worker} ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr)  # noqa: T201
+            if not came_up:
+                code = 1
+                self._stop(signal.SIGTERM, None)
+                continue
+            _forget_gauges(worker)
+            time.sleep(RESTART_PAUSE_S)
+            if not self._stopping:
+                self._fork()
+        return code
+
+
+def _stop_when_orphaned(lifeline: int) -> None:
+    os.read(lifeline, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _forget_gauges(worker: int) -> None:
+    """Take a dead worker's gauges out of the sum."""
+    for file in Path(os.environ[MULTIPROCESS_DIR]).glob(f"gauge_live*_{worker}.db"):
+        file.unlink(missing_ok=True)
+
+
+def _tell(pipe: int) -> None:
+    os.write(pipe, READY)
+
+
+def _told(pipe: int) -> bool:
+    try:
+        return os.read(pipe, 1) == READY
+    except BlockingIOError:
+        return False
+
+
+def _ended(worker: int) -> bool:
+    return os.waitid(os.P_PID, worker, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None

@@ -1,0 +1,293 @@
+"""The pure part of a batch, the same for every store: what to load, the fold, and what to write.
+
+How it works. A store locks and loads what :func:`needs` names, in two steps, because the wallets of a reservation are
+known only when it is loaded, and the pools of a wallet's blocks only when these are. Then :func:`fold` decides the
+commands one after the other on the loaded state, each on top of those before it, and gathers in :class:`Writes` what
+the store has to write. So a batch comes to what its commands come to one by one, in its order.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ledger.commands import AnyCommand, Commit, Debit, Extend, Freeze, Grant, Hold, Lapse, Release, Reserve, Revoke
+from ledger.core import decide
+from ledger.model import Block, Reservation, ReservationRef, Scope, Wallet, WalletRef
+from ledger.outcomes import (
+    Applied,
+    BlockChanged,
+    BlockOpened,
+    Event,
+    Fact,
+    KeyFreed,
+    KeyTaken,
+    Outcome,
+    Reason,
+    Rejected,
+    ReservationChanged,
+    Result,
+    Transfer,
+    UsageRecorded,
+    WalletChanged,
+    WalletOpened,
+)
+from ledger.state import KeyRef, State, evolve
+from ledger.store.rows import Row, response_row
+
+RESPONSE_LIFE_US = 24 * 3600 * 1_000_000
+"""How long a stored response is replayed."""
+
+RETURN_BLOCKS = ("blk_returns_paid", "blk_returns_unpaid")
+"""The blocks of a pool that take what comes back to it. They are loaded even when nothing is left in them."""
+
+BlockRef = tuple[WalletRef, str]
+CommandRef = tuple[Scope, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What commands name, as sets of references. Not all of it exists."""
+
+    commands: set[CommandRef]
+    wallets: set[WalletRef]
+    blocks: set[BlockRef]
+    """Blocks that are needed even when nothing is left in them. A wallet's live blocks come with the wallet."""
+    reservations: set[ReservationRef]
+    keys: set[KeyRef]
+
+
+def needs(commands: Iterable[AnyCommand]) -> Needs:
+    """What *commands* name themselves; :func:`reserved_wallets` and :func:`pools` tell the rest after a first load."""
+    named = Needs(commands=set(), wallets=set(), blocks=set(), reservations=set(), keys=set())
+    for command in commands:
+        named.commands.add((command.scope, command.id))
+        if command.key is not None:
+            named.keys.add((command.scope, command.key.operation, command.key.key))
+        match command:
+            case Hold():
+                named.reservations.add(command.reservation)
+                named.wallets.update(_wallets_named(command))
+            case Extend() | Commit() | Release() | Lapse():
+                named.reservations.add(command.reservation)
+            case Grant():
+                named.wallets.update(_wallets_named(command))
+                named.blocks.add((command.wallet, command.block_id))
+            case Revoke() | Freeze():
+                named.wallets.add(command.wallet)
+                if command.block_id is not None:
+                    named.blocks.add((command.wallet, command.block_id))
+            case _:
+                named.wallets.add(command.wallet)
+    return named
+
+
+def reserved_wallets(reservation: Reservation) -> set[WalletRef]:
+    """The wallets that a command on *reservation* may touch. What its slices name is live, and comes with them."""
+    wallets = {ref for leg in reservation.legs for ref in leg.wallets}
+    wallets.update(reservation.limits)
+    wallets.update(held.wallet for held in reservation.slices)
+    if reservation.unfunded is not None:
+        wallets.add(reservation.unfunded)
+    return wallets
+
+
+def pools(state: State, commands: Sequence[AnyCommand]) -> set[WalletRef]:
+    """The grant pools behind the blocks that *commands* may use up: markup, and what is revoked, goes back there.
+
+    Blocks and reservations may also be made by an earlier one of the same *commands*.
+    """
+    reserving = {command.reservation: command for command in commands if isinstance(command, Reserve)}
+    found: set[WalletRef] = set()
+    used_up: set[WalletRef] = set()
+    for command in commands:
+        if isinstance(command, Commit | Lapse | Debit | Revoke):
+            used_up |= _wallets_touched(state, command)
+        if isinstance(command, Commit | Lapse) and command.reservation in reserving:
+            used_up |= _wallets_named(reserving[command.reservation])
+    for command in commands:
+        if isinstance(command, Grant) and command.from_wallet is not None and command.wallet in used_up:
+            found.add(command.from_wallet)
+    for ref in used_up:
+        found.update(block.pool for block in state.blocks.get(ref, {}).values() if block.pool is not None)
+    return found
+
+
+def return_blocks(pool_wallets: Iterable[WalletRef]) -> set[BlockRef]:
+    return {(pool, block_id) for pool in pool_wallets for block_id in RETURN_BLOCKS}
+
+
+def _wallets_named(command: Hold | Grant) -> set[WalletRef]:
+    if isinstance(command, Grant):
+        return {command.wallet} if command.from_wallet is None else {command.wallet, command.from_wallet}
+    return set(command.wallets)
+
+
+def _wallets_touched(state: State, command: AnyCommand) -> set[WalletRef]:
+    """The wallets of *command* but for pools, as far as *state* knows them."""
+    match command:
+        case Hold() | Grant():
+            return _wallets_named(command)
+        case Extend() | Commit() | Release() | Lapse():
+            reservation = state.reservations.get(command.reservation)
+            return set() if reservation is None else reserved_wallets(reservation)
+        case _:
+            return {command.wallet}
+
+
+class JournalRow(NamedTuple):
+    """One applied command as the journal keeps it, before it has its number."""
+
+    scope: Scope
+    id: str
+    kind: str
+    at_us: int
+    facts: tuple[Fact, ...]
+    transfers: tuple[Transfer, ...]
+    result: Result
+
+
+class AppliedBefore(NamedTuple):
+    """A command that an earlier batch applied: a repetition answers with the same."""
+
+    kind: str
+    result: Result
+
+
+@dataclass(slots=True)
+class Writes:
+    """What a batch changes. Values are as after the batch; ``*_changed`` are rows that were there before it."""
+
+    journal: list[JournalRow] = field(default_factory=list)
+    wallets_opened: list[Wallet] = field(default_factory=list)
+    wallets_changed: list[tuple[Wallet, int]] = field(default_factory=list)
+    """With the version that the wallet was loaded with."""
+    blocks_opened: list[Block] = field(default_factory=list)
+    blocks_changed: list[tuple[Block, bool]] = field(default_factory=list)
+    """With whether the block was live when it was loaded."""
+    reservations_opened: list[Reservation] = field(default_factory=list)
+    reservations_changed: list[Reservation] = field(default_factory=list)
+    keys_taken: list[KeyTaken] = field(default_factory=list)
+    keys_freed: list[KeyRef] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    usage: list[UsageRecorded] = field(default_factory=list)
+    responses: list[Row] = field(default_factory=list)
+
+
+class Folded(NamedTuple):
+    outcomes: list[Outcome]
+    writes: Writes
+
+
+class _Touched:
+    """What the state held before the batch, for all that the batch has changed."""
+
+    def __init__(self) -> None:
+        self.wallets: dict[WalletRef, Wallet | None] = {}
+        self.blocks: dict[BlockRef, Block | None] = {}
+        self.reservations: dict[ReservationRef, Reservation | None] = {}
+        self.keys: dict[KeyRef, None] = {}
+
+    def remember(self, state: State, fact: Fact) -> None:
+        """Keep what *fact* is about to change, unless an earlier fact of the batch has."""
+        match fact:
+            case WalletChanged():
+                self.wallets.setdefault(fact.wallet, state.wallets.get(fact.wallet))
+            case BlockChanged():
+                self.blocks.setdefault((fact.wallet, fact.block), state.blocks[fact.wallet][fact.block])
+            case ReservationChanged():
+                ref = fact.reservation.ref
+                self.reservations.setdefault(ref, state.reservations.get(ref))
+            case WalletOpened():
+                self.wallets.setdefault(fact.wallet.ref, None)
+            case BlockOpened():
+                self.blocks.setdefault((fact.block.wallet, fact.block.id), None)
+            case KeyTaken() | KeyFreed():
+                self.keys[fact.scope, fact.operation, fact.key] = None
+            case _:
+                pass
+
+
+def fold(
+    state: State, commands: Sequence[AnyCommand], clock_us: int, applied_before: Mapping[CommandRef, AppliedBefore]
+) -> Folded:
+    """Decide *commands* in turn; *state* is afterwards as after the batch.
+
+    A command's time is the clock's, but never before the last fact of a wallet that it touches: hosts' clocks differ.
+    An id that comes again, in this batch or from *applied_before*, has no second effect.
+    """
+    writes = Writes()
+    touched = _Touched()
+    outcomes: list[Outcome] = []
+    known = dict(applied_before)
+    for command in commands:
+        identity = (command.scope, command.id)
+        before = known.get(identity)
+        if before is None:
+            outcome = _decide_one(state, command, clock_us, writes, touched)
+            if isinstance(outcome, Applied) and outcome.facts:
+                known[identity] = AppliedBefore(kind_of(command), outcome.result)
+        elif before.kind == kind_of(command):
+            outcome = Applied(result=before.result, replayed=True)
+        else:
+            outcome = Rejected(Reason.KEY_REUSED)
+        outcomes.append(outcome)
+    _gather(state, touched, writes)
+    return Folded(outcomes, writes)
+
+
+def kind_of(command: AnyCommand) -> str:
+    return str(type(command).__struct_config__.tag)
+
+
+def _decide_one(state: State, command: AnyCommand, clock_us: int, writes: Writes, touched: _Touched) -> Outcome:
+    now_us = clock_us
+    for ref in _wallets_touched(state, command) | pools(state, (command,)):
+        wallet = state.wallets.get(ref)
+        if wallet is not None and wallet.last_fact_us > now_us:
+            now_us = wallet.last_fact_us
+    outcome = decide(state, command, now_us)
+    if isinstance(outcome, Rejected) or not outcome.facts:
+        return outcome
+    kept: list[Fact] = []
+    transfers: list[Transfer] = []
+    for fact in outcome.facts:
+        if isinstance(fact, Transfer):
+            transfers.append(fact)
+            continue
+        kept.append(fact)
+        if isinstance(fact, UsageRecorded):
+            writes.usage.append(fact)
+        touched.remember(state, fact)
+        evolve(state, fact)
+    writes.journal.append(
+        JournalRow(command.scope, command.id, kind_of(command), now_us, tuple(kept), tuple(transfers), outcome.result)
+    )
+    writes.events.extend(outcome.events)
+    if outcome.answers is not None and isinstance(command, Commit) and command.response is not None:
+        expires_at_us = now_us + RESPONSE_LIFE_US
+        writes.responses.append(
+            response_row(command.scope, *outcome.answers, command.response, expires_at_us=expires_at_us)
+        )
+    return outcome
+
+
+def _gather(state: State, touched: _Touched, writes: Writes) -> None:
+    for ref, wallet in touched.wallets.items():
+        if wallet is None:
+            writes.wallets_opened.append(state.wallets[ref])
+        else:
+            writes.wallets_changed.append((state.wallets[ref], wallet.version))
+    for (ref, block_id), block in touched.blocks.items():
+        if block is None:
+            writes.blocks_opened.append(state.blocks[ref][block_id])
+        else:
+            writes.blocks_changed.append((state.blocks[ref][block_id], block.live))
+    for reservation_ref, reservation in touched.reservations.items():
+        target = writes.reservations_opened if reservation is None else writes.reservations_changed
+        target.append(state.reservations[reservation_ref])
+    for key in touched.keys:
+        taken = state.keys.get(key)
+        if taken is None:
+            writes.keys_freed.append(key)
+        else:
+            writes.keys_taken.append(taken)

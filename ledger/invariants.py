@@ -1,0 +1,387 @@
+"""What must always hold. Pure: the tests check it after every step, ``farebox verify`` over the whole journal.
+
+How it works. :func:`violations` looks at one state and the transfers that led to it. :class:`Audit` follows the journal
+command by command and checks, after each, all that the command touched, so that nothing is wrong even for a moment. It
+keeps what is alive (wallets, blocks, open reservations) and of the rest a digest, so a long history fits in memory.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from ledger.model import (
+    USD_ASSET,
+    Account,
+    Block,
+    Charge,
+    Reservation,
+    ReservationRef,
+    ReservationState,
+    Scope,
+    WalletRef,
+)
+from ledger.outcomes import (
+    BlockChanged,
+    BlockOpened,
+    Fact,
+    KeyFreed,
+    KeyTaken,
+    ReservationChanged,
+    Transfer,
+    UsageRecorded,
+    WalletChanged,
+    WalletOpened,
+)
+from ledger.state import KeyRef, State, evolve
+from ledger.store.protocol import JournalEntry
+
+_WALLET_ACCOUNT = "wallet:"
+
+_encode = msgspec.json.Encoder(order="deterministic").encode
+
+HeldRef = tuple[WalletRef, str | None]
+
+_Rule = tuple[type[Fact], Callable[[Any, JournalEntry], bool], str]
+
+
+class Violation(msgspec.Struct, frozen=True):
+    """Something that must not be; *facts* say where and how much."""
+
+    message: str
+    facts: dict[str, Any]
+
+
+def violations(state: State, transfers: Iterable[Transfer], *, operator: str | None = None) -> list[Violation]:
+    """All that is wrong with a whole *state* and the *transfers* that led to it.
+
+    Args:
+        operator: the tenant whose wallets others may pay from; nothing else crosses scopes.
+    """
+    found: list[Violation] = []
+    accounts: Counter[WalletRef] = Counter()
+    for transfer in transfers:
+        found += check_transfer(state, transfer)
+        for ref, amount in wallet_amounts(transfer):
+            accounts[ref] += amount
+    for ref, wallet in state.wallets.items():
+        remaining = sum(block.remaining for block in state.blocks.get(ref, {}).values())
+        if accounts[ref] != remaining - wallet.receivable:
+            found.append(_unequal(ref, accounts[ref], remaining, wallet.receivable))
+    return found + list(check_state(state, operator=operator))
+
+
+def check_state(state: State, *, operator: str | None = None) -> Iterator[Violation]:
+    """What one state tells by itself."""
+    for blocks in state.blocks.values():
+        for block in blocks.values():
+            yield from check_block(block)
+    held: Counter[HeldRef] = Counter()
+    for reservation in state.reservations.values():
+        yield from check_reservation(reservation)
+        yield from check_scopes(ReservationChanged(reservation=reservation), _scope(reservation.ref), operator)
+        for part in reservation.slices:
+            held[part.wallet, part.block] += part.amount
+    for ref, wallet in state.wallets.items():
+        if wallet.receivable < 0 or wallet.overdraft_reserved < 0 or wallet.overdraft_limit < 0:
+            yield Violation("a wallet's amounts must not be negative", {"wallet": ref})
+        yield from _check_held(held.pop((ref, None), 0), wallet.overdraft_reserved, ref, None)
+        for block in state.blocks.get(ref, {}).values():
+            yield from _check_held(held.pop((ref, block.id), 0), block.reserved, ref, block.id)
+    for (ref, block_id), amount in held.items():
+        yield Violation("a reservation holds what does not exist", {"wallet": ref, "block": block_id, "slices": amount})
+    for key, taken in state.keys.items():
+        if key != (taken.scope, taken.operation, taken.key):
+            yield Violation("a key is filed under another", {"key": key})
+
+
+def check_block(block: Block) -> Iterator[Violation]:
+    amounts = (block.granted, block.consumed, block.expired, block.revoked, block.remaining)
+    if min(amounts) < 0 or not 0 <= block.reserved <= block.remaining:
+        yield Violation(
+            "a block's amounts are not negative, and 0 <= reserved <= remaining",
+            {"wallet": block.wallet, "block": block.id, "amounts": amounts, "reserved": block.reserved},
+        )
+
+
+def check_reservation(reservation: Reservation) -> Iterator[Violation]:
+    if reservation.state is not ReservationState.OPEN and reservation.slices:
+        yield Violation("a settled reservation holds nothing", {"reservation": reservation.ref})
+    paid = [Charge() for _ in reservation.legs]
+    for payment in reservation.payments:
+        before = paid[payment.leg]
+        paid[payment.leg] = Charge(base=before.base + payment.base, markup=before.markup + payment.markup)
+    if tuple(paid) != reservation.charged:
+        yield Violation(
+            "what was charged is what was paid",
+            {"reservation": reservation.ref, "charged": reservation.charged, "paid": tuple(paid)},
+        )
+
+
+def check_transfer(state: State, transfer: Transfer) -> Iterator[Violation]:
+    """An entry moves something between two accounts, in the asset of the wallets that it names."""
+    if transfer.amount <= 0 or transfer.debit == transfer.credit:
+        yield Violation("an entry must move something", {"transfer": transfer})
+    for ref, _ in wallet_amounts(transfer):
+        wallet = state.wallets.get(ref)
+        if wallet is None:
+            yield Violation("an entry names a wallet that does not exist", {"wallet": ref, "transfer": transfer})
+        elif wallet.asset != transfer.asset:
+            yield Violation("an entry is in another asset than its wallet", {"wallet": ref, "transfer": transfer})
+
+
+def check_scopes(fact: Fact, scope: Scope, operator: str | None) -> Iterator[Violation]:
+    """Nothing crosses from one tenant or mode to another, but for the wallets of *operator*."""
+    for ref in _refs(fact):
+        if ref[:2] != scope and (ref[0] != operator or ref[1] != scope.mode):
+            yield Violation("a fact crosses scopes", {"scope": scope, "names": ref})
+
+
+def wallet_amounts(transfer: Transfer) -> Iterator[tuple[WalletRef, int]]:
+    """What *transfer* adds to the wallets that it names."""
+    for account, amount in ((transfer.debit, -transfer.amount), (transfer.credit, transfer.amount)):
+        if account.startswith(_WALLET_ACCOUNT):
+            yield WalletRef(*transfer.scope, account.removeprefix(_WALLET_ACCOUNT)), amount
+
+
+def digest(value: object) -> bytes:
+    return blake2b(_encode(value), digest_size=16).digest()
+
+
+class Audit:
+    """Replays a journal and checks every step of it."""
+
+    def __init__(self, *, operator: str | None = None) -> None:
+        self.operator = operator
+        self.entries = 0
+        self.found: list[Violation] = []
+        self.state = State()
+        """Wallets, blocks and open reservations as the journal tells them. What is over is in the digests."""
+        self.settled: dict[ReservationRef, bytes] = {}
+        self.keys: dict[KeyRef, bytes] = {}
+        self.usage_count = 0
+        self.usage_sum = 0
+        """The sum of the digests of all usage: equal for the same records in any order."""
+        self._expired: set[ReservationRef] = set()
+        self._accounts: Counter[WalletRef] = Counter()
+        self._remaining: Counter[WalletRef] = Counter()
+        self._held: Counter[HeldRef] = Counter()
+        self._seq = 0
+        self._rules = self._rules_of_facts()
+
+    def observe(self, entry: JournalEntry) -> None:
+        """Fold the next entry of the journal and check what it touches."""
+        self.entries += 1
+        if entry.seq <= self._seq:
+            self._report("the journal's numbers must rise", entry)
+        self._seq = entry.seq
+        if entry.transfers_written != len(entry.transfers):
+            self._report(
+                "an entry's transfers must all be there",
+                entry,
+                written=entry.transfers_written,
+                found=len(entry.transfers),
+            )
+        wallets: dict[WalletRef, None] = {}
+        held: dict[HeldRef, None] = {}
+        for fact in entry.facts:
+            self.found += check_scopes(fact, entry.scope, self.operator)
+            if self._acceptable(fact, entry):
+                self._fold(fact, wallets, held)
+        for transfer in entry.transfers:
+            self.found += check_scopes(transfer, entry.scope, self.operator)
+            self.found += check_transfer(self.state, transfer)
+            for ref, amount in wallet_amounts(transfer):
+                self._accounts[ref] += amount
+                wallets[ref] = None
+        self._check_touched(wallets, held)
+        self._check_cost(entry)
+
+    def finish(self) -> None:
+        """Check the end state as a whole, once the journal is at its end."""
+        self.found += check_state(self.state, operator=self.operator)
+
+    def _acceptable(self, fact: Fact, entry: JournalEntry) -> bool:
+        """Whether *fact* can follow what was before it; if not, that is a violation and it is left out."""
+        for kind, holds, message in self._rules:
+            if isinstance(fact, kind) and not holds(fact, entry):
+                self._report(message, entry, fact=fact)
+                return False
+        return True
+
+    def _rules_of_facts(self) -> tuple[_Rule, ...]:
+        """What each kind of fact needs: the first that does not hold is told."""
+        state = self.state
+        return (
+            (WalletOpened, lambda fact, _: fact.wallet.ref not in state.wallets, "a wallet is opened once"),
+            (
+                BlockOpened,
+                lambda fact, _: fact.block.id not in state.blocks.get(fact.block.wallet, {}),
+                "a block is opened once",
+            ),
+            (
+                BlockChanged,
+                lambda fact, _: fact.block in state.blocks.get(fact.wallet, {}),
+                "a block changes after it was opened",
+            ),
+            (WalletChanged, lambda fact, _: fact.wallet in state.wallets, "a wallet changes after it was opened"),
+            (
+                WalletChanged,
+                lambda fact, _: fact.at_us >= state.wallets[fact.wallet].last_fact_us,
+                "a wallet's facts are in the order of time",
+            ),
+            (
+                WalletChanged,
+                lambda fact, entry: self._debt_agreed(fact, entry.kind),
+                "a wallet goes below zero only as far as agreed, or by a claw-back",
+            ),
+            (
+                ReservationChanged,
+                lambda fact, _: fact.reservation.ref not in self.settled or self._late(fact.reservation),
+                "a settled reservation stays settled",
+            ),
+            (
+                KeyTaken,
+                lambda fact, _: (fact.scope, fact.operation, fact.key) not in self.keys,
+                "a key has one effect",
+            ),
+        )
+
+    def _debt_agreed(self, change: WalletChanged, kind: str) -> bool:
+        wallet = self.state.wallets[change.wallet]
+        if change.receivable <= 0 or kind == "revoke":
+            return True
+        agreed = max(wallet.overdraft_limit, wallet.receivable + wallet.overdraft_reserved)
+        return wallet.receivable + change.receivable <= agreed
+
+    def _late(self, reservation: Reservation) -> bool:
+        """Only what expired by itself may still be committed, once."""
+        return reservation.ref in self._expired and reservation.state is ReservationState.COMMITTED
+
+    def _fold(self, fact: Fact, wallets: dict[WalletRef, None], held: dict[HeldRef, None]) -> None:
+        """Fold *fact*, and note what it touches in *wallets* and *held*."""
+        match fact:
+            case BlockOpened():
+                self._remaining[fact.block.wallet] += fact.block.remaining
+                held[fact.block.wallet, fact.block.id] = None
+                wallets[fact.block.wallet] = None
+            case BlockChanged():
+                self._remaining[fact.wallet] += fact.granted - fact.consumed - fact.expired - fact.revoked
+                held[fact.wallet, fact.block] = None
+                wallets[fact.wallet] = None
+            case WalletChanged():
+                held[fact.wallet, None] = None
+                wallets[fact.wallet] = None
+            case ReservationChanged():
+                self._fold_reservation(fact.reservation, held)
+                return
+            case KeyTaken():
+                self.keys[fact.scope, fact.operation, fact.key] = digest(fact)
+                return
+            case KeyFreed():
+                self.keys.pop((fact.scope, fact.operation, fact.key), None)
+                return
+            case UsageRecorded():
+                self.usage_count += 1
+                self.usage_sum += int.from_bytes(digest(fact))
+                return
+            case _:
+                pass
+        evolve(self.state, fact)
+
+    def _fold_reservation(self, reservation: Reservation, held: dict[HeldRef, None]) -> None:
+        self.found += check_reservation(reservation)
+        ref = reservation.ref
+        before = self.state.reservations.pop(ref, None)
+        for part in () if before is None else before.slices:
+            self._held[part.wallet, part.block] -= part.amount
+            held[part.wallet, part.block] = None
+        for part in reservation.slices:
+            self._held[part.wallet, part.block] += part.amount
+            held[part.wallet, part.block] = None
+        self._expired.discard(ref)
+        if reservation.state is ReservationState.OPEN:
+            self.state.reservations[ref] = reservation
+            return
+        self.settled[ref] = digest(reservation)
+        if reservation.state is ReservationState.EXPIRED:
+            self._expired.add(ref)
+
+    def _check_touched(self, wallets: Iterable[WalletRef], held: Iterable[HeldRef]) -> None:
+        state = self.state
+        for ref in wallets:
+            wallet = state.wallets.get(ref)
+            receivable = 0 if wallet is None else wallet.receivable
+            if self._accounts[ref] != self._remaining[ref] - receivable:
+                self.found.append(_unequal(ref, self._accounts[ref], self._remaining[ref], receivable))
+        for ref, block_id in held:
+            slices = self._held[ref, block_id]
+            if slices == 0:
+                del self._held[ref, block_id]
+            if block_id is None:
+                wallet = state.wallets.get(ref)
+                self.found += _check_held(slices, 0 if wallet is None else wallet.overdraft_reserved, ref, None)
+                continue
+            block = state.blocks.get(ref, {}).get(block_id)
+            self.found += _check_held(slices, 0 if block is None else block.reserved, ref, block_id)
+            self.found += () if block is None else check_block(block)
+
+    def _check_cost(self, entry: JournalEntry) -> None:
+        """The provider's cost is in the journal as the usage tells it."""
+        recorded = sum(fact.record.provider_cost_nanos for fact in entry.facts if isinstance(fact, UsageRecorded))
+        booked = sum(
+            transfer.amount
+            for transfer in entry.transfers
+            if transfer.debit == Account.PROVIDER_COST and transfer.asset == USD_ASSET
+        )
+        if recorded != booked:
+            self._report("the provider's cost is booked as the usage tells it", entry, recorded=recorded, booked=booked)
+
+    def _report(self, message: str, entry: JournalEntry, **facts: Any) -> None:
+        self.found.append(Violation(message, {"seq": entry.seq, "command": entry.id, **facts}))
+
+
+def _check_held(slices: int, reserved: int, ref: WalletRef, block_id: str | None) -> Iterator[Violation]:
+    if slices != reserved:
+        yield Violation(
+            "what open reservations hold is what is reserved",
+            {"wallet": ref, "block": block_id, "slices": slices, "reserved": reserved},
+        )
+
+
+def _unequal(ref: WalletRef, account: int, remaining: int, receivable: int) -> Violation:
+    return Violation(
+        "a wallet's account is what its blocks have left less what it owes",
+        {"wallet": ref, "account": account, "remaining": remaining, "receivable": receivable},
+    )
+
+
+def _scope(ref: ReservationRef | WalletRef) -> Scope:
+    return Scope(ref.tenant, ref.mode)
+
+
+def _refs(fact: Fact) -> Iterator[tuple[str, ...]]:
+    """What *fact* names, each beginning with tenant and mode."""
+    match fact:
+        case Transfer() | KeyTaken() | KeyFreed():
+            yield fact.scope
+        case WalletOpened():
+            yield fact.wallet.ref
+        case WalletChanged() | BlockChanged():
+            yield fact.wallet
+        case BlockOpened():
+            yield fact.block.wallet
+            if fact.block.pool is not None:
+                yield fact.block.pool
+        case UsageRecorded():
+            yield fact.reservation
+        case ReservationChanged():
+            reservation = fact.reservation
+            yield reservation.ref
+            yield from (ref for leg in reservation.legs for ref in leg.wallets)
+            yield from reservation.limits
+            yield from (part.wallet for part in reservation.slices)
+            if reservation.unfunded is not None:
+                yield reservation.unfunded

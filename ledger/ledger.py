@@ -1,0 +1,247 @@
+"""The ledger as the gateway uses it: commands in, results or small exceptions out, and the reads beside them."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from ledger.burndown import payable
+from ledger.commands import AnyCommand, Expire, Lapse, StoredResponse
+from ledger.draft import NO_TAGS
+from ledger.errors import LedgerUnavailable, error_of
+from ledger.model import Block, Reservation, ReservationRef, Scope, Tags, Wallet, WalletRef
+from ledger.outcomes import Applied, Outcome, Rejected, UsageRecorded
+from ledger.state import State
+from ledger.store.protocol import PAGE_MAX, Position, Store, StoreUnavailable, Transaction
+from ledger.writer import QUEUE_MAX, WAIT_S, Abandoned, Writer
+
+SWEEP_PAGE = 200
+"""How many candidates a sweep reads, and settles, at once."""
+
+SWEEP_PAGES_MAX = 50
+"""A sweep ends after so many pages; the next one goes on."""
+
+Clock = Callable[[], int]
+
+T = TypeVar("T")
+Ref = TypeVar("Ref", WalletRef, ReservationRef)
+
+
+class WalletView(msgspec.Struct, frozen=True):
+    """A wallet at one moment.
+
+    *balance* is what has not expired of its blocks, reserved or not, less what it owes. *effective_balance* is what a
+    reservation with the given tags could hold now. *blocks* are those with something left, in the order of opening.
+    """
+
+    wallet: Wallet
+    blocks: tuple[Block, ...]
+    balance: int
+    effective_balance: int
+    reserved: int
+    receivable: int
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """What a request held and was charged; *usage* has a part for each commit."""
+
+    reservation: Reservation
+    usage: tuple[UsageRecorded, ...]
+
+
+class TransactionsPage(msgspec.Struct, frozen=True):
+    """Newest first; *cursor* goes on with what is older, and is None at the end."""
+
+    transactions: tuple[Transaction, ...]
+    cursor: str | None
+
+
+class Swept(msgspec.Struct, frozen=True):
+    """What a sweep settled; what failed is tried again by the next one."""
+
+    reservations: int
+    wallets: int
+    responses: int
+    failures: tuple[BaseException, ...]
+
+
+class Ledger:
+    """The one way in. Reads see every commit that was answered before they began."""
+
+    def __init__(
+        self,
+        store: Store,
+        writer: Writer,
+        clock: Clock,
+        new_command_id: Callable[[], str],
+        applied: Callable[[Applied], None] | None,
+    ) -> None:
+        self._store = store
+        self._applied = applied
+        self._writer = writer
+        self._clock = clock
+        self._new_command_id = new_command_id
+
+    @classmethod
+    async def open(
+        cls,
+        store: Store,
+        *,
+        clock: Clock,
+        new_command_id: Callable[[], str],
+        abandoned: Abandoned | None = None,
+        queue_max: int = QUEUE_MAX,
+        wait_s: float = WAIT_S,
+        applied: Callable[[Applied], None] | None = None,
+    ) -> "Ledger":
+        """Put a writer in front of *store*, which is then the ledger's to close.
+
+        Args:
+            clock: microseconds since the epoch, UTC.
+            new_command_id: makes the ids of the sweep's own commands; unique, and time-ordered.
+            abandoned: see :class:`~ledger.writer.Writer`.
+            applied: sees every command that was applied here and its facts, to count them; it must not fail.
+        """
+        writer = Writer(store.run_batch, abandoned=abandoned, queue_max=queue_max, wait_s=wait_s)
+        return cls(store, writer, clock, new_command_id, applied)
+
+    async def close(self) -> None:
+        """Answer everybody who waits, then close the store."""
+        await self._writer.close()
+        await self._store.close()
+
+    @property
+    def queue_length(self) -> int:
+        return self._writer.queue_length
+
+    def new_command_id(self) -> str:
+        return self._new_command_id()
+
+    async def execute(self, command: AnyCommand) -> Applied:
+        """Do *command*, durably. Repeating it (its id, or its key) gives the first result and has no second effect.
+
+        Raises:
+            LedgerError: the one exception of its reason; nothing has changed.
+            LedgerUnavailable: it is not known; try the same command again.
+        """
+        outcome: Outcome = await self._writer.submit(command)
+        if isinstance(outcome, Rejected):
+            raise error_of(outcome)
+        if self._applied is not None and outcome.facts:
+            self._applied(outcome)
+        return outcome
+
+    async def wallet_view(self, ref: WalletRef, tags: Tags | None = None) -> WalletView | None:
+        """The wallet now; None when nothing was ever granted to it."""
+        found = await _reading(self._store.wallet(ref))
+        if found is None:
+            return None
+        wallet, blocks = found
+        now_us = max(self._clock(), wallet.last_fact_us)
+        return WalletView(
+            wallet=wallet,
+            blocks=blocks,
+            balance=_balance(wallet, blocks, now_us),
+            effective_balance=_effective_balance(wallet, blocks, tags or NO_TAGS, now_us),
+            reserved=sum(block.reserved for block in blocks) + wallet.overdraft_reserved,
+            receivable=wallet.receivable,
+        )
+
+    async def reservation(self, ref: ReservationRef) -> Reservation | None:
+        return await _reading(self._store.reservation(ref))
+
+    async def receipt(self, tenant: str, mode: str, request_id: str) -> Receipt | None:
+        scope = Scope(tenant, mode)
+        reservation = await _reading(self._store.reservation_of_request(scope, request_id))
+        if reservation is None:
+            return None
+        return Receipt(reservation, await _reading(self._store.usage_of_request(scope, request_id)))
+
+    async def stored_response(self, scope: Scope, operation: str, key: str) -> StoredResponse | None:
+        """The answer kept under an idempotency key, for as long as it is kept."""
+        return await _reading(self._store.response(scope, operation, key, now_us=self._clock()))
+
+    async def transactions(self, ref: WalletRef, cursor: str | None = None, limit: int = 100) -> TransactionsPage:
+        """The wallet's journal as a statement.
+
+        Raises:
+            ValueError: *cursor* is not one of ours.
+        """
+        before = None if cursor is None else _position(cursor)
+        limit = min(limit, PAGE_MAX - 1)
+        found = await _reading(self._store.transactions(ref, before=before, limit=limit + 1))
+        page = found[:limit]
+        more = len(found) > limit
+        return TransactionsPage(tuple(page), cursor_after(page[-1]) if more else None)
+
+    async def sweep(self, now_us: int) -> Swept:
+        """Settle what has run out by *now_us*: reservations lapse, blocks expire, old responses go.
+
+        Candidates are read without locks; the commands look again. Safe in every process at once.
+        """
+        failures: list[BaseException] = []
+        lapsed = await self._sweep_each(
+            lambda: self._store.due_reservations(now_us, limit=SWEEP_PAGE),
+            lambda ref: Lapse(id=self._new_command_id(), scope=Scope(ref.tenant, ref.mode), reservation=ref),
+            failures,
+        )
+        expired = await self._sweep_each(
+            lambda: self._store.due_wallets(now_us, limit=SWEEP_PAGE),
+            lambda ref: Expire(id=self._new_command_id(), scope=Scope(ref.tenant, ref.mode), wallet=ref),
+            failures,
+        )
+        purged = await _reading(self._store.purge_responses(now_us, limit=SWEEP_PAGE))
+        return Swept(reservations=lapsed, wallets=expired, responses=purged, failures=tuple(failures))
+
+    async def _sweep_each(
+        self,
+        candidates: Callable[[], Awaitable[list[Ref]]],
+        command_for: Callable[[Ref], AnyCommand],
+        failures: list[BaseException],
+    ) -> int:
+        """Page after page, until one brings nothing new: how many were settled. One that fails stops no other."""
+        settled = 0
+        tried: set[Ref] = set()
+        for _ in range(SWEEP_PAGES_MAX):
+            page = [ref for ref in await _reading(candidates()) if ref not in tried]
+            tried.update(page)
+            outcomes = await asyncio.gather(*(self.execute(command_for(ref)) for ref in page), return_exceptions=True)
+            failures += [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+            settled += sum(bool(outcome.facts) for outcome in outcomes if isinstance(outcome, Applied))
+            if len(page) < SWEEP_PAGE:
+                break
+        return settled
+
+
+def _balance(wallet: Wallet, blocks: Sequence[Block], now_us: int) -> int:
+    state = State()
+    state.wallets[wallet.ref] = wallet
+    state.blocks[wallet.ref] = {block.id: block for block in blocks}
+    return state.balance(wallet.ref, now_us)
+
+
+def _effective_balance(wallet: Wallet, blocks: Sequence[Block], tags: Tags, now_us: int) -> int:
+    if wallet.frozen or wallet.receivable > wallet.overdraft_limit:
+        return 0
+    overdraft = max(0, wallet.overdraft_limit - wallet.receivable - wallet.overdraft_reserved)
+    return sum(block.free for block in payable(blocks, tags, now_us)) + overdraft
+
+
+def cursor_after(transaction: Transaction) -> str:
+    """Goes on with what is older than *transaction*, wherever in a page it stands."""
+    return f"{transaction.seq}.{transaction.position}"
+
+
+def _position(cursor: str) -> Position:
+    seq, _, position = cursor.partition(".")
+    if not (seq.isdecimal() and position.isdecimal() and len(cursor) < 40):
+        raise ValueError("the cursor is not one that a page of transactions gave")
+    return Position(int(seq), int(position))
+
+
+async def _reading(read: Awaitable[T]) -> T:
+    try:
+        return await read
+    except StoreUnavailable as error:
+        raise LedgerUnavailable(str(error)) from error

@@ -1,0 +1,230 @@
+"""SQLite's reads: short queries for the facade, and the whole ledger in pages for replay."""
+
+import sqlite3
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from ledger.commands import StoredResponse
+from ledger.model import Block, Reservation, ReservationRef, Scope, Wallet, WalletRef
+from ledger.outcomes import KeyTaken, Transfer, UsageRecorded
+from ledger.store.protocol import DamagedRow, JournalEntry, Position, Transaction, WalletBlocks
+from ledger.store.rows import (
+    Row,
+    block_from,
+    block_row,
+    facts_from,
+    key_from,
+    key_row,
+    reservation_from,
+    reservation_row,
+    response_from,
+    result_from,
+    transfer_from,
+    usage_from,
+    usage_row,
+    wallet_from,
+    wallet_row,
+)
+from ledger.store.statements import columns
+
+T = TypeVar("T")
+
+SEQ_MAX = 2**63 - 1
+
+JOURNAL_PAGE = 1_000
+"""How many commands of the journal are in memory at once."""
+
+
+def _select(table: str, rest: str) -> str:
+    return f"SELECT {', '.join(columns(table))} FROM {table} {rest}"  # noqa: S608
+
+
+_WALLET = _select("ledger_wallet", "WHERE tenant = ? AND mode = ? AND wallet = ?")
+_LIVE_BLOCKS = _select("ledger_block", "WHERE tenant = ? AND mode = ? AND wallet = ? AND live ORDER BY sequence")
+_RESERVATION = "SELECT body FROM ledger_reservation WHERE tenant = ? AND mode = ? AND reservation = ?"
+_RESERVATIONS_OF_REQUEST = "SELECT body FROM ledger_reservation WHERE tenant = ? AND mode = ? AND request_id = ?"
+_USAGE_OF_REQUEST = _select(
+    "ledger_usage", "WHERE tenant = ? AND mode = ? AND request_id = ? ORDER BY at_us, reservation, part"
+)
+_RESPONSE = """
+    SELECT status, headers, body FROM ledger_response
+    WHERE tenant = ? AND mode = ? AND operation = ? AND key = ? AND expires_at_us > ?
+"""
+_DUE_RESERVATIONS = """
+    SELECT tenant, mode, reservation FROM ledger_reservation
+    WHERE state = 'open' AND expires_at_us <= ? ORDER BY expires_at_us LIMIT ?
+"""
+_DUE_WALLETS = """
+    SELECT DISTINCT tenant, mode, wallet FROM ledger_block
+    WHERE live AND expires_at_us IS NOT NULL AND expires_at_us <= ? AND remaining > reserved LIMIT ?
+"""
+_TRANSACTIONS_SIDE = """
+    SELECT * FROM (
+        SELECT t.seq, t.position, t.at_us, t.amount * {sign} AS amount, t.{other} AS counterparty, t.asset, t.block,
+               t.reference
+        FROM ledger_transfer AS t
+        WHERE t.tenant = :tenant AND t.mode = :mode AND t.{side} = :account AND t.{side} LIKE 'wallet:%'
+              AND (t.seq, t.position) < (:seq, :position)
+        ORDER BY t.seq DESC, t.position DESC LIMIT :limit
+    )
+"""
+_TRANSACTIONS = f"""
+    SELECT p.seq, p.position, p.at_us, c.id, c.kind, p.amount, p.counterparty, p.asset, p.block, p.reference
+    FROM ({_TRANSACTIONS_SIDE.format(side="debit", other="credit", sign=-1)} UNION ALL
+          {_TRANSACTIONS_SIDE.format(side="credit", other="debit", sign=1)}) AS p
+    JOIN ledger_command AS c ON c.seq = p.seq
+    ORDER BY p.seq DESC, p.position DESC LIMIT :limit
+"""  # noqa: S608
+
+
+def wallet(connection: sqlite3.Connection, ref: WalletRef) -> WalletBlocks | None:
+    row = connection.execute(_WALLET, ref).fetchone()
+    if row is None:
+        return None
+    return WalletBlocks(wallet_from(row), tuple(map(block_from, connection.execute(_LIVE_BLOCKS, ref))))
+
+
+def reservation(connection: sqlite3.Connection, ref: ReservationRef) -> Reservation | None:
+    row = connection.execute(_RESERVATION, ref).fetchone()
+    return None if row is None else reservation_from(row[0])
+
+
+def reservation_of_request(connection: sqlite3.Connection, scope: Scope, request_id: str) -> Reservation | None:
+    found = [reservation_from(body) for (body,) in connection.execute(_RESERVATIONS_OF_REQUEST, (*scope, request_id))]
+    return max(found, key=lambda known: (known.created_at_us, known.ref), default=None)
+
+
+def usage_of_request(connection: sqlite3.Connection, scope: Scope, request_id: str) -> tuple[UsageRecorded, ...]:
+    return tuple(map(usage_from, connection.execute(_USAGE_OF_REQUEST, (*scope, request_id))))
+
+
+def response(
+    connection: sqlite3.Connection, scope: Scope, operation: str, key: str, now_us: int
+) -> StoredResponse | None:
+    row = connection.execute(_RESPONSE, (*scope, operation, key, now_us)).fetchone()
+    return None if row is None else response_from(status=row[0], headers=row[1], body=row[2])
+
+
+def transactions(
+    connection: sqlite3.Connection, ref: WalletRef, before: Position | None, limit: int
+) -> list[Transaction]:
+    end = before or Position(SEQ_MAX, 0)
+    parameters = {
+        "tenant": ref.tenant,
+        "mode": ref.mode,
+        "account": Wallet(ref=ref, asset="").account,
+        "seq": end.seq,
+        "position": end.position,
+        "limit": limit,
+    }
+    return [Transaction(*row) for row in connection.execute(_TRANSACTIONS, parameters)]
+
+
+def due_reservations(connection: sqlite3.Connection, now_us: int, limit: int) -> list[ReservationRef]:
+    return [ReservationRef(*row) for row in connection.execute(_DUE_RESERVATIONS, (now_us, limit))]
+
+
+def due_wallets(connection: sqlite3.Connection, now_us: int, limit: int) -> list[WalletRef]:
+    return [WalletRef(*row) for row in connection.execute(_DUE_WALLETS, (now_us, limit))]
+
+
+def _read(decode: Callable[[str], T], text: str, seq: int) -> T:
+    try:
+        return decode(text)
+    except msgspec.MsgspecError as error:
+        raise DamagedRow(f"ledger_command {seq}: {error}") from error
+
+
+class SqliteSnapshot:
+    """Iterates inside one read transaction. *run* does its work in a thread."""
+
+    def __init__(
+        self, connection: sqlite3.Connection, run: Callable[[Callable[[], list[Any]]], Awaitable[list[Any]]]
+    ) -> None:
+        self._connection = connection
+        self._run = run
+
+    async def journal(self) -> AsyncIterator[JournalEntry]:
+        last = 0
+        while entries := await self._run(lambda: self._journal_page(last)):  # noqa: B023
+            for entry in entries:
+                yield entry
+            last = entries[-1].seq
+
+    def _journal_page(self, after: int) -> list[JournalEntry]:
+        """The commands after *after*, with all transfers up to the last of them.
+
+        A transfer of no command is an entry of its own without an id, which no replay accepts.
+        """
+        commands = self._connection.execute(
+            "SELECT seq, tenant, mode, id, kind, at_us, transfers, facts, result FROM ledger_command "
+            "WHERE seq > ? ORDER BY seq LIMIT ?",
+            (after, JOURNAL_PAGE),
+        ).fetchall()
+        end = commands[-1][0] if len(commands) == JOURNAL_PAGE else SEQ_MAX
+        transfers: dict[int, list[Transfer]] = defaultdict(list)
+        rows = self._connection.execute(
+            _select("ledger_transfer", "WHERE seq > ? AND seq <= ? ORDER BY seq, position"), (after, end)
+        )
+        for row in rows:
+            transfers[row[2]].append(transfer_from(row))
+        entries = [
+            JournalEntry(
+                seq=seq,
+                scope=Scope(tenant, mode),
+                id=command_id,
+                kind=kind,
+                at_us=at_us,
+                facts=_read(facts_from, facts, seq),
+                transfers=tuple(transfers.pop(seq, ())),
+                transfers_written=count,
+                result=_read(result_from, result, seq),
+            )
+            for seq, tenant, mode, command_id, kind, at_us, count, facts, result in commands
+        ]
+        entries += [
+            JournalEntry(
+                seq=seq,
+                scope=strays[0].scope,
+                id="",
+                kind="",
+                at_us=0,
+                facts=(),
+                transfers=tuple(strays),
+                transfers_written=0,
+                result=None,
+            )
+            for seq, strays in transfers.items()
+        ]
+        return sorted(entries, key=lambda entry: entry.seq)
+
+    def wallets(self) -> AsyncIterator[Wallet]:
+        return self._rows("ledger_wallet", wallet_from, wallet_row)
+
+    def blocks(self) -> AsyncIterator[Block]:
+        return self._rows("ledger_block", block_from, block_row)
+
+    def reservations(self) -> AsyncIterator[Reservation]:
+        return self._rows("ledger_reservation", lambda row: reservation_from(row[-1]), reservation_row)
+
+    def keys(self) -> AsyncIterator[KeyTaken]:
+        return self._rows("ledger_key", key_from, key_row)
+
+    def usage(self) -> AsyncIterator[UsageRecorded]:
+        return self._rows("ledger_usage", usage_from, usage_row)
+
+    async def _rows(self, table: str, value_of: Callable[[Row], T], row_of: Callable[[T], Row]) -> AsyncIterator[T]:
+        """Every row's value, which must make the same row again: some columns repeat what others say."""
+        cursor = self._connection.execute(_select(table, ""))
+        while rows := await self._run(lambda: cursor.fetchmany(JOURNAL_PAGE)):
+            for row in rows:
+                try:
+                    value = value_of(row)
+                except (msgspec.MsgspecError, ValueError, TypeError) as error:
+                    raise DamagedRow(f"{table} {row[:4]}: {error}") from error
+                if row_of(value) != row:
+                    raise DamagedRow(f"{table} {row[:4]}: its columns contradict each other")
+                yield value

@@ -1,0 +1,179 @@
+"""Group commit: one writer a process takes all commands that wait, as one batch, and answers after its commit.
+
+How it works. There is no timer: while a batch commits, the next one gathers. A refusal is a value in its batch. When
+the store is unavailable the batch is tried again, a few times with growing waits; then, and at once when the failure is
+not the store's, it is cut in halves, so that one command that cannot be written fails alone. Two halves that find the
+store unavailable tell of an outage: then all fail, and nobody waits for more of it.
+"""
+
+import asyncio
+import random
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from ledger.commands import AnyCommand
+from ledger.errors import LedgerUnavailable
+from ledger.outcomes import Outcome
+from ledger.store.protocol import StoreUnavailable
+
+BATCH_MAX = 256
+"""Most commands in one batch."""
+
+QUEUE_MAX = 10_000
+"""Most commands that wait. More are turned away: an outage must not fill the memory."""
+
+WAIT_S = 10.0
+"""How long a caller waits for its answer."""
+
+RETRY_WAITS_S = (0.02, 0.1, 0.5)
+"""The waits before trying a batch again; each is drawn from half of it to all of it."""
+
+RunBatch = Callable[[Sequence[AnyCommand]], Awaitable[list[Outcome]]]
+Abandoned = Callable[[AnyCommand, Outcome], None]
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    command: AnyCommand
+    answer: asyncio.Future[Outcome]
+
+
+class Writer:
+    """Hands commands to *run_batch* in batches, in the order in which they came.
+
+    Args:
+        abandoned: gets the outcome of a command whose caller had stopped waiting when its batch was under way already.
+    """
+
+    def __init__(
+        self,
+        run_batch: RunBatch,
+        *,
+        abandoned: Abandoned | None = None,
+        batch_max: int = BATCH_MAX,
+        queue_max: int = QUEUE_MAX,
+        wait_s: float = WAIT_S,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._run_batch = run_batch
+        self._abandoned = abandoned
+        self._batch_max = batch_max
+        self._queue_max = queue_max
+        self._wait_s = wait_s
+        self._sleep = sleep
+        self._queue: OrderedDict[_Waiting, None] = OrderedDict()
+        self._working: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @property
+    def queue_length(self) -> int:
+        return len(self._queue)
+
+    async def submit(self, command: AnyCommand) -> Outcome:
+        """The command's outcome, after it is durable.
+
+        A caller that gives up before its command was taken withdraws it. Later, the command still happens.
+
+        Raises:
+            LedgerUnavailable: the queue is full, the writer closed, the wait too long, or the store failed. After too
+                long a wait it is not known whether the command will happen; trying it again as it is is safe.
+        """
+        if self._closed:
+            raise LedgerUnavailable("the ledger is shut down")
+        if len(self._queue) >= self._queue_max:
+            raise LedgerUnavailable(f"{self._queue_max} commands wait already")
+        waiting = _Waiting(command, asyncio.get_running_loop().create_future())
+        self._queue[waiting] = None
+        if self._working is None:
+            self._working = asyncio.create_task(self._work(), name="ledger-writer")
+        try:
+            async with asyncio.timeout(self._wait_s):
+                return await waiting.answer
+        except TimeoutError:
+            if waiting.answer.cancelled():
+                raise LedgerUnavailable(f"no answer within {self._wait_s} s") from None
+            return waiting.answer.result()  # The answer and the end of the wait fell together.
+        except asyncio.CancelledError:
+            if not waiting.answer.cancelled() and waiting.answer.exception() is None:
+                self._abandon([(command, waiting.answer.result())])
+            raise
+        finally:
+            self._queue.pop(waiting, None)
+
+    async def close(self) -> None:
+        """Take no more, and wait until everything that waits has its answer."""
+        self._closed = True
+        while self._working is not None:
+            await asyncio.wait((self._working,))
+
+    async def _work(self) -> None:
+        try:
+            while self._queue:
+                await asyncio.sleep(0)  # Let whoever is ready to submit join this batch.
+                taken = [self._queue.popitem(last=False)[0] for _ in range(min(len(self._queue), self._batch_max))]
+                await self._run_with_retries(taken)
+        finally:
+            self._working = None
+
+    async def _run_with_retries(self, batch: list[_Waiting]) -> None:
+        for wait_s in RETRY_WAITS_S:
+            failure = await self._run(batch)
+            if failure is None:
+                return
+            if not isinstance(failure, StoreUnavailable):
+                break
+            await self._sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311  (spreads the load, hides nothing)
+        else:
+            failure = await self._run(batch)
+        if failure is not None:
+            await self._bisect(batch, failure)
+
+    async def _bisect(self, batch: list[_Waiting], failure: Exception) -> None:
+        """Run the halves of a batch that failed with *failure*, each on its own."""
+        if len(batch) == 1:
+            self._fail(batch, failure)
+            return
+        middle = len(batch) // 2
+        halves = (batch[:middle], batch[middle:])
+        failures = [await self._run(half) for half in halves]
+        if all(isinstance(each, StoreUnavailable) for each in failures):
+            self._fail(batch, failure)
+            return
+        for half, its_failure in zip(halves, failures, strict=True):
+            if its_failure is not None:
+                await self._bisect(half, its_failure)
+
+    async def _run(self, batch: list[_Waiting]) -> Exception | None:
+        """Run *batch* and answer everybody in it; or the failure, and nobody has an answer."""
+        if not batch:
+            return None
+        try:
+            outcomes = await self._run_batch([waiting.command for waiting in batch])
+        except Exception as failure:
+            return failure
+        abandoned = []
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            if waiting.answer.done():
+                abandoned.append((waiting.command, outcome))
+            else:
+                waiting.answer.set_result(outcome)
+        self._abandon(abandoned)
+        return None
+
+    def _abandon(self, outcomes: list[tuple[AnyCommand, Outcome]]) -> None:
+        if self._abandoned is not None:
+            for command, outcome in outcomes:
+                self._abandoned(command, outcome)
+
+    def _fail(self, batch: list[_Waiting], failure: Exception) -> None:
+        """Tell the callers. A failure that is not the store's is a bug of ours, and is shown as it is."""
+        for waiting in batch:
+            if waiting.answer.done():
+                continue
+            if isinstance(failure, StoreUnavailable):
+                unavailable = LedgerUnavailable(str(failure))
+                unavailable.__cause__ = failure
+                waiting.answer.set_exception(unavailable)
+            else:
+                waiting.answer.set_exception(failure)

@@ -1,0 +1,108 @@
+"""The migrations lead exactly to the schema that the models say, whoever runs them and however many at once."""
+
+import re
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine
+from sqlmodel import SQLModel
+
+import gateway.tables  # noqa: F401  (fills the metadata)
+import ledger.store.tables  # noqa: F401  (fills the metadata)
+from gateway.migrations import migrate
+
+
+def url_of(path: Path) -> str:
+    return f"sqlite:///{path}"
+
+
+def schema(path: Path) -> set[tuple[str, str, frozenset[str]]]:
+    """Every table, index and trigger; of a table its columns and constraints, in any order."""
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute(
+            "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'alembic_version'"
+        ).fetchall()
+    connection.close()
+    return {(kind, name, parts(kind, sql)) for kind, name, sql in rows}
+
+
+def parts(kind: str, sql: str) -> frozenset[str]:
+    sql = re.sub(r"\s+", " ", sql).replace('"', "").strip()
+    if kind != "table":
+        return frozenset([sql])
+    inner, _, options = sql.partition("(")[2].rpartition(")")
+    return frozenset([*(part.strip() for part in re.split(r",(?![^(]*\))", inner)), options.strip()])
+
+
+def test_the_migrations_lead_to_the_schema_of_the_models(tmp_path: Path) -> None:
+    migrated, modelled = tmp_path / "migrated.db", tmp_path / "modelled.db"
+    migrate(url_of(migrated))
+    engine = create_engine(url_of(modelled))
+    SQLModel.metadata.create_all(engine)
+    engine.dispose()
+    assert schema(migrated) == schema(modelled)
+    assert any(kind == "trigger" for kind, _, _ in schema(migrated))
+
+
+def test_alembic_finds_nothing_to_change(tmp_path: Path) -> None:
+    migrate(url_of(tmp_path / "farebox.db"))
+    engine = create_engine(url_of(tmp_path / "farebox.db"))
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), SQLModel.metadata) == []
+    engine.dispose()
+
+
+def test_migrating_twice_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "farebox.db"
+    migrate(url_of(path))
+    before = schema(path)
+    migrate(url_of(path))
+    assert schema(path) == before
+
+
+def test_processes_that_start_at_once_migrate_once(tmp_path: Path) -> None:
+    path = tmp_path / "farebox.db"
+    code = f"from gateway.migrations import migrate; migrate({url_of(path)!r})"
+    processes = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", code], stderr=subprocess.PIPE, cwd=Path.cwd())
+        for _ in range(3)
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    migrate(url_of(path))
+
+
+def test_a_migration_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "farebox.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE tenants (unlike TEXT)")
+    connection.close()
+    with pytest.raises(Exception, match="tenants already exists"):
+        migrate(url_of(path))
+    assert {name for _, name, _ in schema(path)} == {"tenants"}
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"])
+def test_a_database_in_memory_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="in memory"):
+        migrate(url)
+
+
+@pytest.mark.parametrize("table", ["ledger_command", "ledger_transfer"])
+@pytest.mark.parametrize("verb", ["UPDATE {} SET seq = seq + 1", "DELETE FROM {}"])
+def test_the_journal_refuses_edits(tmp_path: Path, table: str, verb: str) -> None:
+    path = tmp_path / "farebox.db"
+    migrate(url_of(path))
+    with sqlite3.connect(path) as connection:
+        connection.execute("INSERT INTO ledger_command VALUES ('ten', 'live', 'cmd', 1, 'grant', 1, 1, '[]', '{}')")
+        connection.execute(
+            "INSERT INTO ledger_transfer VALUES ('ten', 'live', 1, 0, 'clearing', 'wallet:w', 5, 'CREDIT', '', NULL, 1)"
+        )
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            connection.execute(verb.format(table))
+    connection.close()

@@ -1,0 +1,301 @@
+"""What the tests of the durable ledger share: a clock, short ways to say a command, and a stream of random ones."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import create_engine
+from sqlmodel import SQLModel
+
+from ledger.commands import (
+    AnyCommand,
+    Commit,
+    Debit,
+    Expire,
+    Extend,
+    Freeze,
+    Grant,
+    Key,
+    Lapse,
+    Release,
+    Reserve,
+    ReserveLeg,
+    Revoke,
+    SetOverdraft,
+    StoredResponse,
+)
+from ledger.model import (
+    UNRESTRICTED,
+    Charge,
+    Funding,
+    ReservationRef,
+    Restriction,
+    Scope,
+    Settlement,
+    Tags,
+    UsageRecord,
+    WalletRef,
+)
+from ledger.store.tables import TABLES
+
+SCOPE = Scope("ten_a", "live")
+SECOND_US = 1_000_000
+START_US = 1_700_000_000_000_000
+
+
+@dataclass
+class Clock:
+    """Stands still until a test moves it."""
+
+    us: int = START_US
+
+    def __call__(self) -> int:
+        return self.us
+
+
+def create_sqlite(path: Path) -> str:
+    """A file with the ledger's tables, and its URL."""
+    url = f"sqlite:///{path}"
+    engine = create_engine(url)
+    SQLModel.metadata.create_all(engine, tables=list(TABLES))
+    engine.dispose()
+    return url
+
+
+def wallet(name: str, scope: Scope = SCOPE) -> WalletRef:
+    return WalletRef(*scope, f"customer:{name}")
+
+
+def reservation(name: str, scope: Scope = SCOPE) -> ReservationRef:
+    return ReservationRef(*scope, f"rsv_{name}")
+
+
+def usage(name: str, **facts: Any) -> UsageRecord:
+    record: dict[str, Any] = {"units": {"input": 7, "output": 3}, "provider_cost_nanos": 11, "source": "provider"}
+    return UsageRecord(request_id=f"req_{name}", **{**record, **facts})
+
+
+@dataclass
+class Say:
+    """Commands in few words; ids count up."""
+
+    scope: Scope = SCOPE
+    _ids: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    def id(self) -> str:
+        return f"cmd_{next(self._ids):08d}"
+
+    def grant(self, to: str, block: str, amount: int, **more: Any) -> Grant:
+        source = more.pop("source_wallet", None)
+        return Grant(
+            **self._common(more),
+            wallet=wallet(to, self.scope),
+            asset="CREDIT",
+            block_id=f"blk_{block}",
+            amount=amount,
+            funding=more.pop("funding", Funding.PAID),
+            from_wallet=None if source is None else wallet(source, self.scope),
+            **more,
+        )
+
+    def reserve(self, payers: str, name: str, amount: int, **more: Any) -> Reserve:
+        payer_refs = tuple(wallet(payer, self.scope) for payer in payers.split(","))
+        return Reserve(
+            **self._common(more),
+            reservation=reservation(name, self.scope),
+            asset="CREDIT",
+            legs=(ReserveLeg(payer_refs, amount, more.pop("minimum", amount)),),
+            ttl_us=more.pop("ttl_us", 60 * SECOND_US),
+            request_id=more.pop("request_id", f"req_{name}"),
+            **more,
+        )
+
+    def extend(self, name: str, amount: int, **more: Any) -> Extend:
+        return Extend(**self._common(more), reservation=reservation(name, self.scope), amount=amount, **more)
+
+    def commit(self, name: str, base: int, markup: int = 0, **more: Any) -> Commit:
+        record = more.pop("usage", usage(name))
+        return Commit(
+            **self._common(more),
+            reservation=reservation(name, self.scope),
+            settlement=Settlement((Charge(base, markup),), record),
+            **more,
+        )
+
+    def debit(self, payers: str, name: str, base: int, **more: Any) -> Debit:
+        payer_refs = tuple(wallet(payer, self.scope) for payer in payers.split(","))
+        return Debit(
+            **self._common(more),
+            reservation=reservation(name, self.scope),
+            asset="CREDIT",
+            legs=(ReserveLeg(payer_refs, base, base),),
+            settlement=Settlement((Charge(base),), usage(name)),
+            **more,
+        )
+
+    def release(self, name: str, **more: Any) -> Release:
+        return Release(**self._common(more), reservation=reservation(name, self.scope))
+
+    def lapse(self, name: str, **more: Any) -> Lapse:
+        return Lapse(**self._common(more), reservation=reservation(name, self.scope))
+
+    def revoke(self, of: str, block: str, amount: int, **more: Any) -> Revoke:
+        return Revoke(
+            **self._common(more), wallet=wallet(of, self.scope), block_id=f"blk_{block}", amount=amount, **more
+        )
+
+    def expire(self, of: str, **more: Any) -> Expire:
+        return Expire(**self._common(more), wallet=wallet(of, self.scope))
+
+    def freeze(self, of: str, frozen: bool = True, block: str | None = None, **more: Any) -> Freeze:
+        block_id = None if block is None else f"blk_{block}"
+        return Freeze(**self._common(more), wallet=wallet(of, self.scope), frozen=frozen, block_id=block_id)
+
+    def overdraft(self, of: str, limit: int, **more: Any) -> SetOverdraft:
+        return SetOverdraft(**self._common(more), wallet=wallet(of, self.scope), asset="CREDIT", limit=limit)
+
+    def _common(self, more: dict[str, Any]) -> dict[str, Any]:
+        return {"id": more.pop("id", None) or self.id(), "scope": self.scope, "key": more.pop("key", None)}
+
+
+def key(name: str, digest: str = "same", operation: str = "chat") -> Key:
+    return Key(operation=operation, key=name, digest=digest)
+
+
+RESPONSE = StoredResponse(status=200, headers=(("content-type", "application/json"),), body=b'{"id": "chatcmpl-1"}')
+
+
+class RandomCommands:
+    """Commands over a few wallets, pools, limits and keys: enough of each that they meet often."""
+
+    def __init__(self, seed: random.Random) -> None:
+        self._random = seed
+        self._say = Say()
+        self._names = itertools.count()
+        self._reserved: list[str] = ["none"]
+        self._granted: list[tuple[str, str]] = [("a", "none")]
+        self._sent: list[AnyCommand] = []
+
+    def take(self, count: int, now_us: int) -> list[AnyCommand]:
+        return [self._next(now_us) for _ in range(count)]
+
+    def _next(self, now_us: int) -> AnyCommand:
+        if self._sent and self._random.random() < 0.03:
+            return self._random.choice(self._sent)
+        made = self._random.choices(
+            (
+                self._grant,
+                self._pool_grant,
+                self._reserve,
+                self._extend,
+                self._commit,
+                self._end,
+                self._debit,
+                self._switch,
+            ),
+            weights=(5, 2, 10, 3, 9, 3, 2, 3),
+        )[0](now_us)
+        self._sent.append(made)
+        return made
+
+    def _grant(self, now_us: int) -> AnyCommand:
+        to = self._random.choice("aabbcl")
+        name = f"{next(self._names):04d}"
+        self._granted.append((to, name))
+        expires = self._random.choice([None, None, now_us + self._random.randint(1, 60) * SECOND_US])
+        return self._say.grant(
+            to,
+            name,
+            self._random.randint(1, 400),
+            funding=self._random.choice([Funding.PAID, Funding.PROMOTIONAL, Funding.EXTERNAL]),
+            operator_paid=self._random.random() < 0.8,
+            priority=self._random.randint(-1, 2),
+            expires_at_us=expires,
+            restriction=self._random.choice([UNRESTRICTED, UNRESTRICTED, Restriction(apps=("app_1",))]),
+            metadata=self._random.choice([{}, {"note": "héllo", "n": [1, 2]}]),
+            key=self._key(),
+        )
+
+    def _pool_grant(self, now_us: int) -> AnyCommand:
+        name = f"{next(self._names):04d}"
+        self._granted.append(("a", name))
+        if self._random.random() < 0.4:
+            return self._say.grant("pool", name, self._random.randint(50, 300))
+        return self._say.grant(
+            "a",
+            name,
+            self._random.randint(1, 120),
+            source_wallet="pool",
+            funding=Funding.DEVELOPER_GRANT,
+            priority=5,
+        )
+
+    def _reserve(self, now_us: int) -> AnyCommand:
+        name = f"{next(self._names):04d}"
+        self._reserved.append(name)
+        amount = self._random.randint(1, 150)
+        return self._say.reserve(
+            self._random.choice(["a", "a", "b", "c", "a,b"]),
+            name,
+            amount,
+            minimum=self._random.choice([amount, 0]),
+            ttl_us=self._random.randint(1, 90) * SECOND_US,
+            limits=self._random.choice([(), (), (wallet("l"),)]),
+            developer="app_1",
+            tags=Tags(app=self._random.choice(["app_1", "app_2"])),
+            mark=self._random.choice([None, Settlement((Charge(3, 1),), usage(name))]),
+            key=self._key(),
+        )
+
+    def _extend(self, now_us: int) -> AnyCommand:
+        return self._say.extend(self._any_reservation(), self._random.randint(0, 50), ttl_us=30 * SECOND_US)
+
+    def _commit(self, now_us: int) -> AnyCommand:
+        return self._say.commit(
+            self._any_reservation(),
+            self._random.randint(0, 160),
+            self._random.randint(0, 20),
+            final=self._random.random() < 0.8,
+            response=self._random.choice([None, RESPONSE]),
+        )
+
+    def _end(self, now_us: int) -> AnyCommand:
+        name = self._any_reservation()
+        return self._random.choice([self._say.release, self._say.lapse])(name)
+
+    def _debit(self, now_us: int) -> AnyCommand:
+        return self._say.debit(self._random.choice("abc"), f"{next(self._names):04d}", self._random.randint(1, 60))
+
+    def _switch(self, now_us: int) -> AnyCommand:
+        owner, block = self._random.choice(self._granted)
+        return self._random.choice(
+            [
+                self._say.revoke(owner, block, self._random.randint(1, 80), clawback=self._random.random() < 0.5),
+                self._say.expire(self._random.choice("abcl")),
+                self._say.freeze(owner, self._random.random() < 0.4, block=block),
+                self._say.freeze("c", self._random.random() < 0.4),
+                self._say.overdraft(self._random.choice("bc"), self._random.randint(0, 60)),
+            ]
+        )
+
+    def _any_reservation(self) -> str:
+        return self._random.choice(self._reserved[-12:])
+
+    def _key(self) -> Key | None:
+        if self._random.random() < 0.7:
+            return None
+        return key(f"k{self._random.randint(0, 15)}", digest=self._random.choice(["same", "same", "other"]))
+
+
+def partition(commands: Sequence[AnyCommand], seed: random.Random, size_max: int) -> list[list[AnyCommand]]:
+    """Cut *commands* into batches of random sizes up to *size_max*."""
+    batches = []
+    done = 0
+    while done < len(commands):
+        size = seed.randint(1, size_max)
+        batches.append(list(commands[done : done + size]))
+        done += size
+    return batches

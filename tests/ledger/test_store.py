@@ -1,0 +1,464 @@
+"""The conformance suite of stores: each of them does all of this. A new store is a new line in STORES."""
+
+import asyncio
+import random
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from ledger.batch import RESPONSE_LIFE_US, AppliedBefore, CommandRef, fold, kind_of
+from ledger.commands import AnyCommand
+from ledger.model import UNRESTRICTED, Block, Funding, Restriction, Wallet, WalletRef
+from ledger.outcomes import Applied, Granted, Outcome, Reason, Rejected, Reserved, Settled
+from ledger.state import State
+from ledger.store.protocol import Position, Store
+from ledger.store.rows import block_from, block_row, wallet_from, wallet_row
+from ledger.store.sqlite import SqliteStore
+from ledger.verify import verify
+from tests.conftest import Campaign
+from tests.ledger.rig import (
+    RESPONSE,
+    SCOPE,
+    SECOND_US,
+    START_US,
+    Clock,
+    RandomCommands,
+    Say,
+    create_sqlite,
+    key,
+    partition,
+    reservation,
+    usage,
+    wallet,
+)
+
+Dump = dict[str, list[tuple[Any, ...]]]
+
+
+class Database:
+    """An empty ledger that can be opened more than once, and looked into from outside."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._url = create_sqlite(path)
+
+    async def open(self, clock: Clock) -> Store:
+        return await SqliteStore.open(self._url, clock=clock)
+
+    def dump(self) -> Dump:
+        """Every row of every table of the ledger, in the order of the keys."""
+        with sqlite3.connect(self._path) as connection:
+            tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            rows = {name: sorted(connection.execute(f"SELECT * FROM {name}"), key=repr) for name in tables}
+        connection.close()
+        return rows
+
+
+STORES: dict[str, Callable[[Path], Database]] = {"sqlite": lambda folder: Database(folder / "ledger.db")}
+
+
+@pytest.fixture(params=STORES)
+def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Database]:
+    made: list[Database] = []
+
+    def new() -> Database:
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        made.append(STORES[request.param](folder))
+        return made[-1]
+
+    return new
+
+
+@pytest.fixture
+def database(new_database: Callable[[], Database]) -> Database:
+    return new_database()
+
+
+@pytest.fixture
+async def store(database: Database, clock: Clock) -> AsyncIterator[Store]:
+    opened = await database.open(clock)
+    yield opened
+    assert (await verify(opened)).violations == ()
+    await opened.close()
+
+
+def result_of(outcome: Outcome) -> Any:
+    assert isinstance(outcome, Applied), outcome
+    return outcome.result
+
+
+def reason_of(outcome: Outcome) -> Reason:
+    assert isinstance(outcome, Rejected), outcome
+    return outcome.reason
+
+
+class Reference:
+    """The same commands folded one by one over a state that forgets nothing: what every store must come to."""
+
+    def __init__(self) -> None:
+        self.state = State()
+        self._known: dict[CommandRef, AppliedBefore] = {}
+
+    def decide(self, command: AnyCommand, now_us: int) -> Outcome:
+        (outcome,), _ = fold(self.state, [command], now_us, self._known)
+        if isinstance(outcome, Applied) and outcome.facts and not outcome.replayed:
+            self._known[command.scope, command.id] = AppliedBefore(kind_of(command), outcome.result)
+        return outcome
+
+
+# A batch.
+
+
+async def test_a_batch_answers_each_command_and_a_refusal_sinks_nobody(store: Store, say: Say) -> None:
+    outcomes = await store.run_batch(
+        [
+            say.grant("a", "1", 100),
+            say.reserve("a", "1", 60),
+            say.reserve("a", "2", 60),
+            say.commit("1", 45),
+            say.reserve("a", "3", 55),
+        ]
+    )
+    granted = result_of(outcomes[0])
+    assert isinstance(granted, Granted)
+    assert (granted.balance_before, granted.balance_after, granted.at_us) == (0, 100, START_US)
+    assert isinstance(result_of(outcomes[1]), Reserved)
+    assert outcomes[2] == Rejected(Reason.INSUFFICIENT_CREDITS, needed=60, available=40)
+    assert result_of(outcomes[3]).balance == 55
+    assert isinstance(result_of(outcomes[4]), Reserved)
+
+
+async def test_a_batch_that_cannot_be_written_leaves_nothing(database: Database, store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("a", "1", 100)])
+    before = database.dump()
+    with pytest.raises(TypeError):
+        await store.run_batch([say.reserve("a", "1", 60), say.grant("a", "2", 5, metadata={"not JSON": object()})])
+    assert database.dump() == before
+    (outcome,) = await store.run_batch([say.reserve("a", "1", 100)])
+    assert isinstance(result_of(outcome), Reserved)
+
+
+async def test_random_commands_come_to_what_the_pure_fold_says(
+    new_database: Callable[[], Database], clock: Clock, campaign: Campaign
+) -> None:
+    """Loading only what is named, and keeping some of it, must not show."""
+    for number in range(campaign.rounds(short=3, long=100)):
+        seed = random.Random(campaign.seed + number)
+        opened = await new_database().open(clock)
+        reference = Reference()
+        source = RandomCommands(seed)
+        for _ in range(12):
+            clock.us += seed.randint(0, 20) * SECOND_US
+            for batch in partition(source.take(30, clock.us), seed, 12):
+                expected = [reference.decide(command, clock.us) for command in batch]
+                assert await opened.run_batch(batch) == expected, f"seed {campaign.seed + number}"
+        for ref, known in reference.state.wallets.items():
+            found = await opened.wallet(ref)
+            assert found is not None
+            assert found.wallet == known
+            assert found.blocks == tuple(block for block in reference.state.blocks[ref].values() if block.live)
+        for reservation_ref, known_reservation in reference.state.reservations.items():
+            assert await opened.reservation(reservation_ref) == known_reservation
+        assert (await verify(opened)).violations == ()
+        await opened.close()
+
+
+@pytest.mark.parametrize("size_max", [2, 16, 256])
+async def test_a_batch_of_n_is_n_batches_of_one(
+    new_database: Callable[[], Database], clock: Clock, campaign: Campaign, size_max: int
+) -> None:
+    for number in range(campaign.rounds(short=2, long=50)):
+        seed = random.Random(campaign.seed + number)
+        source = RandomCommands(seed)
+        singly, batched = new_database(), new_database()
+        one, many = await singly.open(clock), await batched.open(clock)
+        for _ in range(4):
+            clock.us += 10 * SECOND_US
+            commands = source.take(150, clock.us)
+            expected = [(await one.run_batch([command]))[0] for command in commands]
+            outcomes = [
+                outcome for batch in partition(commands, seed, size_max) for outcome in await many.run_batch(batch)
+            ]
+            assert outcomes == expected
+        assert batched.dump() == singly.dump(), f"seed {campaign.seed + number}"
+        await one.close()
+        await many.close()
+
+
+async def test_stores_on_one_database_see_each_other(database: Database, clock: Clock, say: Say) -> None:
+    """What one keeps from its last batches is not used after the other has written."""
+    one, other = await database.open(clock), await database.open(clock)
+    await one.run_batch([say.grant("a", "1", 100)])
+    for round_number in range(4):
+        mine, theirs = (one, other) if round_number % 2 else (other, one)
+        (held,) = await mine.run_batch([say.reserve("a", f"{round_number}", 20)])
+        assert isinstance(result_of(held), Reserved)
+        (settled,) = await theirs.run_batch([say.commit(f"{round_number}", 20)])
+        assert result_of(settled).balance == 100 - 20 * (round_number + 1)
+    (refused,) = await one.run_batch([say.reserve("a", "last", 21)])
+    assert reason_of(refused) is Reason.INSUFFICIENT_CREDITS
+    assert (await verify(one)).violations == ()
+    await one.close()
+    await other.close()
+
+
+# Once only.
+
+
+async def test_a_command_id_serves_once(store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("a", "1", 100), say.reserve("a", "1", 10)])
+    extend = say.extend("1", 5)
+    first, again = await store.run_batch([extend, extend])
+    (later,) = await store.run_batch([extend])
+    assert result_of(first).held == (15,)
+    assert [result_of(again), result_of(later)] == [result_of(first)] * 2
+    assert [first.replayed, again.replayed, later.replayed] == [False, True, True]  # type: ignore[union-attr]
+    (other,) = await store.run_batch([say.release("1", id=extend.id)])
+    assert reason_of(other) is Reason.KEY_REUSED
+
+
+async def test_a_refused_command_may_come_again(store: Store, say: Say) -> None:
+    reserve = say.reserve("a", "1", 10)
+    (refused,) = await store.run_batch([reserve])
+    _, applied = await store.run_batch([say.grant("a", "1", 10), reserve])
+    assert reason_of(refused) is Reason.INSUFFICIENT_CREDITS
+    assert isinstance(result_of(applied), Reserved)
+
+
+async def test_a_key_has_one_effect_in_a_batch_and_after_it(store: Store, say: Say) -> None:
+    first, second, other = await store.run_batch(
+        [
+            say.grant("a", "1", 100, key=key("k")),
+            say.grant("a", "2", 100, key=key("k")),
+            say.grant("a", "3", 100, key=key("k", digest="other")),
+        ]
+    )
+    (later,) = await store.run_batch([say.grant("a", "4", 100, key=key("k"))])
+    assert result_of(first) == result_of(second) == result_of(later)
+    assert reason_of(other) is Reason.KEY_REUSED
+    found = await store.wallet(wallet("a"))
+    assert found is not None
+    assert [block.id for block in found.blocks] == ["blk_1"]
+
+
+async def test_a_release_frees_the_key(store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("a", "1", 100), say.reserve("a", "1", 60, key=key("k"))])
+    await store.run_batch([say.release("1")])
+    (anew,) = await store.run_batch([say.reserve("a", "2", 70, key=key("k"))])
+    assert result_of(anew).reservation == "rsv_2"
+    released, again = await store.run_batch([say.release("2"), say.reserve("a", "3", 80, key=key("k"))])
+    assert isinstance(result_of(released), Settled)
+    assert result_of(again).reservation == "rsv_3"
+
+
+async def test_a_response_is_kept_for_a_day_under_the_key_of_its_reservation(
+    store: Store, say: Say, clock: Clock
+) -> None:
+    await store.run_batch([say.grant("a", "1", 100), say.reserve("a", "1", 60, key=key("k"))])
+    await store.run_batch([say.commit("1", 10, response=RESPONSE)])
+    end_us = clock.us + RESPONSE_LIFE_US
+    assert await store.response(SCOPE, "chat", "k", now_us=end_us - 1) == RESPONSE
+    assert await store.response(SCOPE, "chat", "k", now_us=end_us) is None
+    assert await store.response(SCOPE, "other", "k", now_us=clock.us) is None
+    assert await store.purge_responses(end_us - 1, limit=10) == 0
+    assert await store.purge_responses(end_us, limit=10) == 1
+    assert await store.response(SCOPE, "chat", "k", now_us=clock.us) is None
+
+
+# What is loaded.
+
+
+async def test_what_is_named_is_loaded_even_when_nothing_is_left_in_it(store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("a", "1", 10), say.debit("a", "1", 10)])
+    (again,) = await store.run_batch([say.grant("a", "1", 5)])
+    assert reason_of(again) is Reason.ALREADY_EXISTS
+    (clawed,) = await store.run_batch([say.revoke("a", "1", 4, clawback=True)])
+    assert result_of(clawed).receivable == 4
+    (frozen,) = await store.run_batch([say.freeze("a", block="1")])
+    assert isinstance(frozen, Applied)
+
+
+async def test_markup_returns_to_a_pool_whose_returned_credits_are_spent(store: Store, say: Say) -> None:
+    for number in range(3):
+        await store.run_batch(
+            [
+                say.grant("pool", f"p{number}", 100),
+                say.grant("a", f"a{number}", 100, source_wallet="pool", funding=Funding.DEVELOPER_GRANT),
+            ]
+        )
+        await store.run_batch([say.reserve("a", f"{number}", 100), say.commit(f"{number}", 70, 30)])
+        found = await store.wallet(wallet("pool"))
+        assert found is not None
+        assert [(block.id, block.remaining) for block in found.blocks] == [("blk_returns_paid", 30)]
+        (spent,) = await store.run_batch([say.debit("pool", f"pool{number}", 30)])
+        assert result_of(spent).balance == 0
+
+
+async def test_a_reservation_may_be_made_and_settled_in_one_batch_against_an_old_pool(
+    database: Database, clock: Clock, say: Say
+) -> None:
+    """The pool is found though neither the reservation nor its block is stored when the batch begins."""
+    first = await database.open(clock)
+    await first.run_batch([say.grant("pool", "p", 100), say.debit("pool", "x", 10)])
+    await first.close()
+    second = await database.open(clock)
+    outcomes = await second.run_batch(
+        [
+            say.grant("a", "a", 80, source_wallet="pool", funding=Funding.DEVELOPER_GRANT),
+            say.reserve("a", "1", 80),
+            say.commit("1", 50, 30),
+        ]
+    )
+    assert result_of(outcomes[2]).balance == 0
+    assert (await verify(second)).violations == ()
+    await second.close()
+
+
+async def test_time_does_not_go_back_for_a_wallet_and_does_not_jump_for_others(
+    store: Store, say: Say, clock: Clock
+) -> None:
+    clock.us = START_US + 3600 * SECOND_US
+    await store.run_batch([say.grant("ahead", "1", 100)])
+    clock.us = START_US
+    await store.run_batch([say.grant("a", "2", 100), say.reserve("ahead", "1", 10), say.reserve("a", "2", 10)])
+    ahead, behind = await store.reservation(reservation("1")), await store.reservation(reservation("2"))
+    assert ahead is not None
+    assert behind is not None
+    assert ahead.created_at_us == START_US + 3600 * SECOND_US
+    assert behind.created_at_us == START_US
+
+
+# Reads.
+
+
+async def test_due_reservations_and_wallets_are_found(store: Store, say: Say, clock: Clock) -> None:
+    await store.run_batch(
+        [
+            say.grant("a", "1", 100, expires_at_us=START_US + 50),
+            say.grant("b", "2", 100),
+            say.grant("c", "3", 100, expires_at_us=START_US + 50),
+            say.reserve("a", "late", 10, ttl_us=40),
+            say.reserve("b", "later", 10, ttl_us=60),
+            say.reserve("c", "all", 100, ttl_us=1000),
+        ]
+    )
+    assert await store.due_reservations(START_US + 39, limit=10) == []
+    assert await store.due_reservations(START_US + 60, limit=10) == [reservation("late"), reservation("later")]
+    assert await store.due_reservations(START_US + 60, limit=1) == [reservation("late")]
+    assert await store.due_wallets(START_US + 49, limit=10) == []
+    assert await store.due_wallets(START_US + 50, limit=10) == [wallet("a")], "c's block is all held"
+    clock.us = START_US + 60
+    await store.run_batch([say.lapse("late"), say.expire("a")])
+    assert await store.due_reservations(START_US + 60, limit=10) == [reservation("later")]
+    assert await store.due_wallets(START_US + 60, limit=10) == []
+
+
+async def test_the_statement_lists_a_wallets_transfers_newest_first(store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("a", "1", 100), say.grant("b", "2", 100)])
+    await store.run_batch([say.reserve("a", "1", 60), say.commit("1", 40, 5)])
+    lines = await store.transactions(wallet("a"), before=None, limit=10)
+    assert [(line.amount, line.counterparty, line.kind, line.block) for line in lines] == [
+        (-5, "tenant_margin", "commit", "blk_1"),
+        (-40, "revenue", "commit", "blk_1"),
+        (100, "clearing", "grant", "blk_1"),
+    ]
+    older = await store.transactions(wallet("a"), before=Position(lines[0].seq, lines[0].position), limit=1)
+    assert older == lines[1:2]
+    assert await store.transactions(wallet("nobody"), before=None, limit=10) == []
+
+
+async def test_a_request_is_found_with_its_usage(store: Store, say: Say) -> None:
+    record = usage(
+        "1",
+        model="gpt-4o",
+        metadata={"k": "v"},
+        customer_id="cus_1",
+        app_id="app_1",
+        ending="finished",
+        started_at_us=5,
+    )
+    await store.run_batch([say.grant("a", "1", 100), say.reserve("a", "1", 60)])
+    await store.run_batch([say.commit("1", 10, usage=record, final=False), say.commit("1", 20, 3, usage=record)])
+    found = await store.reservation_of_request(SCOPE, "req_1")
+    parts = await store.usage_of_request(SCOPE, "req_1")
+    assert found == await store.reservation(reservation("1"))
+    assert [(part.part, part.charges[0].base, part.charges[0].markup) for part in parts] == [(1, 10, 0), (2, 20, 3)]
+    assert parts[0].record == record
+    assert await store.reservation_of_request(SCOPE, "req_2") is None
+
+
+async def test_nothing_of_another_scope_is_found(store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("a", "1", 100), say.reserve("a", "1", 60)])
+    assert await store.wallet(WalletRef("ten_a", "test", "customer:a")) is None
+    assert await store.reservation(reservation("1")._replace(tenant="ten_b")) is None
+    (refused,) = await store.run_batch([Say(scope=SCOPE._replace(mode="test")).release("1", id="cmd_x")])
+    assert reason_of(refused) is Reason.NOT_FOUND
+
+
+async def test_a_wallets_events_are_numbered_without_gaps(database: Database, store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("a", "1", 100), say.grant("b", "2", 100)])
+    await store.run_batch([say.debit("a", "1", 1), say.debit("b", "2", 1), say.debit("a", "3", 1)])
+    numbers: dict[str, list[int]] = {}
+    for row in database.dump()["ledger_event"]:
+        numbers.setdefault(row[2], []).append(row[3])
+    assert {name: sorted(found) for name, found in numbers.items()} == {"customer:a": [1, 2, 3], "customer:b": [1, 2]}
+
+
+async def test_reads_run_beside_each_other_and_a_batch(store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("a", "1", 100)])
+    reads: list[Awaitable[object]] = [store.wallet(wallet("a")) for _ in range(20)]
+    found = await asyncio.gather(store.run_batch([say.reserve("a", "1", 10)]), *reads)
+    assert all(each is not None for each in found)
+
+
+# Rows.
+
+
+def test_every_field_of_a_wallet_and_a_block_goes_through_its_row() -> None:
+    """A new field that no column carries fails here."""
+    known = Wallet(
+        ref=wallet("a"),
+        asset="CREDIT",
+        overdraft_limit=1,
+        receivable=2,
+        overdraft_reserved=3,
+        frozen=True,
+        version=4,
+        last_fact_us=5,
+        blocks_opened=6,
+        events_raised=7,
+    )
+    amounts = {name: 2 for name in Block.__struct_fields__ if name in {"consumed", "expired", "revoked", "clawed"}}
+    block = Block(
+        wallet=wallet("a"),
+        id="blk_1",
+        sequence=1,
+        granted=100,
+        created_at_us=2,
+        effective_at_us=3,
+        expires_at_us=4,
+        priority=-5,
+        reserved=9,
+        source="checkout",
+        funding=Funding.DEVELOPER_GRANT,
+        operator_paid=False,
+        frozen=True,
+        restriction=Restriction(apps=("app_1",), models=("gpt-4o",)),
+        pool=wallet("pool"),
+        payment_reference="pi_1",
+        metadata={"k": [1, {"deep": None}]},
+        **amounts,
+    )
+    for value in (known, block):
+        plain = type(value)(**{name: getattr(value, name) for name in type(value).__struct_fields__[:6]})
+        differing = {name for name in value.__struct_fields__[6:] if getattr(value, name) != getattr(plain, name, None)}
+        assert differing == set(value.__struct_fields__[6:]), "each field has a value of its own in this test"
+    assert wallet_from(wallet_row(known)) == known
+    assert block_from(block_row(block)) == block
+    bare = msgspec.structs.replace(block, restriction=UNRESTRICTED, pool=None, metadata={}, expires_at_us=None)
+    assert block_from(block_row(bare)) == bare

@@ -1,0 +1,227 @@
+"""``farebox verify`` finds what is wrong: one test for each damage, done behind the ledger's back."""
+
+import random
+import sqlite3
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger.invariants import Audit, violations
+from ledger.ledger import Ledger
+from ledger.model import Charge, Funding, Scope, Settlement
+from ledger.outcomes import Transfer
+from ledger.state import State, evolve
+from ledger.store.protocol import JournalEntry
+from ledger.store.sqlite import SqliteStore
+from ledger.store.statements import columns
+from ledger.verify import Verified, verify
+from tests.ledger.rig import SECOND_US, Clock, RandomCommands, Say, key, partition, usage
+
+Damage = Callable[[str], Awaitable[Verified]]
+
+
+@pytest.fixture
+async def damage(ledger: Ledger, sqlite_store: SqliteStore, database_path: Path, say: Say) -> Damage:
+    """A ledger with something of everything in it; calling it does SQL to it and verifies."""
+    await ledger.execute(say.grant("a", "1", 100, metadata={"note": "x"}))
+    await ledger.execute(say.grant("pool", "p", 100))
+    await ledger.execute(say.grant("a", "g", 30, source_wallet="pool", funding=Funding.DEVELOPER_GRANT))
+    await ledger.execute(say.overdraft("b", 40))
+    await ledger.execute(say.reserve("a", "open", 25, mark=Settlement((Charge(3),), usage("open"))))
+    await ledger.execute(say.reserve("b", "below", 20))
+    await ledger.execute(say.reserve("a", "done", 20, key=key("k")))
+    await ledger.execute(say.commit("done", 10, 5))
+    await ledger.execute(say.debit("b", "over", 15))
+    assert (await verify(sqlite_store)).violations == ()
+
+    async def do(sql: str) -> Verified:
+        with sqlite3.connect(database_path) as connection:
+            connection.execute("PRAGMA ignore_check_constraints = ON")
+            for (trigger,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+                connection.execute(f"DROP TRIGGER {trigger}")
+            before = list(connection.iterdump())
+            connection.execute(sql)
+            assert list(connection.iterdump()) != before, "the damage was done"
+        connection.close()
+        return await verify(sqlite_store)
+
+    return do
+
+
+def in_facts(kind: str, before: str, after: str) -> str:
+    """Forge what the journal says."""
+    return f"UPDATE ledger_command SET facts = replace(facts, '{before}', '{after}') WHERE kind = '{kind}'"
+
+
+def in_reservation(name: str, before: str, after: str) -> str:
+    return f"UPDATE ledger_reservation SET body = replace(body, '{before}', '{after}') WHERE reservation = '{name}'"
+
+
+LAST = "(SELECT max(seq) FROM ledger_command)"
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        # Stored balances.
+        (
+            "UPDATE ledger_block SET granted = granted + 1000, remaining = remaining + 1000 WHERE id = 'blk_1'",
+            "a block is stored otherwise",
+        ),
+        ("UPDATE ledger_block SET reserved = 0 WHERE id = 'blk_1'", "a block is stored otherwise"),
+        (
+            f"INSERT INTO ledger_block SELECT tenant, mode, 'customer:b', {', '.join(columns('ledger_block')[3:])}"
+            " FROM ledger_block WHERE id = 'blk_1'",
+            "a block is stored that the journal does not have",
+        ),
+        ("UPDATE ledger_block SET metadata = '{}' WHERE id = 'blk_1'", "a block is stored otherwise"),
+        ("UPDATE ledger_block SET metadata = '{' WHERE id = 'blk_1'", "a row is damaged"),
+        ("UPDATE ledger_wallet SET receivable = 0 WHERE wallet = 'customer:b'", "a wallet is stored otherwise"),
+        ("UPDATE ledger_wallet SET version = version + 1 WHERE wallet = 'customer:b'", "a wallet is stored otherwise"),
+        ("DELETE FROM ledger_wallet WHERE wallet = 'customer:b'", "the journal has a wallet that is not stored"),
+        ("DELETE FROM ledger_block WHERE id = 'blk_1'", "the journal has a block that is not stored"),
+        (
+            "UPDATE ledger_block SET id = 'blk_other' WHERE id = 'blk_1'",
+            "a block is stored that the journal does not have",
+        ),
+        # Stored reservations, keys and usage.
+        (in_reservation("rsv_open", '"amount":25', '"amount":1'), "a reservation is stored otherwise"),
+        (in_reservation("rsv_done", '"base":10', '"base":11'), "a reservation is stored otherwise"),
+        (
+            "DELETE FROM ledger_reservation WHERE reservation = 'rsv_open'",
+            "the journal has a reservation that is not stored",
+        ),
+        ("UPDATE ledger_key SET digest = 'other'", "a key is stored otherwise"),
+        ("DELETE FROM ledger_key", "the journal has a key that is not stored"),
+        (
+            "UPDATE ledger_usage SET provider_cost_nanos = 12 WHERE reservation = 'rsv_done'",
+            "the stored usage is not the journal's",
+        ),
+        ("UPDATE ledger_usage SET charged = charged + 1 WHERE reservation = 'rsv_done'", "a row is damaged"),
+        ("UPDATE ledger_reservation SET state = 'committed' WHERE reservation = 'rsv_open'", "a row is damaged"),
+        ("UPDATE ledger_block SET live = 0 WHERE id = 'blk_1'", "a row is damaged"),
+        ("DELETE FROM ledger_usage WHERE reservation = 'rsv_done'", "the stored usage is not the journal's"),
+        # The journal.
+        ("DELETE FROM ledger_transfer WHERE credit = 'wallet:customer:a'", "an entry's transfers must all be there"),
+        (
+            "DELETE FROM ledger_transfer WHERE debit = 'provider_cost'",
+            "the provider's cost is booked as the usage tells it",
+        ),
+        (
+            "UPDATE ledger_transfer SET amount = amount + 1 WHERE credit = 'revenue'",
+            "a wallet's account is what its blocks have left",
+        ),
+        ("UPDATE ledger_transfer SET amount = -amount WHERE credit = 'revenue'", "an entry must move something"),
+        (
+            "UPDATE ledger_transfer SET asset = 'EUR' WHERE credit = 'wallet:customer:a'",
+            "an entry is in another asset than its wallet",
+        ),
+        (
+            "UPDATE ledger_transfer SET debit = 'wallet:customer:nobody' WHERE debit = 'clearing'",
+            "an entry names a wallet that does not exist",
+        ),
+        ("UPDATE ledger_transfer SET mode = 'test' WHERE credit = 'revenue'", "a fact crosses scopes"),
+        (
+            "UPDATE ledger_transfer SET seq = seq + 1000 WHERE credit = 'revenue'",
+            "an entry's transfers must all be there",
+        ),
+        ("DELETE FROM ledger_command WHERE seq = 1", "a block changes after it was opened"),
+        (f"DELETE FROM ledger_command WHERE seq = {LAST}", "an entry's transfers must all be there"),
+        ("UPDATE ledger_command SET facts = '[' WHERE seq = 1", "a row is damaged"),
+        (
+            "INSERT INTO ledger_command SELECT tenant, mode, 'cmd_again', 1000, kind, at_us, transfers, facts, result"
+            " FROM ledger_command WHERE seq = 1",
+            "a block is opened once",
+        ),
+        (
+            "INSERT INTO ledger_command SELECT tenant, mode, 'cmd_again', 1000, kind, at_us, 0, facts, result"
+            " FROM ledger_command WHERE kind = 'commit'",
+            "a settled reservation stays settled",
+        ),
+        (
+            "INSERT INTO ledger_command SELECT tenant, mode, 'cmd_again', 1000, kind, at_us, 0, facts, result"
+            " FROM ledger_command WHERE facts LIKE '%key_taken%'",
+            "a key has one effect",
+        ),
+        (in_facts("commit", '"at_us":17', '"at_us":16'), "a wallet's facts are in the order of time"),
+        (in_facts("debit", '"receivable":15', '"receivable":115'), "a wallet goes below zero only as far as agreed"),
+        (in_facts("commit", '"consumed":15', '"consumed":999'), "a block's amounts are not negative"),
+        (in_facts("reserve", '"reserved":25', '"reserved":24'), "what open reservations hold is what is reserved"),
+        (
+            in_facts("reserve", '"overdraft_reserved":20', '"overdraft_reserved":19'),
+            "what open reservations hold is what is reserved",
+        ),
+        (in_facts("commit", '"charged":[{"base":10', '"charged":[{"base":9'), "what was charged is what was paid"),
+        ("UPDATE ledger_command SET seq = 0 WHERE seq = 1", "an entry's transfers must all be there"),
+    ],
+)
+async def test_damage_is_found(damage: Damage, sql: str, message: str) -> None:
+    verified = await damage(sql)
+    found = [violation.message for violation in verified.violations]
+    assert any(message in each for each in found), found
+
+
+async def test_a_ledger_with_a_long_past_is_found_whole(sqlite_store: SqliteStore, clock: Clock, campaign: Any) -> None:
+    seed = random.Random(campaign.seed)
+    source = RandomCommands(seed)
+    for _ in range(10):
+        clock.us += 15 * SECOND_US
+        for batch in partition(source.take(100, clock.us), seed, 64):
+            await sqlite_store.run_batch(batch)
+    verified = await verify(sqlite_store)
+    assert verified.violations == ()
+    assert verified.entries > 300
+
+
+async def test_replay_is_identity(sqlite_store: SqliteStore, clock: Clock, campaign: Any) -> None:
+    """Folding the journal's facts gives the very values that are stored, and the invariants hold for the whole."""
+    seed = random.Random(campaign.seed + 1)
+    source = RandomCommands(seed)
+    for _ in range(5):
+        clock.us += 15 * SECOND_US
+        for batch in partition(source.take(60, clock.us), seed, 32):
+            await sqlite_store.run_batch(batch)
+    state = State()
+    transfers: list[Transfer] = []
+    async with sqlite_store.snapshot() as snapshot:
+        async for entry in snapshot.journal():
+            for fact in entry.facts:
+                evolve(state, fact)
+            transfers += entry.transfers
+        assert {wallet.ref: wallet async for wallet in snapshot.wallets()} == state.wallets
+        stored = {(block.wallet, block.id): block async for block in snapshot.blocks()}
+        assert stored == {(ref, block.id): block for ref, all_of in state.blocks.items() for block in all_of.values()}
+        assert {reservation.ref: reservation async for reservation in snapshot.reservations()} == state.reservations
+        keys = [taken async for taken in snapshot.keys()]  # noqa: SIM118  (not a mapping)
+        assert {(taken.scope, taken.operation, taken.key): taken for taken in keys} == state.keys
+    assert violations(state, transfers) == []
+    assert violations(state, transfers[1:]) != []
+
+
+async def test_verify_sees_one_moment_of_a_ledger_in_use(sqlite_store: SqliteStore, say: Say) -> None:
+    await sqlite_store.run_batch([say.grant("a", "1", 100)])
+    async with sqlite_store.snapshot() as snapshot:
+        await sqlite_store.run_batch([say.grant("a", "2", 100)])
+        assert [block.id async for block in snapshot.blocks()] == ["blk_1"]
+        assert [entry.kind async for entry in snapshot.journal()] == ["grant"]
+
+
+def test_the_audit_lets_the_operators_wallets_pay_for_others() -> None:
+    entry = JournalEntry(
+        seq=1,
+        scope=Scope("ten_a", "live"),
+        id="cmd_1",
+        kind="commit",
+        at_us=1,
+        facts=(),
+        transfers=(Transfer(scope=Scope("ten_op", "live"), debit="x", credit="y", amount=1, asset="CREDIT"),),
+        transfers_written=1,
+        result=None,
+    )
+    strict, lenient = Audit(), Audit(operator="ten_op")
+    strict.observe(entry)
+    lenient.observe(entry)
+    assert [violation.message for violation in strict.found] == ["a fact crosses scopes"]
+    assert lenient.found == []

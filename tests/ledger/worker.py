@@ -1,0 +1,45 @@
+"""A process that works on a ledger until it is told to stop, or killed. It prints what it was promised.
+
+Arguments: the database's URL, the worker's name, how many run at once, and how many pairs each makes (0: for ever).
+Every line it prints is one answer that it got: ``reserved NAME`` or ``charged NAME AMOUNT``, or ``refused NAME``.
+"""
+
+import asyncio
+import itertools
+import sys
+import time
+
+from ledger.errors import InsufficientCredits
+from ledger.ledger import Ledger
+from ledger.store.sqlite import SqliteStore
+from tests.ledger.rig import Say
+
+AMOUNT = 3
+
+
+async def work(url: str, name: str, at_once: int, pairs: int) -> None:
+    store = await SqliteStore.open(url, clock=lambda: time.time_ns() // 1000)
+    ids = (f"cmd_{name}_{number:08d}" for number in itertools.count())
+    ledger = await Ledger.open(store, clock=lambda: time.time_ns() // 1000, new_command_id=lambda: next(ids))
+    say = Say()
+    print("ready", flush=True)
+
+    async def one(worker: int) -> None:
+        for number in itertools.count() if pairs == 0 else range(pairs):
+            rsv = f"{name}_{worker}_{number}"
+            payer = "shared" if number % 2 else f"own_{name}"
+            try:
+                await ledger.execute(say.reserve(payer, rsv, AMOUNT, id=next(ids)))
+            except InsufficientCredits:
+                print("refused", rsv, flush=True)
+                continue
+            print("reserved", rsv, flush=True)
+            await ledger.execute(say.commit(rsv, AMOUNT, id=next(ids)))
+            print("charged", rsv, AMOUNT, flush=True)
+
+    await asyncio.gather(*(one(worker) for worker in range(at_once)))
+    await ledger.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(work(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -1,0 +1,275 @@
+"""The pages are true: what they show runs, what they name is there, and their tables are those of the code.
+
+An example runs when its fence says so: `python runnable`, `sh runnable`; with `demo` behind it, it talks to a gateway, and
+has the demo's address, key and user in its environment. A fence `text output` behind an example holds what it prints. A
+fence `ledger runnable` is a table of `tests/ledger/spec.py`. A fence `toml farebox.toml` is written to that file, for the
+examples behind it.
+"""
+
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer
+
+from gateway import settings
+from gateway.cli import app as command_line
+from gateway.errors import KINDS
+from gateway.proxy.settlement import TABLE
+from ledger.errors import error_of
+from ledger.outcomes import Reason, Rejected
+from tests.ledger import spec
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE_ROOTS = ("", "gateway", "pricing", "ledger")
+START_TIMEOUT_S = 60
+PAGE_TIMEOUT_S = 180
+
+
+class Block(NamedTuple):
+    """One fenced block. *output* is what the page says that it prints."""
+
+    page: str
+    line: int
+    language: str
+    marks: tuple[str, ...]
+    text: str
+    output: str | None
+
+    @property
+    def place(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    found: list[Block] = []
+    for match in re.finditer(r"^```(\w+)([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        language, marks, content = match[1], tuple(match[2].split()), match[3]
+        if (language, marks) == ("text", ("output",)):
+            found[-1] = found[-1]._replace(output=content)
+        else:
+            line = text.count("\n", 0, match.start()) + 1
+            found.append(Block(page.relative_to(ROOT).as_posix(), line, language, marks, content, None))
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+EXAMPLES = [block for block in BLOCKS if block.language in ("python", "sh") and "runnable" in block.marks]
+TABLES = [block for block in BLOCKS if block.language == "ledger"]
+SETTINGS = [block for block in BLOCKS if block.language == "toml"]
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table whose first column has this heading, without its head."""
+    lines = (ROOT / page).read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"| {heading} |"))
+    body = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        body.append([cell.strip() for cell in line.strip("|").split("|")])
+    return body
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+# What is shown runs.
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the command `farebox`, and a curl that takes an error status for a failure."""
+    folder = tmp_path_factory.mktemp("pages")
+    command = folder / "bin" / "farebox"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c 'from gateway.cli import main; main()' \"$@\"\n")
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    (folder / ".curlrc").write_text("fail-with-body\nshow-error\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(workshop: Path) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FAREBOX_", "OPENAI_"))}
+    return {
+        **inherited,
+        "PATH": f"{workshop / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(workshop),
+        "CURL_HOME": str(workshop),
+        "NO_PROXY": "127.0.0.1",
+        "OPENAI_API_KEY": "sk-none",
+    }
+
+
+@pytest.fixture(scope="module")
+def demo(workshop: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """A demo that runs; what its JSON line says."""
+    running = subprocess.Popen(
+        [workshop / "bin" / "farebox", "demo", "--json", "--port", "0"],
+        cwd=workshop,
+        env=environment,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    )
+    assert running.stdout is not None
+    with running.stdout as stdout:
+        try:
+            ready, _, _ = select.select([stdout], [], [], START_TIMEOUT_S)
+            assert ready, "the demo did not start in time"
+            yield json.loads(stdout.readline())
+        finally:
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(START_TIMEOUT_S) == 0
+
+
+@pytest.mark.parametrize("page", sorted({block.page for block in EXAMPLES}))
+def test_the_examples_of_a_page_run(
+    page: str, environment: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+):
+    shown = [block for block in BLOCKS if block.page == page]
+    examples = [block for block in shown if block in EXAMPLES or (block.language == "toml" and block.marks)]
+    if any("curl" in block.text for block in examples) and shutil.which("curl") is None:
+        pytest.skip("there is no curl")
+    env = dict(environment)
+    if any("demo" in block.marks for block in examples):
+        started = request.getfixturevalue("demo")
+        env |= {
+            "FAREBOX_URL": started["base_url"],
+            "FAREBOX_KEY": started["live_key"],
+            "FAREBOX_USER": started["user"],
+        }
+    wanted = [[block.language, block.marks[0], block.text] for block in examples]
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "page_runner.py"],
+        input=json.dumps(wanted),
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=PAGE_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for block, result in zip(examples, json.loads(done.stdout), strict=True):
+        assert result["failure"] is None, f"{block.place}\n{result['failure']}"
+        if block.output is not None:
+            assert result["output"] == block.output, block.place
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda block: block.place)
+def test_a_table_of_the_ledger_holds(table: Block):
+    spec.check(table.text)
+
+
+@pytest.mark.parametrize("block", SETTINGS, ids=lambda block: block.place)
+def test_settings_that_are_shown_are_settings(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "farebox.toml"
+    file.write_text(block.text)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    loaded = settings.load(file)
+    assert set(tomllib.loads(block.text)) <= loaded.model_fields_set
+
+
+# What is named is there.
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a heading can be linked by, as GitHub and others derive them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" in link:
+            continue
+        target, _, anchor = link.partition("#")
+        there = (page.parent / target).resolve() if target else page
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path):
+    for name in quoted(page.read_text()):
+        if re.fullmatch(r"[\w/.-]+/[\w.-]+\.(py|md|toml|yml)|[\w./-]+/", name):
+            assert any((ROOT / root / name).exists() for root in CODE_ROOTS), name
+
+
+def test_the_plan_of_the_house_is_the_house():
+    plan = next(block for block in BLOCKS if block.page == "docs/architecture.md" and block.language == "text")
+    folder = ROOT
+    for line in plan.text.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
+        if not indent:
+            folder = ROOT / name
+        assert (folder / name if indent else folder).exists(), line
+
+
+def test_make_has_the_targets_that_are_shown():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = set()
+    for page in PAGES:
+        shown |= {target for code in quoted(page.read_text()) for target in re.findall(r"^make ([a-z]+)$", code)}
+    shown |= {
+        target for block in BLOCKS if block.language == "sh" for target in re.findall(r"make ([a-z]+)", block.text)
+    }
+    assert "run" in shown
+    assert shown <= targets
+
+
+def test_the_table_of_commands_is_the_command_line():
+    listed = {command.removeprefix("farebox ") for row in rows("README.md", "command") for command in quoted(row[0])}
+    group = typer.main.get_command(command_line)
+    assert listed == set(group.commands)  # type: ignore[attr-defined]
+
+
+# Tables are those of the code.
+
+
+def test_the_table_of_errors_is_the_codes():
+    listed = {code: int(status) for status, codes, *_ in rows("README.md", "status") for code in quoted(codes)}
+    assert listed == {code: kind.status for code, kind in KINDS.items()}
+
+
+def test_the_table_of_settlement_is_the_table():
+    words = {None: "-", True: "yes", False: "no"}
+    charged = {None: "nothing, released", "reported": "the reported usage", "counted": "the counted usage"}
+    expected = [
+        [
+            f"`{row.ending}`",
+            words[row.reported],
+            words[row.delivered],
+            charged[row.charged],
+            "-" if row.source is None else f"`{row.source}`",
+        ]
+        for row in TABLE
+    ]
+    assert rows("docs/settlement.md", "ending") == expected
+
+
+def test_the_table_of_reasons_is_in_the_order_of_precedence():
+    expected = [[f"`{reason}`", f"`{type(error_of(Rejected(reason))).__name__}`"] for reason in Reason]
+    assert rows("docs/ledger.md", "reason, in order of precedence") == expected
+
+
+def test_the_glossary_has_each_noun_once_and_in_order():
+    nouns = [row[0] for row in rows("docs/glossary.md", "noun")]
+    assert nouns == sorted(set(nouns), key=str.lower)
