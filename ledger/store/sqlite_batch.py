@@ -25,7 +25,7 @@ from ledger.model import Reservation, ReservationState, Scope, WalletRef
 from ledger.outcomes import Outcome
 from ledger.state import State
 from ledger.store import statements
-from ledger.store.lock import TurnLock
+from ledger.store.lock import ProcessLock
 from ledger.store.rows import (
     block_from,
     block_row,
@@ -114,7 +114,7 @@ class BatchConnection:
 
     def __init__(self, path: str, clock: Callable[[], int]) -> None:
         self._clock = clock
-        self._lock = TurnLock(path)
+        self._lock = ProcessLock(path)
         self._connection = connect(path)
         self._state = State()
         self._seq = 0

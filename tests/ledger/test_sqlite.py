@@ -103,6 +103,18 @@ async def test_a_batch_whose_caller_has_gone_is_committed_all_the_same(sqlite_st
     assert await sqlite_store.wallet(wallet("a")) is not None
 
 
+async def test_a_closed_store_says_so_and_may_be_closed_again(sqlite_store: SqliteStore, say: Say) -> None:
+    batch = asyncio.ensure_future(sqlite_store.run_batch([say.grant("a", "1", 100)]))
+    await asyncio.sleep(0)
+    await sqlite_store.close()
+    assert len(await batch) == 1, "closing waits for the batch under way"
+    await sqlite_store.close()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await sqlite_store.run_batch([say.grant("a", "2", 100)])
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await sqlite_store.wallet(wallet("a"))
+
+
 # Plans. A scan of a table that grows for ever would be seen only in a year.
 
 _SCAN = re.compile(r"^SCAN (t|p|ledger_\w+)\b(?!.*USING (COVERING )?INDEX)")
