@@ -270,10 +270,9 @@ class Reservation(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     No wallet stands twice in a leg, nor twice among the limits. ``mark`` is what is charged if nobody settles before
     ``expires_at_us``: None releases everything. A commit answers for it and clears it; an expired reservation keeps
     it, because a late commit debits only what is missing. ``charged`` is what was charged so far, a leg each.
-    ``settled_by`` is the command that settled it: repeating that one is a replay. ``key`` names the idempotency key
-    that a release frees again.
-    ``balance`` is that of the first leg's first wallet when it was settled. ``reserved`` is the most that the paying
-    legs held.
+    ``reserved`` is the most that the paying legs held, ``balance`` that of the first leg's first wallet when it was
+    last charged or settled. ``settled_by`` is the command that settled it: repeating that one is a replay. ``key``
+    names the idempotency key that a release frees again.
     """
 
     ref: ReservationRef
@@ -303,7 +302,7 @@ class Reservation(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     @property
     def held(self) -> int:
         """What the paying legs hold together."""
-        return sum(held.amount for held in self.slices if held.leg >= 0)
+        return sum(self.held_by_leg)
 
     @property
     def held_by_leg(self) -> tuple[int, ...]:

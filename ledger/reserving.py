@@ -229,7 +229,7 @@ def extend(state: State, command: Extend, now_us: int) -> Outcome:
     if command.mark is not None and not may_charge(reservation, command.mark):
         return Rejected(Reason.INVALID_AMOUNT)
     if reservation.state is not ReservationState.OPEN:
-        return already_settled(state, reservation, now_us)
+        return already_settled(reservation)
     draft = Draft(state, command, now_us)
     slices = reservation.slices
     if command.amount > 0:
@@ -274,18 +274,17 @@ def may_charge(reservation: Reservation, settlement: Settlement) -> bool:
     return chargeable(settlement, legs=len(reservation.legs), already=already)
 
 
-def already_settled(state: State, reservation: Reservation, now_us: int) -> Rejected:
-    balance = state.balance(reservation.legs[0].wallets[0], now_us)
-    return Rejected(Reason.RESERVATION_SETTLED, state=reservation.state, result=settled(reservation, balance=balance))
+def already_settled(reservation: Reservation) -> Rejected:
+    return Rejected(Reason.RESERVATION_SETTLED, state=reservation.state, result=settled(reservation))
 
 
-def settled(reservation: Reservation, *, balance: int, late: bool = False) -> Settled:
+def settled(reservation: Reservation, *, late: bool = False) -> Settled:
     return Settled(
         reservation=reservation.ref.reservation,
         state=reservation.state,
         charged=reservation.charged,
         shortfall=reservation.shortfall,
-        balance=balance,
+        balance=reservation.balance,
         payments=reservation.payments,
         late=late,
     )

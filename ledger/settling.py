@@ -29,18 +29,18 @@ def commit(state: State, command: Commit, now_us: int) -> Outcome:
     if reservation is None:
         return Rejected(Reason.NOT_FOUND)
     if reservation.settled_by == command.id:
-        return _replayed(state, reservation, now_us)
+        return Applied(result=settled(reservation), replayed=True)
     if not may_charge(reservation, command.settlement):
         return Rejected(Reason.INVALID_AMOUNT)
     if reservation.state in (ReservationState.COMMITTED, ReservationState.RELEASED):
-        return already_settled(state, reservation, now_us)
+        return already_settled(reservation)
     draft = Draft(state, command, now_us)
     late = reservation.state is ReservationState.EXPIRED
     settlement = _missing(command.settlement, reservation.mark) if late else command.settlement
     ends_as = ReservationState.COMMITTED if command.final or late else ReservationState.OPEN
     after = _settle(draft, reservation, settlement, ends_as)
-    result = settled(after, balance=draft.balance(after.legs[0].wallets[0]), late=late)
-    return draft.applied(result, after, answers=None if command.response is None else reservation.key)
+    answers = None if command.response is None else reservation.key
+    return draft.applied(settled(after, late=late), after, answers=answers)
 
 
 def release(state: State, command: Release, now_us: int) -> Outcome:
@@ -48,12 +48,12 @@ def release(state: State, command: Release, now_us: int) -> Outcome:
     if reservation is None:
         return Rejected(Reason.NOT_FOUND)
     if reservation.state is ReservationState.RELEASED:
-        return _replayed(state, reservation, now_us)
+        return Applied(result=settled(reservation), replayed=True)
     if reservation.state is not ReservationState.OPEN:
-        return already_settled(state, reservation, now_us)
+        return already_settled(reservation)
     draft = Draft(state, command, now_us)
     after = _settle(draft, reservation, None, ReservationState.RELEASED)
-    return _answer(draft, after)
+    return draft.applied(settled(after), after)
 
 
 def lapse(state: State, command: Lapse, now_us: int) -> Outcome:
@@ -70,28 +70,19 @@ def lapse(state: State, command: Lapse, now_us: int) -> Outcome:
         "charged": sum(charge.total for charge in after.charged),
     }
     draft.raise_event(after.legs[0].wallets[0], "reservation.expired", body)
-    return _answer(draft, after)
+    return draft.applied(settled(after), after)
 
 
 def debit(state: State, command: Debit, now_us: int) -> Outcome:
     known = state.reservations.get(command.reservation)
     if known is not None and known.settled_by == command.id:
-        return _replayed(state, known, now_us)
+        return Applied(result=settled(known), replayed=True)
     draft = Draft(state, command, now_us)
     reservation = debit_hold(draft, command)
     if isinstance(reservation, Rejected):
         return reservation
     after = _settle(draft, reservation, command.settlement, ReservationState.COMMITTED)
-    return _answer(draft, after)
-
-
-def _answer(draft: Draft, after: Reservation) -> Applied:
-    return draft.applied(settled(after, balance=draft.balance(after.legs[0].wallets[0])), after)
-
-
-def _replayed(state: State, reservation: Reservation, now_us: int) -> Applied:
-    balance = state.balance(reservation.legs[0].wallets[0], now_us)
-    return Applied(result=settled(reservation, balance=balance), replayed=True)
+    return draft.applied(settled(after), after)
 
 
 def _missing(settlement: Settlement, mark: Settlement | None) -> Settlement:
@@ -126,8 +117,9 @@ def _settle(
     slices = list(reservation.slices)
     if settlement is not None:
         reservation = _charge(draft, reservation, settlement, slices, final=final)
+    payer = reservation.legs[0].wallets[0]
     if not final:
-        return msgspec.structs.replace(reservation, slices=tuple(slices))
+        return msgspec.structs.replace(reservation, slices=tuple(slices), balance=draft.balance(payer))
     _free(draft, slices)
     key = reservation.key
     if key is not None and ends_as is not ReservationState.COMMITTED and reservation.commits == 0:
@@ -138,7 +130,7 @@ def _settle(
         slices=(),
         state=ends_as,
         mark=settlement if ends_as is ReservationState.EXPIRED else None,
-        balance=draft.balance(reservation.legs[0].wallets[0]),
+        balance=draft.balance(payer),
         settled_at_us=draft.now_us,
         settled_by=draft.command.id,
         key=key,
