@@ -54,7 +54,7 @@ upstream = "upstream"
 
 [[actions]]
 key = "reply"
-credits = "4"
+credits = "0.02"
 """
 
 
