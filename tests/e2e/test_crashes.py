@@ -21,7 +21,7 @@ import aiohttp
 import pytest
 
 from gateway.proxy.upkeep import SWEEP_S
-from ledger.store.lock import TurnLock
+from ledger.store.lock import ProcessLock
 from tests.conftest import Campaign
 from tests.e2e.books import Booked, Books
 from tests.e2e.conftest import Install
@@ -183,7 +183,7 @@ async def assert_all_settled(books: Books, findings: Findings) -> None:
 @contextmanager
 def ledger_held_up(farebox: Farebox, upstream: Upstream) -> Iterator[Callable[[], bool]]:
     """Keep every other process from writing to the ledger; the condition holds when answers pile up before it."""
-    with TurnLock(str(farebox.database)):
+    with ProcessLock(str(farebox.database)):
         already = len(upstream.sent)
         yield lambda: len(upstream.sent) >= already + 3
 
