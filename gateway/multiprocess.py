@@ -1,4 +1,4 @@
-"""How the metrics of several processes come together: each writes files into a folder, and whichever is asked adds them up.
+"""How the metrics of several processes come together: each writes into a folder, and whichever is asked adds up.
 
 Nothing of Prometheus's client may be imported before the variable is set, so this module imports nothing.
 """
