@@ -155,8 +155,9 @@ def revoke(state: State, command: Revoke, now_us: int) -> Outcome:
     if command.amount > block.granted:
         return Rejected(Reason.INVALID_AMOUNT)
     draft = Draft(state, command, now_us)
-    free = min(command.amount, block.free)
-    owed = min(command.amount - free, _clawable(block)) if command.clawback else 0
+    amount = min(command.amount, _revocable(block))
+    free = min(amount, block.free)
+    owed = amount - free if command.clawback and block.pool is None else 0
     if free + owed > 0:
         draft.change_block(block, revoked=free, clawed=owed)
         draft.change_wallet(wallet.ref, receivable=owed)
@@ -171,12 +172,13 @@ def revoke(state: State, command: Revoke, now_us: int) -> Outcome:
     return draft.applied(revoked)
 
 
-def _clawable(block: Block) -> int:
-    """What is spent of a block, or about to be, and not taken back yet. What has lapsed was never had.
+def _revocable(block: Block) -> int:
+    """What was not taken back of a block yet, free, held or spent. What has lapsed was never had.
 
-    Nothing of credits that came out of another wallet: they would be there again to be spent, and the debt unpaid.
+    Credits that came out of another wallet are only taken back unspent: they would be there again to be spent, and the
+    debt unpaid.
     """
-    return 0 if block.pool is not None else block.consumed + block.reserved - block.clawed
+    return max(0, block.granted - block.expired - block.revoked - block.clawed)
 
 
 def expire(state: State, command: Expire, now_us: int) -> Outcome:

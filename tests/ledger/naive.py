@@ -401,11 +401,11 @@ class Naive:
             return _no("not_found")
         if command.amount > block["left"] + block["used"] + block["lapsed"] + block["revoked"]:
             return _no("invalid_amount")
-        free = min(command.amount, self._free(command.wallet, block))
+        still = max(0, block["left"] + block["used"] - block["clawed"])
+        free = min(command.amount, self._free(command.wallet, block), still)
         owed = 0
         if command.clawback and block["pool"] is None:
-            spent = block["used"] + self.pinned(command.wallet, block["name"]) - block["clawed"]
-            owed = min(command.amount - free, spent)
+            owed = min(command.amount, still) - free
         block["left"] -= free
         block["revoked"] += free
         block["clawed"] += owed

@@ -319,6 +319,19 @@ def test_what_is_reserved_is_clawed_back_as_if_it_were_spent():
     """)
 
 
+def test_what_was_clawed_back_while_it_was_reserved_is_not_taken_again_when_it_is_released():
+    check("""
+        grant    w1 b1 100
+        reserve  w1 r1 50
+        clawback w1 b1 100  -> revoked amount=50 owed=50 receivable=50
+        release  r1
+        clawback w1 b1 60   -> revoked amount=0 owed=0 receivable=50 balance=0
+        revoke   w1 b1 60   -> revoked amount=0 owed=0
+        grant    w1 b2 50
+        clawback w1 b1 100  -> revoked amount=0 owed=0 receivable=0 balance=50
+    """)
+
+
 def test_what_has_lapsed_is_not_owed():
     check("""
         grant  w1 b1 100 expires=50
