@@ -19,6 +19,9 @@ from ledger.outcomes import (
 )
 from ledger.state import State
 
+BLOCKS_LIVE_MAX = 1_000
+"""Most blocks with something left that a wallet has: every charge looks at each of them, and other wallets wait."""
+
 
 class _Lot(NamedTuple):
     """A part of a grant that becomes a block of its own."""
@@ -91,6 +94,11 @@ def _grantable(state: State, command: Grant, *, effective_at_us: int) -> bool:
     )
 
 
+def _bought(command: Grant) -> bool:
+    """Somebody paid for it: it is never refused, and its price keeps its like from being many."""
+    return command.funding is Funding.PAID and command.from_wallet is None
+
+
 def _comes_from_somewhere(command: Grant) -> bool:
     """A developer's grant needs its pool, and no grant comes out of another tenant's or mode's wallet."""
     if command.from_wallet is None:
@@ -104,6 +112,9 @@ def _second_block(command: Grant) -> str:
 
 def _lots(draft: Draft, command: Grant, wallet: Wallet) -> list[_Lot] | Rejected:
     """Bring the credits in. Nobody but the operator says that it was paid: credits from elsewhere never are."""
+    live = sum(block.live for block in draft.state.blocks.get(command.wallet, {}).values())
+    if live >= BLOCKS_LIVE_MAX and not _bought(command):
+        return Rejected(Reason.TOO_MANY_BLOCKS)
     if command.from_wallet is not None:
         return _take_from_wallet(draft, command, command.from_wallet, wallet)
     draft.transfer(

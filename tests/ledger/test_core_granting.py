@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from ledger import granting
 from ledger.model import AMOUNT_MAX, Block, Funding
 from tests.ledger.spec import check, wallet_ref
 
@@ -271,6 +272,28 @@ def test_revoking_takes_only_what_is_free():
         wallet w1 available=0 reserved=30
         account clearing = -50
         events w1 = credit.granted credit.clawed_back
+    """)
+
+
+def test_a_wallet_has_a_bounded_number_of_blocks_but_what_was_paid_for_comes_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every charge looks at every block that has something left, and all wallets share the batches."""
+    monkeypatch.setattr(granting, "BLOCKS_LIVE_MAX", 3)
+    check("""
+        grant pool p1 100
+        grant w1 b1 10 funding=external priority=1
+        grant w1 b2 10 funding=external
+        grant w1 b3 10 funding=external
+        grant w1 b4 10 funding=external                    -> too_many_blocks
+        grant w1 b4 10 funding=promotional                 -> too_many_blocks
+        grant w1 b4 10 funding=developer_grant from=pool   -> too_many_blocks
+        grant w1 b4 10 from=pool                           -> too_many_blocks
+        grant w1 b4 10                                     -> granted balance_after=40
+        debit w1 r1 10
+        grant w1 b5 10 funding=external                    -> too_many_blocks
+        debit w1 r2 10
+        grant w1 b5 10 funding=external                    -> granted
     """)
 
 
