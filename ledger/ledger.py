@@ -182,12 +182,12 @@ class Ledger:
         """
         failures: list[BaseException] = []
         lapsed = await self._sweep_each(
-            lambda: self._store.due_reservations(now_us, limit=SWEEP_PAGE),
+            lambda limit: self._store.due_reservations(now_us, limit=limit),
             lambda ref: Lapse(id=self._new_command_id(), scope=Scope(ref.tenant, ref.mode), reservation=ref),
             failures,
         )
         expired = await self._sweep_each(
-            lambda: self._store.due_wallets(now_us, limit=SWEEP_PAGE),
+            lambda limit: self._store.due_wallets(now_us, limit=limit),
             lambda ref: Expire(id=self._new_command_id(), scope=Scope(ref.tenant, ref.mode), wallet=ref),
             failures,
         )
@@ -196,21 +196,28 @@ class Ledger:
 
     async def _sweep_each(
         self,
-        candidates: Callable[[], Awaitable[list[Ref]]],
+        candidates: Callable[[int], Awaitable[list[Ref]]],
         command_for: Callable[[Ref], AnyCommand],
         failures: list[BaseException],
     ) -> int:
-        """Page after page, until one brings nothing new: how many were settled. One that fails stops no other."""
+        """Page after page, until one brings nothing new: how many were settled.
+
+        One that fails stops no other: it stays due, and a page is as much longer as there are of its kind.
+        """
         settled = 0
         tried: set[Ref] = set()
+        limit = SWEEP_PAGE
         for _ in range(SWEEP_PAGES_MAX):
-            page = [ref for ref in await _reading(candidates()) if ref not in tried]
+            found = await _reading(candidates(limit))
+            page = [ref for ref in found if ref not in tried]
             tried.update(page)
             outcomes = await asyncio.gather(*(self.execute(command_for(ref)) for ref in page), return_exceptions=True)
-            failures += [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+            failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+            failures += failed
             settled += sum(bool(outcome.facts) for outcome in outcomes if isinstance(outcome, Applied))
-            if len(page) < SWEEP_PAGE:
+            if not page or len(found) < limit:
                 break
+            limit = min(limit + len(failed), PAGE_MAX)
         return settled
 
 

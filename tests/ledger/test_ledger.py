@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from ledger import errors
+from ledger import ledger as ledger_module
 from ledger.commands import AnyCommand, StoredResponse
 from ledger.errors import (
     AlreadyExists,
@@ -201,26 +202,30 @@ async def test_a_sweep_goes_through_all_pages(ledger: Ledger, say: Say, clock: C
     assert (await ledger.sweep(clock.us)).reservations == count
 
 
-async def test_one_candidate_that_fails_stops_no_other(
-    sqlite_store: SqliteStore, say: Say, clock: Clock, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", [2, 3, 200])
+async def test_candidates_that_fail_stop_no_other(
+    sqlite_store: SqliteStore, say: Say, clock: Clock, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
+    """Not even when they fill the first page."""
     ledger = await Ledger.open(sqlite_store, clock=clock, new_command_id=say.id)
     await ledger.execute(say.grant("a", "1", 100))
-    for name in ("1", "poisoned", "3"):
+    for name in ("poisoned", "poisoned_too", "1", "2", "3"):
         await ledger.execute(say.reserve("a", name, 10, ttl_us=1))
     clock.us += 1
     run_batch = sqlite_store.run_batch
+    bad = (reservation("poisoned"), reservation("poisoned_too"))
 
     async def poisoned(commands: Sequence[AnyCommand]) -> list[Outcome]:
-        if any(getattr(command, "reservation", None) == reservation("poisoned") for command in commands):
+        if any(getattr(command, "reservation", None) in bad for command in commands):
             raise ValueError("cannot be settled")
         return await run_batch(commands)
 
     monkeypatch.setattr(sqlite_store, "run_batch", poisoned)
+    monkeypatch.setattr(ledger_module, "SWEEP_PAGE", page)
     failing = await Ledger.open(sqlite_store, clock=clock, new_command_id=say.id)
     swept = await failing.sweep(clock.us)
-    assert swept.reservations == 2
-    assert [type(failure) for failure in swept.failures] == [ValueError]
+    assert swept.reservations == 3
+    assert [type(failure) for failure in swept.failures] == [ValueError] * 2
 
 
 async def test_a_store_that_cannot_be_read_is_an_unavailable_ledger(
