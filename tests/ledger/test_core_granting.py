@@ -348,10 +348,36 @@ def test_what_was_clawed_back_while_it_was_reserved_is_not_taken_again_when_it_i
         reserve  w1 r1 50
         clawback w1 b1 100  -> revoked amount=50 owed=50 receivable=50
         release  r1
-        clawback w1 b1 60   -> revoked amount=0 owed=0 receivable=50 balance=0
+        clawback w1 b1 60   -> revoked amount=0 owed=0 receivable=0 balance=0
         revoke   w1 b1 60   -> revoked amount=0 owed=0
-        grant    w1 b2 50
-        clawback w1 b1 100  -> revoked amount=0 owed=0 receivable=0 balance=50
+        block    w1 b1 revoked=100 clawed=0 remaining=0
+        account  clearing = 0
+    """)
+
+
+def test_what_was_clawed_back_while_it_was_reserved_is_taken_when_it_is_released():
+    """Or else who never used it would owe for what has lapsed."""
+    check("""
+        grant    w1 b1 100 expires=50
+        reserve  w1 r1 50
+        clawback w1 b1 100
+        commit   r1 20      -> committed balance=-20
+        wallet   w1 receivable=20
+        at 50
+        expire   w1         -> expired amount=0
+        grant    w1 b2 20   -> granted balance_after=0
+    """)
+
+
+def test_a_debt_that_was_repaid_meanwhile_is_not_collected_again():
+    check("""
+        grant    w1 b1 100
+        reserve  w1 r1 50
+        clawback w1 b1 100
+        grant    w1 b2 50   -> granted repaid=50
+        release  r1
+        wallet   w1 balance=50 available=50 receivable=0
+        clawback w1 b1 100  -> revoked amount=0 owed=0
     """)
 
 
