@@ -18,7 +18,7 @@ from ledger.errors import (
     error_of,
 )
 from ledger.ledger import SWEEP_PAGE, Ledger
-from ledger.model import Charge, ReservationState, Restriction, Settlement, Tags, Wallet
+from ledger.model import Charge, Funding, ReservationState, Restriction, Settlement, Tags, Wallet
 from ledger.outcomes import Outcome, Reason, Rejected, Settled
 from ledger.store.protocol import StoreUnavailable
 from ledger.store.sqlite import SqliteStore
@@ -162,6 +162,20 @@ async def test_a_statement_in_pages_has_every_line_once(ledger: Ledger, say: Say
 async def test_a_cursor_that_is_not_ours_is_refused(ledger: Ledger, cursor: str) -> None:
     with pytest.raises(ValueError, match="cursor"):
         await ledger.transactions(wallet("a"), cursor)
+
+
+async def test_the_view_knows_the_line_for_what_the_operator_was_not_paid_for(ledger: Ledger, say: Say) -> None:
+    """It promises no more than a reservation that names the line would get."""
+    await ledger.execute(say.grant("a", "paid", 10))
+    await ledger.execute(say.grant("a", "external", 100, funding=Funding.EXTERNAL))
+    await ledger.execute(say.grant("line", "l", 30))
+    for line, effective in ((None, 110), (wallet("line"), 40), (wallet("no_line"), 10)):
+        view = await ledger.wallet_view(wallet("a"), unfunded=line)
+        assert view is not None
+        assert (view.balance, view.effective_balance) == (110, effective)
+    with pytest.raises(errors.LimitReached):
+        await ledger.execute(say.reserve("a", "41", 41, unfunded=wallet("line")))
+    await ledger.execute(say.reserve("a", "40", 40, unfunded=wallet("line")))
 
 
 # The sweep.
