@@ -70,9 +70,15 @@ class Gateway:
     """
 
     def __init__(
-        self, settings: Settings, *, metrics: Metrics | None = None, upstreams: Mapping[str, Upstream] | None = None
+        self,
+        settings: Settings,
+        *,
+        metrics: Metrics | None = None,
+        upstreams: Mapping[str, Upstream] | None = None,
+        now_us: Callable[[], int] = now_us,
     ) -> None:
         """*upstreams* come before those of the settings, by their names."""
+        self._now_us = now_us
         self._settings = settings
         self._metrics = metrics or Metrics()
         self._given = upstreams or {}
@@ -89,7 +95,9 @@ class Gateway:
     async def start(self) -> None:
         """Open everything; or nothing, and raise."""
         self._parts = await self._stack.enter_async_context(
-            running_parts(self._settings, self._metrics, self._given, draining=lambda: self.draining)
+            running_parts(
+                self._settings, self._metrics, self._given, draining=lambda: self.draining, now_us=self._now_us
+            )
         )
 
     async def stop(self) -> None:
@@ -164,6 +172,7 @@ async def running_parts(
     given: Mapping[str, Upstream],
     *,
     draining: Callable[[], bool],
+    now_us: Callable[[], int],
 ) -> AsyncIterator[Parts]:
     """Everything that a gateway needs, open until the block ends, then closed in reverse."""
     async with AsyncExitStack() as stack:
@@ -181,7 +190,8 @@ async def running_parts(
             applied=metrics.count_applied,
         )
         stack.push_async_callback(ledger.close)
-        principals, customers, tenants = Principals(database), Customers(database), Tenants(database)
+        principals = Principals(database, now_us=now_us)
+        customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
         rate_limit = ProcessRateLimit()
 
         upstreams = {**configured_upstreams(settings), **given}
