@@ -118,7 +118,7 @@ class StreamedAnswer:
             raise
 
     async def _write(self, data: bytes) -> None:
-        if data:
+        if data and not self._exchange.gone:
             await self._start()
             await self._exchange.write(data)
 

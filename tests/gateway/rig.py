@@ -94,6 +94,7 @@ class GatedUpstream:
     def __init__(self) -> None:
         self._simulated = SimulatedUpstream()
         self.permits = asyncio.Semaphore(0)
+        self.reached = asyncio.Event()
         self.requests: list[UpstreamRequest] = []
         self.closed = 0
 
@@ -103,6 +104,7 @@ class GatedUpstream:
 
     async def send(self, request: UpstreamRequest) -> "GatedResponse":
         self.requests.append(request)
+        self.reached.set()
         return GatedResponse(await self._simulated.send(request), self)
 
     async def close(self) -> None:
@@ -231,9 +233,11 @@ class Rig:
                 whole = False
         return Streamed(response.status_code, response.headers, b"".join(parts), whole)
 
-    async def leave_after(self, body: dict[str, Any], events: int, **options: Any) -> Streamed:
-        """Begin a stream and close the connection after so many events."""
-        content = json.dumps({**body, "stream": True}).encode()
+    async def leave_after(
+        self, body: dict[str, Any], events: int, *, gate: GatedUpstream | None = None, **options: Any
+    ) -> Streamed:
+        """Begin a stream and close the connection after so many events; not before the request has come to *gate*."""
+        content = json.dumps({"stream": True, **body}).encode()
         headers = {**self.headers(**options), "Host": "test", "Content-Length": str(len(content))}
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         reader, writer = await asyncio.open_connection("127.0.0.1", int(self.base_url.split(":")[2].split("/")[0]))
@@ -243,6 +247,8 @@ class Rig:
             part = await reader.read(65_536)
             assert part, got
             got += part
+        if gate is not None:
+            await gate.reached.wait()
         writer.close()
         await writer.wait_closed()
         _, _, chunked = got.partition(b"\r\n\r\n")
@@ -382,9 +388,10 @@ async def running(
     config = uvicorn.Config(asgi, lifespan="off", log_level="error", ws="none", date_header=False, server_header=False)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server._serve([listener]))
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0)
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0)
+    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30)
+    try:
         yield Rig(
             base_url=f"http://127.0.0.1:{port}/v1",
             client=client,
@@ -401,16 +408,18 @@ async def running(
             app=app,
             keys=keys,
         )
-    server.should_exit = True
-    await serving
-    await shield.drain()
-    await upkeep.stop()
-    for upstream in served.values():
-        await upstream.close()
-    journal.close()
-    verified = await verify(store)
-    await ledger.close()
-    await database.close()
+    finally:
+        await client.aclose()
+        server.should_exit = True
+        await serving
+        await shield.drain()
+        await upkeep.stop()
+        for upstream in served.values():
+            await upstream.close()
+        journal.close()
+        verified = await verify(store)
+        await ledger.close()
+        await database.close()
     assert verified.violations == ()
     assert len(live) == 0
     assert unseen == []
