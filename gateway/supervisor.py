@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from gateway.multiprocess import MULTIPROCESS_DIR
 from gateway.settings import Settings
 
 BACKLOG: Final = 2048
@@ -28,9 +29,6 @@ RESTART_PAUSE_S: Final = 0.5
 READY_POLL_S: Final = 0.01
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 READY: Final = b"1"
-
-MULTIPROCESS_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
-"""Where the workers of one gateway keep their counters together."""
 
 
 class CannotListen(Exception):

@@ -25,7 +25,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from gateway.supervisor import MULTIPROCESS_DIR
+from gateway.multiprocess import MULTIPROCESS_DIR
 from ledger.outcomes import Applied, UsageRecorded
 
 SECRETS: Final = re.compile(

@@ -135,7 +135,7 @@ class Draft:
         """The wallet's balance after this draft."""
         balance = self.state.balance(ref, self.now_us)
         for block in self._blocks_opened.values():
-            if block.wallet == ref and not block.expired_at(self.now_us):
+            if block.wallet == ref:
                 balance += block.remaining
         for change in self._blocks.values():
             if change.wallet == ref and not self.block(ref, change.block).expired_at(self.now_us):

@@ -37,7 +37,7 @@ from gateway.proxy.answer import Answer, NoAnswer, quota_of
 from gateway.proxy.exchange import ClientGone, Exchange, Receive, Scope, Send
 from gateway.proxy.hold import Hold, LiveHolds
 from gateway.proxy.journal import SettlementJournal
-from gateway.proxy.meter import Counter, StreamMeter
+from gateway.proxy.meter import StreamMeter
 from gateway.proxy.payer import Payer, resolve_payer
 from gateway.proxy.quoting import Plan, Quoter
 from gateway.proxy.rate_limit import RateLimit
@@ -46,6 +46,7 @@ from gateway.proxy.routing import Candidate, Router
 from gateway.proxy.settlement import Ending
 from gateway.proxy.shield import Shield
 from gateway.proxy.stream import StreamedAnswer
+from gateway.proxy.tally import Counter
 from gateway.proxy.upstream import (
     Phase,
     UpstreamBodyTooLarge,

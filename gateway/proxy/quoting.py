@@ -169,7 +169,7 @@ class Quoter:
         least_output = min(plan.ceiling, OUTPUT_TOKENS_LEAST * plan.request.choices)
         if plan.extends:
             first = min(plan.ceiling, self._settings.first_slice_tokens * plan.request.choices)
-            amount = plan.tariff.total(Usage(input=plan.prompt_tokens_max, output=first))
+            amount = self._quote(plan, first).worst.total
             least = plan.tariff.total(Usage(input=plan.prompt_tokens, output=least_output))
             return (ReserveLeg(wallets=payer.wallets, amount=amount, minimum=min(least, amount)),)
         amount = plan.quote.worst.total

@@ -9,6 +9,7 @@ from ledger.model import Charge, Settlement, UsageRecord
 from pricing.book import RateCard
 from pricing.charge import action_charge, charge
 from pricing.money import Asset
+from pricing.quote import affordable_ceiling, affordable_output, quote
 from pricing.usage import Usage
 
 
@@ -38,6 +39,36 @@ class Tariff(msgspec.Struct, frozen=True):
     def total(self, usage: Usage) -> int:
         """What *usage* costs, all legs together."""
         return sum(leg.total for leg in self.charges(usage))
+
+    def worst(self, *, prompt_tokens: int, output_tokens: int) -> int:
+        """The most that so many tokens may cost, be they cached, written to a cache, or reasoning."""
+        return quote(
+            self.card,
+            prompt_tokens=prompt_tokens,
+            output_tokens_max=output_tokens,
+            markup_bps=self.markup_bps,
+            asset=self.asset,
+            margin_bps=0,
+            margin_tokens=0,
+        ).worst.total
+
+    def output_within(self, budget: int, *, prompt_tokens: int) -> int:
+        """The most output tokens whose ``worst`` is within *budget*; -1 when it does not even pay the prompt."""
+        return affordable_ceiling(
+            self.card,
+            prompt_tokens=prompt_tokens,
+            budget=budget,
+            markup_bps=self.markup_bps,
+            asset=self.asset,
+            margin_bps=0,
+            margin_tokens=0,
+        )
+
+    def plain_output_within(self, budget: int, *, prompt_tokens: int) -> int:
+        """The most output tokens whose ``total`` is within *budget*, where none is cached or reasoning."""
+        return affordable_output(
+            self.card, prompt_tokens=prompt_tokens, budget=budget, markup_bps=self.markup_bps, asset=self.asset
+        )
 
     def settlement(self, usage: Usage, record: UsageRecord) -> Settlement:
         """What to commit for *usage*; *record* holds the request's facts."""
