@@ -84,6 +84,8 @@ class Gateway:
         self._given = upstreams or {}
         self._stack = AsyncExitStack()
         self._parts: Parts | None = None
+        self._under_way = 0
+        self._idle = asyncio.Event()
         self.draining = False
 
     @property
@@ -101,8 +103,14 @@ class Gateway:
         )
 
     async def stop(self) -> None:
-        """Finish every settlement, then close everything. Repeatable."""
+        """Finish every settlement, then close everything. Repeatable.
+
+        The server has cancelled what did not end within its grace; such a request still has to settle.
+        """
         self.draining = True
+        if self._under_way:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), self._settings.ledger_timeout_s)
         await self._stack.aclose()
         self._parts = None
 
@@ -136,7 +144,13 @@ class Gateway:
                     seen.status = message["status"]
                 await send(message)
 
-            await chat(scope, receive, counted, path_user=user)
+            self._under_way += 1
+            try:
+                await chat(scope, receive, counted, path_user=user)
+            finally:
+                self._under_way -= 1
+                if self.draining and not self._under_way:
+                    self._idle.set()
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:

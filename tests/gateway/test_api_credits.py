@@ -71,6 +71,8 @@ NOT_GRANTS: list[tuple[dict[str, Any], str | None]] = [
     ({"customer_id": "cus_00000000000000000000000000"}, None),
     ({"customer_id": "evt_1"}, "customer_id"),
     ({"external_user_id": ""}, "external_user_id"),
+    ({"external_user_id": "cus_" + "x" * 300}, "external_user_id"),
+    ({"end_user_id": "a\u0000b"}, "end_user_id"),
     ({"customer_id": 12}, "customer_id"),
     ({"customer_id": "a", "credits": 0}, "credits"),
     ({"customer_id": "a", "credits": -1}, "credits"),
