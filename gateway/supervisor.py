@@ -59,6 +59,15 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def exit_on_sigterm() -> None:
+    """End in good order when asked to stop before anything is served: what was opened is closed on the way out."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 def serve(settings: Settings, listener: socket.socket, *, started: Callable[[], None] | None = None) -> int:
     """Serve until asked to stop; the exit code. *started* is called when connections are accepted."""
     if settings.workers > 1:
@@ -168,7 +177,7 @@ class Supervisor:
             came_up = self._came_up(worker)
             os.close(self._workers.pop(worker))
             if self._stopping:
-                code = code or (0 if status == 0 else 1)
+                code = code or (0 if status == 0 or _stopped_early(status, came_up) else 1)
                 continue
             print(f"farebox: worker {worker} ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr)  # noqa: T201
             if not came_up:
@@ -185,6 +194,11 @@ class Supervisor:
 def _stop_when_orphaned(lifeline: int) -> None:
     os.read(lifeline, 1)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stopped_early(status: int, came_up: bool) -> bool:
+    """Whether a worker was asked to stop before it could serve anything: there was nothing to finish."""
+    return not came_up and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
 
 
 def _forget_gauges(worker: int) -> None:

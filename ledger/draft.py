@@ -135,7 +135,7 @@ class Draft:
         """The wallet's balance after this draft."""
         balance = self.state.balance(ref, self.now_us)
         for block in self._blocks_opened.values():
-            if block.wallet == ref and not block.expired_at(self.now_us):
+            if block.wallet == ref:
                 balance += block.remaining
         for change in self._blocks.values():
             if change.wallet == ref and not self.block(ref, change.block).expired_at(self.now_us):
@@ -313,13 +313,13 @@ class Draft:
         self, result: Result, reservation: Reservation | None = None, *, answers: tuple[str, str] | None = None
     ) -> Applied:
         """All facts of this draft, and the *reservation* as it is now; a changed wallet's version rises once."""
-        facts: list[Fact] = [
-            *self.transfers,
-            *map(WalletOpened, self._wallets_opened.values()),
-            *map(BlockOpened, self._blocks_opened.values()),
-            *self._blocks.values(),
-            *self._wallets.values(),
-        ]
+        facts: list[Fact] = [*self.transfers]
+        if self._wallets_opened:
+            facts += map(WalletOpened, self._wallets_opened.values())
+        if self._blocks_opened:
+            facts += map(BlockOpened, self._blocks_opened.values())
+        facts += self._blocks.values()
+        facts += self._wallets.values()
         if reservation is not None:
             facts.append(ReservationChanged(reservation))
         facts += self.other

@@ -254,9 +254,13 @@ def cursor_after(transaction: Transaction) -> str:
     return f"{transaction.seq}.{transaction.position}"
 
 
+_DIGITS_MAX = 18
+"""What fits a column of the journal, however a cursor was tampered with."""
+
+
 def _position(cursor: str) -> Position:
     seq, _, position = cursor.partition(".")
-    if not (seq.isdecimal() and position.isdecimal() and len(cursor) < 40):
+    if not (seq.isdecimal() and position.isdecimal() and max(len(seq), len(position)) <= _DIGITS_MAX):
         raise ValueError("the cursor is not one that a page of transactions gave")
     return Position(int(seq), int(position))
 

@@ -130,7 +130,11 @@ def hold_all(
 
 def _held(slices: Iterable[Slice]) -> int:
     """What the paying legs hold together."""
-    return sum(held.amount for held in slices if held.leg >= 0)
+    amount = 0
+    for held in slices:
+        if held.leg >= 0:
+            amount += held.amount
+    return amount
 
 
 _NOTHING = Charge()

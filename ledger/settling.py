@@ -94,9 +94,9 @@ def _missing(settlement: Settlement, mark: Settlement | None) -> Settlement:
         return settlement
     charges = []
     for actual, marked in zip(settlement.charges, mark.charges, strict=True):
-        total = max(0, actual.total - marked.total)
-        base = min(max(0, actual.base - marked.base), total)
-        charges.append(Charge(base=base, markup=total - base))
+        missing = max(0, actual.total - marked.total)
+        base = min(max(0, actual.base - marked.base), missing)
+        charges.append(Charge(base=base, markup=missing - base))
     usage = settlement.usage
     if usage is not None and mark.usage is not None:
         counted = mark.usage.units

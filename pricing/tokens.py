@@ -197,8 +197,12 @@ class TextCounter:
         Only where more than STREAM_TAIL_BYTES_MAX came without a safe place may it differ, by a few tokens for each
         time that much did.
         """
+        return self.exact_with("")
+
+    def exact_with(self, text: str) -> int:
+        """What `exact` would be if *text* were fed too, which it is not."""
         self._advance()
-        return self._counted + count_text("".join(self._tail), self._encoding_name)
+        return self._counted + count_text("".join((*self._tail, text)), self._encoding_name)
 
     def _advance(self) -> None:
         """Encode what lies before the last safe place, and keep the rest."""

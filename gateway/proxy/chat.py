@@ -37,7 +37,7 @@ from gateway.proxy.answer import Answer, NoAnswer, quota_of
 from gateway.proxy.exchange import ClientGone, Exchange, Receive, Scope, Send
 from gateway.proxy.hold import Hold, LiveHolds
 from gateway.proxy.journal import SettlementJournal
-from gateway.proxy.meter import Counter, StreamMeter
+from gateway.proxy.meter import StreamMeter
 from gateway.proxy.payer import Payer, resolve_payer
 from gateway.proxy.quoting import Plan, Quoter
 from gateway.proxy.rate_limit import RateLimit
@@ -46,6 +46,7 @@ from gateway.proxy.routing import Candidate, Router
 from gateway.proxy.settlement import Ending
 from gateway.proxy.shield import Shield
 from gateway.proxy.stream import StreamedAnswer
+from gateway.proxy.tally import Counter
 from gateway.proxy.upstream import (
     Phase,
     UpstreamBodyTooLarge,
@@ -173,7 +174,7 @@ class ChatProxy:
         async with self._held(hold):
             response = await self._forward(exchange, plan, hold)
             try:
-                if response.status >= 400:
+                if not 200 <= response.status < 300:
                     await self._refused(exchange, hold, response)
                 elif request.stream and _is_event_stream(response):
                     meter = StreamMeter(
@@ -289,9 +290,9 @@ class ChatProxy:
         try:
             yield
         finally:
+            self._live.remove(hold)
             if not hold.settled:
                 await hold.release()
-            self._live.remove(hold)
 
     # Forward.
 
@@ -346,13 +347,13 @@ class ChatProxy:
         raise AssertionError("the last attempt returns")
 
     async def _refused(self, exchange: Exchange, hold: Hold, response: UpstreamResponse) -> None:
-        """The upstream says no: nothing is charged. Its own 4xx passes as it came, its 5xx is our 502."""
+        """The upstream says no: nothing is charged. Its own 4xx passes as it came, anything else is our 502."""
         try:
             body = await response.read(ERROR_BYTES_MAX)
         except UpstreamError as error:
             raise _unanswered(error) from None
         await hold.release()
-        if response.status >= 500:
+        if not 400 <= response.status < 500:
             raise upstream_error(f"The upstream answered with {response.status}. Nothing was charged.")
         await exchange.respond(response.status, body, response.headers)
 
@@ -370,7 +371,7 @@ class ChatProxy:
         except UpstreamError as error:
             raise _unanswered(error) from None
         except NoAnswer:
-            raise upstream_error("The upstream's answer is not a JSON object. Nothing was charged.") from None
+            raise upstream_error("What the upstream sent is not an answer. Nothing was charged.") from None
         counted = Usage(input=plan.prompt_tokens)
         if answer.reported is None:
             output, reasoning = await asyncio.to_thread(answer.counted, self._counter_of(hold))

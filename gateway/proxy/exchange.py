@@ -28,6 +28,8 @@ class Exchange:
     """A request and its response.
 
     Attributes:
+        request_id: names the receipt, in the response's headers too.
+        extra: headers to send with whatever the response will be.
         started: the response's status has been sent, so it can only be ended.
         gone: the client has closed the connection, as far as is known.
     """
@@ -43,7 +45,7 @@ class Exchange:
             self._headers.setdefault(name, []).append(value)
         self._watcher: asyncio.Task[None] | None = None
         self.request_id = request_id
-        self.extra: list[tuple[bytes, bytes]] = [(b"x-request-id", request_id.encode())]
+        self.extra: list[tuple[bytes, bytes]] = []
         self.started = False
         self.gone = False
 
@@ -72,12 +74,12 @@ class Exchange:
         """The API key.
 
         Raises:
-            ApiError: 401 when there is none.
+            ApiError: 401 when there is none, or several of which one would have to be chosen.
         """
         for name, prefix in ((b"authorization", b"bearer "), (b"x-api-key", b"")):
-            for value in self._headers.get(name, ())[:1]:
-                if value[: len(prefix)].lower() == prefix:
-                    return value[len(prefix) :].strip()
+            values = self._headers.get(name, [])
+            if len(values) == 1 and values[0][: len(prefix)].lower() == prefix:
+                return values[0][len(prefix) :].strip()
         raise invalid_api_key()
 
     async def body(self, bytes_max: int) -> bytes:
@@ -124,12 +126,8 @@ class Exchange:
 
     async def respond(self, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = (JSON,)) -> None:
         """Send a whole response."""
-        own = {name for name, _ in self.extra}
-        passed = [(name, value) for name, value in headers if name not in own]
-        length = (b"content-length", str(len(body)).encode())
-        self.started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": [*passed, *self.extra, length]})
-        await self._send({"type": "http.response.body", "body": body})
+        await self.start(status, (*headers, (b"content-length", str(len(body)).encode())))
+        await self.finish(body)
 
     async def refuse(self, error: ApiError) -> None:
         for name, value in error.headers:
@@ -137,17 +135,24 @@ class Exchange:
         await self.respond(error.status, error.to_body(self.request_id))
 
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Begin a streamed response."""
-        own = {name for name, _ in self.extra}
-        passed = [(name, value) for name, value in headers if name not in own]
+        """Begin a streamed response. Of what *headers* say, our own say it instead."""
+        own = [(b"x-request-id", self.request_id.encode()), *self.extra]
+        names = {name for name, _ in own}
+        passed = [(name, value) for name, value in headers if name not in names]
         self.started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": [*passed, *self.extra]})
+        await self._put({"type": "http.response.start", "status": status, "headers": [*passed, *own]})
 
     async def write(self, data: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._put({"type": "http.response.body", "body": data, "more_body": True})
 
     async def finish(self, data: bytes = b"") -> None:
-        await self._send({"type": "http.response.body", "body": data})
+        await self._put({"type": "http.response.body", "body": data})
+
+    async def _put(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except OSError:  # ASGI's word for a client that is not there any more; some servers say nothing.
+            self.gone = True
 
     def unwatch(self) -> None:
         if self._watcher is not None:

@@ -29,11 +29,13 @@ from ledger.errors import (
 from ledger.ledger import Ledger
 from ledger.model import ReservationRef, Scope, Settlement, UsageRecord
 from ledger.outcomes import Reserved, Result, Settled
-from pricing.quote import affordable_output
 from pricing.usage import Usage
 
 GROWTH: Final = 2
 """Each extension covers this many times the tokens of the one before, so that there are few of them."""
+
+RENEWALS_AT_ONCE: Final = 128
+"""Heartbeats that wait for the ledger at the same time."""
 
 UNLIMITED_TOKENS: Final = 2**62
 
@@ -45,9 +47,7 @@ class Hold:
 
     Attributes:
         held: what each leg holds, in the asset's smallest unit.
-        covered: output tokens that it pays for, the margin on the prompt's count included. A product action's price
-            covers any number of them.
-        covered_exactly: the same without that margin, for the last stretch of a wallet.
+        progress: the usage up to now, cheap to ask; None before anything has come.
         settled: nothing is held any more.
     """
 
@@ -88,20 +88,29 @@ class Hold:
 
     def _cover(self, held: tuple[int, ...]) -> None:
         self.held = held
-        self.covered = self._affords(self._prompt_tokens_max)
-        self.covered_exactly = self._affords(self.prompt_tokens)
+        self._covered: int | None = None
+        self._covered_exactly: int | None = None
 
-    def _affords(self, prompt_tokens: int) -> int:
-        tariff = self.tariff
-        if tariff.action is not None:
-            return UNLIMITED_TOKENS
-        return affordable_output(
-            tariff.card,
-            prompt_tokens=prompt_tokens,
-            budget=sum(self.held),
-            markup_bps=tariff.markup_bps,
-            asset=tariff.asset,
-        )
+    @property
+    def covered(self) -> int:
+        """Output tokens that it pays for in the worst case, the margin on the prompt's count included.
+
+        A product action's price covers any number of them.
+        """
+        if self._covered is None:
+            self._covered = UNLIMITED_TOKENS
+            if self.tariff.action is None:
+                self._covered = self.tariff.output_within(self.held[0], prompt_tokens=self._prompt_tokens_max)
+        return self._covered
+
+    @property
+    def covered_exactly(self) -> int:
+        """Output tokens that it pays for at our own count, for the last stretch of a wallet."""
+        if self._covered_exactly is None:
+            self._covered_exactly = UNLIMITED_TOKENS
+            if self.tariff.action is None:
+                self._covered_exactly = self.tariff.plain_output_within(self.held[0], prompt_tokens=self.prompt_tokens)
+        return self._covered_exactly
 
     async def extend(self, tokens: int, *, ceiling: int) -> None:
         """Try to cover *tokens* of output and, up to *ceiling*, as many again; less is taken where there is less.
@@ -110,7 +119,7 @@ class Hold:
             LedgerUnavailable: nobody knows; deliver nothing more.
         """
         wanted = max(tokens, min(tokens * GROWTH, ceiling))
-        missing = self.tariff.total(Usage(input=self._prompt_tokens_max, output=wanted)) - self.held[0]
+        missing = self.tariff.worst(prompt_tokens=self._prompt_tokens_max, output_tokens=wanted) - self.held[0]
         if missing <= 0:
             return
         command = Extend(
@@ -120,7 +129,7 @@ class Hold:
             amount=missing,
             minimum=1,
             ttl_us=self._ttl_us,
-            mark=self._mark(Usage(input=self.prompt_tokens, output=tokens)),
+            mark=self._mark(),
         )
         try:
             extended = (await self._ledger.execute(command)).result
@@ -131,16 +140,20 @@ class Hold:
 
     def heartbeat(self) -> Extend:
         """The command that keeps the hold alive, with a mark of how far the work has come."""
-        usage = self.progress() if self.progress is not None else None
-        mark = None if usage is None else self._mark(usage)
         return Extend(
-            id=self._new_id("cmd"), scope=self._scope, reservation=self.reservation, ttl_us=self._ttl_us, mark=mark
+            id=self._new_id("cmd"),
+            scope=self._scope,
+            reservation=self.reservation,
+            ttl_us=self._ttl_us,
+            mark=self._mark(),
         )
 
-    def _mark(self, usage: Usage) -> Settlement:
-        return self.tariff.settlement(
-            usage, msgspec.structs.replace(self.record, source=UsageSource.PARTIAL, ending=Ending.DIED)
-        )
+    def _mark(self) -> Settlement | None:
+        """What to charge if this process dies now; None where the reservation's own mark still holds."""
+        if self.progress is None:
+            return None
+        record = msgspec.structs.replace(self.record, source=UsageSource.PARTIAL, ending=Ending.DIED)
+        return self.tariff.settlement(self.progress(), record)
 
     async def settle(
         self,
@@ -168,10 +181,10 @@ class Hold:
             settlement=self.tariff.settlement(decision.usage, record),
             response=response,
         )
+        self.settled = True
         return Charged(usage=decision.usage, settled=await self._shield.run(self._commit(command)))
 
     async def _commit(self, command: Commit) -> Settled | None:
-        self.settled = True
         result: Result | None
         try:
             result = (await self._ledger.execute(command)).result
@@ -185,11 +198,11 @@ class Hold:
 
     async def release(self) -> None:
         """Give everything back. Where the ledger cannot be reached, the journal does it later."""
+        self.settled = True
         await self._shield.run(self._release())
 
     async def _release(self) -> None:
         command = Release(id=self._new_id("cmd"), scope=self._scope, reservation=self.reservation)
-        self.settled = True
         try:
             await self._ledger.execute(command)
         except ReservationSettled:
@@ -229,6 +242,12 @@ class LiveHolds:
         self._holds.pop(hold.reservation, None)
 
     async def heartbeat(self) -> None:
-        """Renew every hold once. One that is settled already, or a ledger that is away, is the journey's own matter."""
-        renewals = [self._ledger.execute(hold.heartbeat()) for hold in self._holds.values() if not hold.settled]
-        await asyncio.gather(*renewals, return_exceptions=True)
+        """Renew every hold once. One that is settled already, or a ledger that is away, is the journey's own matter.
+
+        So many at a time that the ledger has room for others.
+        """
+        holds = [hold for hold in self._holds.values() if not hold.settled]
+        for start in range(0, len(holds), RENEWALS_AT_ONCE):
+            at_once = holds[start : start + RENEWALS_AT_ONCE]
+            renewals = [self._ledger.execute(hold.heartbeat()) for hold in at_once if not hold.settled]
+            await asyncio.gather(*renewals, return_exceptions=True)

@@ -1,94 +1,56 @@
 """The meter of a stream: events pass through it, and none passes that is not covered.
 
-How it works, sans-io. ``feed`` splits bytes into events and queues them. ``take`` hands out those that the covered
-number of output tokens allows. An event is not parsed for that: its text cannot have more tokens than the bytes behind
-its ``"choices"``, so these bytes are its bound. Only when the bounds reach what is covered is the text behind them
-parsed and counted, all at once, which tightens the bound to the true count; a long stream is parsed seldom, and one
-whose upstream reports its usage may never be. A chunk of usage is not passed on to a client that did not ask for it;
-for one that did, the last is held back until the charge is known.
+How it works, sans-io. ``feed`` splits bytes into events and queues them; ``take`` hands out those that the covered
+number of output tokens allows. A text's bytes bound its tokens, so most events pass on a sum; only when the bound
+reaches what is covered is the text encoded, which brings the bound near to the true count. On the last stretch of a
+wallet, ``exact``, every event counts to the token, and the first that is not covered is cut where the cover ends.
+
+A chunk of usage is not passed on to a client that did not ask for it. For one that did, the last is held back until the
+charge is known.
 """
 
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
+from gateway.proxy.chunks import Chunk, Piece, Skeletons, cut_chunk, read_chunk
 from gateway.proxy.sse import SSEDecoder, SSEEvent
+from gateway.proxy.tally import Counter, Tally
 from pricing.usage import Usage, UsageInvalid, usage_from_openai
 
-CHOICE_TOKENS_MAX: Final = 4
-"""Tokens that a choice may cost beside its text: the end of turn and its like."""
-
-TOOL_CALL_TOKENS_MAX: Final = 16
-"""Tokens that a tool call may cost beside its name and arguments."""
+LARGE_BYTES: Final = 2 * 1024
+"""The text of an event from which it is encoded before it is said to be uncovered: its bytes would say too much."""
 
 HEAVY_BYTES: Final = 32 * 1024
-"""Uncounted text from which counting belongs in a thread."""
+"""Text that waits from which counting belongs in a thread."""
 
 DONE_EVENT: Final = b"data: [DONE]\n\n"
+ENVELOPE: Final[Mapping[str, Any]] = {"id": "", "object": "chat.completion.chunk", "created": 0, "model": ""}
+SHARED: Final = (*ENVELOPE, "service_tier", "system_fingerprint")
+"""The fields that all chunks of a stream share; the first ones must be there."""
 
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*\{')
+_BARE_DONE: Final = re.compile(rb"data: ?\[DONE\]\s*")
 _TOP: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _OBJECT: Final = msgspec.json.Decoder(dict[str, Any])
-_FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NULL: Final = msgspec.Raw(b"null")
-
-
-class Counter(Protocol):
-    """Counts the tokens of a text that comes in pieces. `pricing.tokens.TextCounter` is one."""
-
-    def feed(self, text: str) -> None: ...
-
-    @property
-    def upper_bound(self) -> int: ...
-
-    @property
-    def count(self) -> int: ...
-
-    def exact(self) -> int: ...
-
-
-class _Function(msgspec.Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _ToolCall(msgspec.Struct):
-    index: int = 0
-    function: _Function | None = None
-
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[_ToolCall] | None = None
-    function_call: _Function | None = None
-
-
-class _Choice(msgspec.Struct):
-    index: int = 0
-    delta: _Delta | None = None
-    text: str | None = None
-    finish_reason: str | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] | None = None
-
-
-_CHUNK: Final = msgspec.json.Decoder(_Chunk)
+_EMPTY: Final = msgspec.Raw(b"[]")
+_GOING_ON: Final[dict[int, str | None]] = {}
+_NOTHING: Final = Chunk((), _GOING_ON)
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Waiting(msgspec.Struct):
-    """An event that has come and not passed. *bound* is the most output tokens it can have."""
+    """An event that has come and not passed. *tokens* are all with it, once it has been worth counting them."""
 
     raw: bytes
     data: bytes | None
-    bound: int
+    chunk: Chunk
+    size: int
+    tokens: int | None = None
 
 
 class StreamMeter:
@@ -96,27 +58,24 @@ class StreamMeter:
 
     Attributes:
         finished: the upstream said ``[DONE]``.
-        reported: the usage that the upstream has reported so far, or None.
-        exact: count every event to the token, rather than by its bound: for the last stretch of a wallet.
-        delivered: some event has been handed out.
+        exact: count every event to the token, and nothing for what the upstream may count beside the texts.
+        delivered: some event with data has been handed out.
         stale: something came after the last report of usage, which therefore may not cover it.
     """
 
     def __init__(self, new_counter: Callable[[], Counter], *, wants_usage: bool, hidden_reasoning: bool) -> None:
-        self._new_counter = new_counter
         self._wants_usage = wants_usage
         self._hidden_reasoning = hidden_reasoning
         self._decoder = SSEDecoder()
+        self._skeletons = Skeletons()
+        self._tally = Tally(new_counter)
         self._queue: deque[Waiting] = deque()
-        self._uncounted: list[bytes] = []
-        self._uncounted_bound = 0
-        self._texts: dict[tuple[str, int, int], Counter] = {}
-        self._finish_reasons: dict[int, str | None] = {}
-        self._template: bytes | None = None
+        self._waiting_bytes = 0
+        self._latest = b"{}"
         self._held: SSEEvent | None = None
         self._usage: dict[str, Any] | None = None
-        self._passed_counts = (0, 0)
-        self._dropped = False
+        self._measured = (0, 0)
+        self._passed_since = 0
         self.finished = False
         self.exact = False
         self.stale = False
@@ -130,81 +89,141 @@ class StreamMeter:
         Raises:
             SSETooLarge: an event is longer than any chunk of a stream needs to be.
         """
-        for event in self._decoder.feed(chunk):
+        self._arrive(self._decoder.feed(chunk))
+
+    def close(self) -> None:
+        """No more bytes come: queue what only waited for that."""
+        self._arrive(self._decoder.close())
+        if self.finished:
+            return
+        if _BARE_DONE.fullmatch(self._decoder.remainder):
+            self._finish()
+        else:
+            self._release_held()
+
+    def _arrive(self, events: list[SSEEvent]) -> None:
+        for event in events:
+            data = event.data
             if self.finished:
                 return
-            self._queue_event(event)
+            if data is None:
+                self._queue.append(Waiting(event.raw, None, _NOTHING, 0))
+                continue
+            if self._held is not None and not event.is_done:
+                self._release_held()
+            piece = self._skeletons.match(data)
+            if piece is not None:
+                self.stale = self._usage is not None
+                self._wait(event.raw, data, Chunk((piece,), _GOING_ON))
+            elif event.is_done:
+                self._finish()
+            elif _USAGE.search(data) is None or not self._take_usage(event):
+                self.stale = self._usage is not None
+                chunk = read_chunk(data)
+                self._skeletons.learn(data, chunk)
+                self._wait(event.raw, data, chunk)
 
-    def _queue_event(self, event: SSEEvent) -> None:
-        data = event.data
-        if data is None:
-            self._queue.append(Waiting(event.raw, None, 0))
-            return
-        if data.startswith(b"[DONE]"):
-            self.finished = True
-            return
-        self._release_held()
-        raw = event.raw
-        if _USAGE.search(data) is not None:
-            self.stale = False
-            passed = self._read_usage(event)
-            if passed is None:
-                return
-            raw = passed
-        else:
-            self.stale = self._usage is not None
-        place = data.find(b'"choices"')
-        self._queue.append(Waiting(raw, data, len(data) - max(place, 0)))
+    def _wait(self, raw: bytes, data: bytes, chunk: Chunk) -> None:
+        size = sum([piece.size for piece in chunk.pieces])
+        self._queue.append(Waiting(raw, data, chunk, size))
+        self._waiting_bytes += size
+        self._latest = data
 
     def _release_held(self) -> None:
-        """What was held back as the last usage chunk was not the last event: it goes on as it came."""
-        if self._held is not None:
-            self._queue.append(Waiting(self._held.raw, self._held.data, len(self._held.data or b"")))
-            self._held = None
+        """What was held back as the last report of usage was not the last event: it goes on as it came."""
+        held, self._held = self._held, None
+        if held is not None and held.data is not None:
+            self._wait(held.raw, held.data, read_chunk(held.data))
 
-    def _read_usage(self, event: SSEEvent) -> bytes | None:
-        """Note the usage in an event. What passes on of the event now: None where nothing does."""
-        assert event.data is not None
+    def _finish(self) -> None:
+        """The last report of usage goes out with the charge; a text that came with it, like any other, before that."""
+        self.finished = True
+        held = self._held
+        if held is not None and held.data is not None and _has_choices(_TOP.decode(held.data)):
+            self._wait_without_usage(held.data)
+
+    def _take_usage(self, event: SSEEvent) -> bool:
+        """Note the usage in an event, and do with the event what the client's wish is. False where there is none."""
+        data = event.data
+        assert data is not None
         try:
-            fields = _TOP.decode(event.data)
+            fields = _TOP.decode(data)
             usage = _OBJECT.decode(fields["usage"])
-        except (msgspec.DecodeError, KeyError, RecursionError, UnicodeDecodeError):
-            return event.raw
+        except (*_UNREADABLE, KeyError):
+            return False
         self._usage = merged(self._usage or {}, usage)
-        if self._template is None:
-            self._template = event.data
+        self.stale = False
         if self._wants_usage:
             self._held = event
-            return None
-        if bytes(fields.get("choices", _NULL)) in (b"[]", b"null"):
-            return None
-        return b"data: " + msgspec.json.encode({**fields, "usage": _NULL}) + b"\n\n"
+        elif _has_choices(fields):
+            self._wait_without_usage(data)
+        return True
+
+    def _wait_without_usage(self, data: bytes) -> None:
+        without = msgspec.json.encode({**_TOP.decode(data), "usage": _NULL})
+        self._wait(_event(without), without, read_chunk(without))
 
     # Events out.
 
     def take(self, covered: int) -> bytes:
         """The queued events, up to the first that needs more output tokens than *covered*."""
+        queue = self._queue
         passed: list[bytes] = []
-        while self._queue:
-            event = self._queue[0]
-            if event.data is not None and event.bound > 0:
-                if self.exact or self.bound + event.bound > covered:
-                    self._count_uncounted()
-                    self._passed_counts = self._exact_counts()
-                    self._count(event.data)
-                    event.bound = 0
-                    if self._counted() > covered and self._tightened() > covered:
-                        break
-                else:
-                    self._uncounted.append(event.data)
-                    self._uncounted_bound += event.bound
-            elif event.data is not None and self._tightened() > covered:
+        while queue:
+            event = queue[0]
+            if event.size and not self._fits(event, covered):
                 break
-            self._queue.popleft()
+            queue.popleft()
             passed.append(event.raw)
-        if passed:
-            self.delivered = True
-        return b"".join(passed)
+            if event.data is not None:
+                self._pass(event.chunk, event.size)
+        return passed[0] if len(passed) == 1 else b"".join(passed)
+
+    def _pass(self, chunk: Chunk, size: int) -> None:
+        self.delivered = True
+        self._passed_since += 1
+        self._waiting_bytes -= size
+        self._tally.add_chunk(chunk)
+
+    def _fits(self, event: Waiting, covered: int) -> bool:
+        tally = self._tally
+        if self.exact:
+            return tally.bound + event.size <= covered or self._tokens_with(event) <= covered
+        if tally.bound + tally.overhead + event.size <= covered:
+            return True
+        tally.tighten()
+        return self.needed <= covered
+
+    def _tokens_with(self, event: Waiting) -> int:
+        if event.tokens is None:
+            event.tokens = self._tally.exact_with(event.chunk.pieces)
+        return event.tokens
+
+    @property
+    def needed(self) -> int:
+        """Output tokens that have to be covered for the next event to pass."""
+        event = self._queue[0]
+        if self.exact:
+            return self._tokens_with(event)
+        if event.size < LARGE_BYTES:
+            return self._tally.bound + self._tally.overhead + event.size
+        return self._tokens_with(event) + self._tally.overhead
+
+    def cut(self, covered: int) -> bytes:
+        """As much of the next event as is covered, to the token. The rest is forgotten: not delivered, not charged."""
+        event = self._queue[0]
+        self._queue.clear()
+        self._waiting_bytes = 0
+
+        def fits(pieces: list[Piece]) -> bool:
+            return self._tally.exact_with(pieces) <= covered
+
+        part = cut_chunk(event.data, fits) if event.data is not None else None
+        if part is None:
+            return b""
+        raw, chunk = part
+        self._pass(chunk, 0)
+        return raw
 
     @property
     def waiting(self) -> bool:
@@ -213,87 +232,24 @@ class StreamMeter:
 
     @property
     def heavy(self) -> bool:
-        """Whether the next ``take`` may count so much text that it belongs in a thread."""
-        return self._uncounted_bound + sum(event.bound for event in self._queue) > HEAVY_BYTES
-
-    # Counts.
+        """Whether so much text waits that counting it belongs in a thread."""
+        return self._waiting_bytes > HEAVY_BYTES
 
     @property
     def bound(self) -> int:
-        """The most output tokens that all that has passed can have."""
-        return self._counted() + self._uncounted_bound
+        """No less than the output tokens of all that has passed."""
+        return self._tally.bound
 
-    def _counted(self) -> int:
-        """The tokens of all counted text: the true count where ``exact`` is set, else never less than it."""
-        if self.exact:
-            return sum(counter.exact() for counter in self._texts.values())
-        return sum(counter.upper_bound for counter in self._texts.values()) + self._overhead()
+    def measure(self) -> None:
+        """Count all that has passed, to the token."""
+        self._measured = self._tally.exact()
+        self._passed_since = 0
 
-    def _tightened(self) -> int:
-        """The same, as near to the true count as is worth its time."""
-        if self.exact:
-            return self._counted()
-        return sum(counter.count for counter in self._texts.values()) + self._overhead()
-
-    def _overhead(self) -> int:
-        tool_calls = sum(1 for kind, _, _ in self._texts if kind == "tool")
-        return CHOICE_TOKENS_MAX * len(self._finish_reasons) + TOOL_CALL_TOKENS_MAX * tool_calls
-
-    def counted(self) -> tuple[int, int]:
-        """Output and reasoning tokens, to the token, of all that has passed or waits."""
-        if self._dropped:
-            return self._passed_counts
-        self._count_uncounted()
-        return self._exact_counts()
-
-    def _exact_counts(self) -> tuple[int, int]:
-        counts = dict.fromkeys(("text", "tool", "reasoning"), 0)
-        for (kind, _, _), counter in self._texts.items():
-            counts[kind] += counter.exact()
-        return counts["text"] + counts["tool"], counts["reasoning"]
-
-    def drop_waiting(self) -> None:
-        """Forget the events that were not covered: they are not delivered and not charged."""
-        self._dropped = bool(self._queue)
-        self._queue.clear()
-
-    def _count_uncounted(self) -> None:
-        for data in self._uncounted:
-            self._count(data)
-        self._uncounted.clear()
-        self._uncounted_bound = 0
-
-    def _count(self, data: bytes) -> None:
-        try:
-            chunk = _CHUNK.decode(data)
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-            # It is not a chunk that we know, but it is delivered: all of it counts as text.
-            self._text("text", 0, 0, data.decode("utf-8", "replace"))
-            return
-        self._template = data
-        for choice in chunk.choices or ():
-            if choice.finish_reason is not None or choice.index not in self._finish_reasons:
-                self._finish_reasons[choice.index] = choice.finish_reason
-            self._text("text", choice.index, 0, choice.text)
-            delta = choice.delta
-            if delta is None:
-                continue
-            self._text("text", choice.index, 0, delta.content)
-            self._text("text", choice.index, 1, delta.refusal)
-            self._text("reasoning", choice.index, 0, delta.reasoning_content or delta.reasoning)
-            calls = [(call.index, call.function) for call in delta.tool_calls or ()]
-            for index, function in [*calls, (-1, delta.function_call)]:
-                if function is not None:
-                    self._text("tool", choice.index, index, function.name)
-                    self._text("tool", choice.index, index, function.arguments)
-
-    def _text(self, kind: str, choice: int, part: int, text: str | None) -> None:
-        if not text:
-            return
-        counter = self._texts.get((kind, choice, part))
-        if counter is None:
-            counter = self._texts[kind, choice, part] = self._new_counter()
-        counter.feed(text)
+    @property
+    def passed(self) -> tuple[int, int]:
+        """Output and reasoning tokens of all that had passed when it was measured, and one for each event since."""
+        output, reasoning = self._measured
+        return output + self._passed_since, reasoning
 
     # The end.
 
@@ -309,45 +265,44 @@ class StreamMeter:
 
     def ending(self, usage: Usage, quota: Mapping[str, str]) -> bytes:
         """The last bytes of a stream that has finished: its usage with *quota* in it, if asked for, and ``[DONE]``."""
-        return self._usage_event(usage, quota) + DONE_EVENT
+        if self._usage is None or self.reported is None:
+            return self._usage_event(usage_body(usage), quota) + DONE_EVENT
+        return self._usage_event(self._usage, quota) + DONE_EVENT
 
     def cut_short(self, usage: Usage, quota: Mapping[str, str], reason: Mapping[str, str]) -> bytes:
         """The last bytes of a stream that we stop: each open choice ends with ``length``, and the *reason*."""
-        self._count_uncounted()
+        reasons = self._tally.finish_reasons or {0: None}
         ends = b""
-        unfinished = [index for index, finish_reason in self._finish_reasons.items() if finish_reason is None]
-        for index in sorted(unfinished or ([] if self._finish_reasons else [0])):
+        for index in sorted(index for index, finish_reason in reasons.items() if finish_reason is None):
             choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": "length"}
-            ends += _event({**self._envelope(), "choices": [choice], "quota": reason})
-        return ends + self._usage_event(usage, quota) + DONE_EVENT
+            ends += _event(msgspec.json.encode({**self._envelope(), "choices": [choice], "quota": reason}))
+        return ends + self._usage_event(usage_body(usage), quota) + DONE_EVENT
 
-    def _usage_event(self, usage: Usage, quota: Mapping[str, str]) -> bytes:
+    def _usage_event(self, usage: Mapping[str, Any], quota: Mapping[str, str]) -> bytes:
         if not self._wants_usage:
             return b""
-        if self._held is not None and self._held.data is not None:
-            fields = _TOP.decode(self._held.data)
-            reported = _FIELDS.decode(fields["usage"])
-            return _event({**fields, "usage": {**reported, **quota}})
-        return _event({**self._envelope(), "choices": [], "usage": {**usage_body(usage), **quota}})
+        held = self._held
+        fields = self._envelope() if held is None or held.data is None else _TOP.decode(held.data)
+        return _event(msgspec.json.encode({**fields, "choices": _EMPTY, "usage": {**usage, **quota}}))
 
     def _envelope(self) -> dict[str, Any]:
-        """The fields that all chunks of this stream share."""
         try:
-            fields: dict[str, Any] = dict(_TOP.decode(self._template or b"{}"))
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-            fields = {}
-        for name in ("choices", "usage"):
-            fields.pop(name, None)
-        return {"object": "chat.completion.chunk", **fields}
+            latest = _TOP.decode(self._latest)
+        except _UNREADABLE:
+            latest = {}
+        return {**ENVELOPE, **{name: latest[name] for name in SHARED if name in latest}}
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
     """*usage* as OpenAI's object, for an upstream that reported none."""
-    return {
+    body: dict[str, Any] = {
         "prompt_tokens": usage.input_total,
         "completion_tokens": usage.output_total,
         "total_tokens": usage.input_total + usage.output_total,
     }
+    if usage.reasoning:
+        body["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning}
+    return body
 
 
 def merged(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -366,5 +321,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+def _has_choices(fields: Mapping[str, msgspec.Raw]) -> bool:
+    return bytes(fields.get("choices", _NULL)) not in (b"[]", b"null")
+
+
+def _event(data: bytes) -> bytes:
+    """A line break in JSON is white space; in an event it would end the line."""
+    return b"data: " + data.replace(b"\n", b" ").replace(b"\r", b" ") + b"\n\n"

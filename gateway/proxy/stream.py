@@ -1,12 +1,13 @@
 """A streamed answer: passed on as it comes, covered before it is delivered, charged before its last bytes leave."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 from gateway.errors import ApiError, ledger_unavailable, upstream_error, upstream_timeout
 from gateway.proxy.answer import quota_of
 from gateway.proxy.exchange import Exchange
-from gateway.proxy.hold import UNLIMITED_TOKENS, Charged, Hold
+from gateway.proxy.hold import Charged, Hold
 from gateway.proxy.meter import StreamMeter
 from gateway.proxy.quoting import Plan
 from gateway.proxy.settlement import Ending
@@ -41,7 +42,7 @@ class StreamedAnswer:
         Raises:
             ApiError: 502 or 504 when it broke before anything was delivered; nothing is charged then.
         """
-        self._hold.progress = lambda: Usage(input=self._plan.prompt_tokens, output=self._meter.bound)
+        self._hold.progress = lambda: self._usage(*self._meter.passed)
         ending = Ending.BROKEN
         try:
             ending = await self._read(grace_s)
@@ -58,14 +59,19 @@ class StreamedAnswer:
         try:
             async with asyncio.timeout(None) as limit:
                 exchange.watch(lambda: limit.reschedule(loop.time() + grace_s))
-                async for chunk in self._response.chunks():
-                    meter.feed(chunk)
-                    if exchange.gone:
-                        meter.take(UNLIMITED_TOKENS)
-                    elif not await self._deliver():
-                        return Ending.DRY
-                    if meter.finished:
-                        break
+                try:
+                    async for chunk in self._response.chunks():
+                        meter.feed(chunk)
+                        if not await self._deliver():
+                            return Ending.DRY
+                        if meter.finished:
+                            break
+                    else:
+                        meter.close()
+                        if not await self._deliver():
+                            return Ending.DRY
+                finally:
+                    exchange.unwatch()
         except TimeoutError:
             return Ending.CLIENT_LEFT
         except (UpstreamError, SSETooLarge, LedgerUnavailable) as error:
@@ -75,21 +81,23 @@ class StreamedAnswer:
         return Ending.FINISHED if meter.finished else Ending.BROKEN
 
     async def _deliver(self) -> bool:
-        """Write what has come, extending the hold as it needs; False when the wallet is dry."""
-        meter = self._meter
+        """Write what has come, extending the hold as it needs; False when the wallet is dry.
+
+        A stream that is read on after its client has gone is covered like any other: what it is written to is nothing.
+        """
+        meter, hold = self._meter, self._hold
         while True:
-            take, covered = meter.take, self._covered
-            data = await asyncio.to_thread(take, covered) if meter.heavy else take(covered)
-            if data:
-                await self._start()
-                await self._exchange.write(data)
+            # An answer that is covered up to its own limit can cost no more than its texts' tokens: these are counted.
+            meter.exact = meter.exact or hold.covered >= self._plan.ceiling
+            await self._write(await self._counting(meter.take))
             if not meter.waiting:
                 return True
-            await self._hold.extend(meter.bound, ceiling=self._plan.ceiling)
-            if meter.bound <= self._covered:
+            meter.measure()
+            await hold.extend(meter.needed, ceiling=self._plan.ceiling)
+            if meter.needed <= self._covered:
                 continue
             if meter.exact:
-                meter.drop_waiting()
+                await self._write(await self._counting(meter.cut))
                 return False
             # The last stretch of the wallet: from here on every token counts, and the prompt's margin is spent.
             meter.exact = True
@@ -98,16 +106,37 @@ class StreamedAnswer:
     def _covered(self) -> int:
         return self._hold.covered_exactly if self._meter.exact else self._hold.covered
 
+    async def _counting(self, count: Callable[[int], bytes]) -> bytes:
+        """Let the meter count, in a thread when there is much to count."""
+        if not self._meter.heavy:
+            return count(self._covered)
+        thread = asyncio.ensure_future(asyncio.to_thread(count, self._covered))
+        try:
+            return await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            await asyncio.wait((thread,))  # Until then the meter is the thread's.
+            raise
+
+    async def _write(self, data: bytes) -> None:
+        if data and not self._exchange.gone:
+            await self._start()
+            await self._exchange.write(data)
+
     async def _start(self) -> None:
         if not self._exchange.started:
             await self._exchange.start(self._response.status, self._response.headers)
 
     async def _settle(self, ending: Ending) -> Charged:
         meter = self._meter
-        output, reasoning = await asyncio.to_thread(meter.counted) if meter.heavy else meter.counted()
-        counted = Usage(input=self._plan.prompt_tokens, output=output, reasoning=reasoning)
         reported = meter.reported if ending is Ending.FINISHED or not meter.stale else None
-        return await self._hold.settle(ending, reported=reported, counted=counted, delivered=meter.delivered)
+        if ending is not Ending.FINISHED or reported is None:  # Else our own count is not asked for.
+            meter.measure()
+        return await self._hold.settle(
+            ending, reported=reported, counted=self._usage(*meter.passed), delivered=meter.delivered
+        )
+
+    def _usage(self, output: int, reasoning: int) -> Usage:
+        return Usage(input=self._plan.prompt_tokens, output=output, reasoning=reasoning)
 
     async def _end(self, ending: Ending, charged: Charged) -> None:
         """Write the last bytes, which say what the stream cost, or why it ends here."""

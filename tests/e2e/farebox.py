@@ -231,6 +231,11 @@ class Farebox:
     def database(self) -> Path:
         return self.folder / "farebox.db"
 
+    @property
+    def write_lock(self) -> Path:
+        """What a process holds while it writes to the ledger."""
+        return self.folder / "farebox.db-lock"
+
     def run(self, *arguments: str, **environ: str) -> Done:
         """Run `farebox …` to its end."""
         done = subprocess.run(

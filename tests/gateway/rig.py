@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
-import itertools
+import json
 import socket
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from sqlmodel import SQLModel
 
 from gateway.clock import now_us
 from gateway.database import Database
-from gateway.errors import ErrorTable
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
 from gateway.identity.wallets import app_wallet, customer_wallet
 from gateway.ids import new_id
+from gateway.prices import price_book
 from gateway.proxy.chat import ChatProxy
 from gateway.proxy.exchange import Receive, Scope, Send
 from gateway.proxy.hold import LiveHolds
@@ -29,18 +29,164 @@ from gateway.proxy.quoting import Quoter
 from gateway.proxy.rate_limit import ProcessRateLimit
 from gateway.proxy.routing import Router
 from gateway.proxy.shield import Shield
-from gateway.proxy.simulated import SimulatedUpstream
+from gateway.proxy.simulated import SimulatedServer, SimulatedUpstream, serve_simulated
+from gateway.proxy.simulated.upstream import SimulatedResponse
+from gateway.proxy.sse import SSEDecoder
 from gateway.proxy.upkeep import Upkeep
-from gateway.proxy.upstream import HTTPUpstream, Upstream
+from gateway.proxy.upstream import HTTPUpstream, Upstream, UpstreamRequest
+from gateway.refusals import REFUSALS
 from gateway.settings import Settings
-from ledger.commands import Grant
-from ledger.ledger import Ledger, WalletView
+from ledger.commands import AnyCommand, Grant, Reserve
+from ledger.ledger import Ledger, Receipt, WalletView
 from ledger.model import Funding
 from ledger.model import Scope as LedgerScope
+from ledger.outcomes import Outcome
+from ledger.store.protocol import StoreUnavailable, Transaction
 from ledger.store.sqlite import SqliteStore
-from pricing.catalog import PriceOverride, build_price_book
+from ledger.verify import verify
 from pricing.money import CREDIT
 from pricing.tokens import PromptCounter, TextCounter, encoding_for
+
+
+class Clock:
+    """The real time, until a test moves it."""
+
+    def __init__(self) -> None:
+        self.ahead_us = 0
+
+    def now_us(self) -> int:
+        return now_us() + self.ahead_us
+
+    def pass_s(self, seconds: float) -> None:
+        self.ahead_us += round(seconds * 1_000_000)
+
+
+class FragileStore:
+    """A real store, whose database a test can take away; *seen* are the commands that were tried."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self._store = store
+        self.away: Callable[[AnyCommand], bool] = lambda command: False
+        self.seen: list[AnyCommand] = []
+
+    async def run_batch(self, commands: Sequence[AnyCommand]) -> list[Outcome]:
+        self.seen += commands
+        if any(self.away(command) for command in commands):
+            raise StoreUnavailable("the test took the database away")
+        return await self._store.run_batch(commands)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def count(self, kind: type[AnyCommand], **fields: Any) -> int:
+        """How many commands of a kind were tried, with these values."""
+        return sum(
+            isinstance(each, kind) and all(getattr(each, name) == value for name, value in fields.items())
+            for each in self.seen
+        )
+
+
+class GatedUpstream:
+    """The simulated upstream, which sends a piece of its answer only when the test allows one more."""
+
+    name = "gated"
+
+    def __init__(self) -> None:
+        self._simulated = SimulatedUpstream()
+        self.permits = asyncio.Semaphore(0)
+        self.reached = asyncio.Event()
+        self.requests: list[UpstreamRequest] = []
+        self.closed = 0
+
+    def allow(self, pieces: int = 1_000_000) -> None:
+        for _ in range(min(pieces, 10_000)):
+            self.permits.release()
+
+    async def send(self, request: UpstreamRequest) -> "GatedResponse":
+        self.requests.append(request)
+        self.reached.set()
+        return GatedResponse(await self._simulated.send(request), self)
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+class GatedResponse:
+    def __init__(self, response: SimulatedResponse, gate: GatedUpstream) -> None:
+        self._response = response
+        self._gate = gate
+        self.status = response.status
+        self.headers = response.headers
+
+    async def read(self, bytes_max: int) -> bytes:
+        await self._gate.permits.acquire()
+        return await self._response.read(bytes_max)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        chunks = self._response.chunks()
+        while True:
+            await self._gate.permits.acquire()
+            try:
+                yield await anext(chunks)
+            except StopAsyncIteration:
+                return
+
+    async def close(self) -> None:
+        self._gate.closed += 1
+        await self._response.close()
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A stream as its client got it."""
+
+    status: int
+    headers: httpx.Headers
+    raw: bytes
+    whole: bool
+    """The body came to its end, rather than being cut off."""
+
+    @property
+    def data(self) -> list[bytes]:
+        return [event.data for event in SSEDecoder().feed(self.raw) if event.data is not None]
+
+    @property
+    def done(self) -> bool:
+        return self.whole and self.data[-1:] == [b"[DONE]"]
+
+    @property
+    def chunks(self) -> list[dict[str, Any]]:
+        return [json.loads(data) for data in self.data if data != b"[DONE]"]
+
+    @property
+    def choices(self) -> list[dict[str, Any]]:
+        return [choice for chunk in self.chunks for choice in chunk.get("choices") or ()]
+
+    def text(self, index: int = 0) -> str:
+        deltas = (choice["delta"] for choice in self.choices if choice["index"] == index)
+        return "".join(delta.get("content") or "" for delta in deltas)
+
+    def arguments(self, index: int = 0) -> str:
+        """The name and the arguments of a choice's only tool call."""
+        deltas = (choice["delta"] for choice in self.choices if choice["index"] == index)
+        calls = (call["function"] for delta in deltas for call in delta.get("tool_calls") or ())
+        return "".join((call.get("name") or "") + (call.get("arguments") or "") for call in calls)
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        return [choice["finish_reason"] for choice in self.choices if choice["finish_reason"] is not None]
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """The last usage that the stream tells of."""
+        usage: dict[str, Any] = [chunk["usage"] for chunk in self.chunks if chunk.get("usage")][-1]
+        return usage
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """The error that the stream ends with."""
+        error: dict[str, Any] | None = self.chunks[-1].get("error") if self.chunks else None
+        return error
 
 
 @dataclass
@@ -50,14 +196,17 @@ class Rig:
     base_url: str
     client: httpx.AsyncClient
     ledger: Ledger
+    store: FragileStore
     tenants: Tenants
     customers: Customers
     proxy: ChatProxy
+    live: LiveHolds
+    journal: SettlementJournal
     upkeep: Upkeep
+    clock: Clock
     tenant: str
     app: str
     keys: dict[str, str]
-    counter: Any = field(default_factory=itertools.count)
 
     def headers(self, user: str | None = "alice", mode: str = "live", **more: str) -> dict[str, str]:
         given = {"Authorization": f"Bearer {self.keys[mode]}"}
@@ -65,8 +214,69 @@ class Rig:
             given["X-Quota-User"] = user
         return {**given, **{name.replace("_", "-"): value for name, value in more.items()}}
 
-    async def chat(self, body: dict[str, Any], **options: Any) -> httpx.Response:
-        return await self.client.post("/v1/chat/completions", json=body, headers=self.headers(**options))
+    async def chat(self, body: Any, *, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await self.client.post(path, content=content, headers=self.headers(**options))
+
+    async def stream(self, body: dict[str, Any], **options: Any) -> Streamed:
+        """A whole stream; or its error, as the stream's raw bytes."""
+        sent = self.client.stream(
+            "POST", "/v1/chat/completions", json={**body, "stream": True}, headers=self.headers(**options)
+        )
+        parts: list[bytes] = []
+        whole = True
+        async with sent as response:
+            try:
+                async for part in response.aiter_bytes():
+                    parts.append(part)
+            except httpx.RemoteProtocolError:
+                whole = False
+        return Streamed(response.status_code, response.headers, b"".join(parts), whole)
+
+    async def leave_after(
+        self, body: dict[str, Any], events: int, *, gate: GatedUpstream | None = None, **options: Any
+    ) -> Streamed:
+        """Begin a stream and close the connection after so many events; not before the request has come to *gate*."""
+        content = json.dumps({"stream": True, **body}).encode()
+        headers = {**self.headers(**options), "Host": "test", "Content-Length": str(len(content))}
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(self.base_url.split(":")[2].split("/")[0]))
+        writer.write(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + content)
+        got = b""
+        while got.count(b"\n\n") < events:
+            part = await reader.read(65_536)
+            assert part, got
+            got += part
+        if gate is not None:
+            await gate.reached.wait()
+        writer.close()
+        await writer.wait_closed()
+        _, _, chunked = got.partition(b"\r\n\r\n")
+        raw = b"".join(part for part in chunked.split(b"\r\n") if part.startswith((b"data:", b":")))
+        return Streamed(200, httpx.Headers(), raw, whole=False)
+
+    async def settled(self) -> None:
+        """Wait until no request is under way."""
+        while len(self.live):  # noqa: ASYNC110 - nobody tells of it
+            await asyncio.sleep(0.001)
+
+    async def receipt(self, response: httpx.Response | Streamed, *, mode: str = "live") -> Receipt:
+        return await self.receipt_of(response.headers["X-Request-Id"], mode=mode)
+
+    async def receipt_of(self, request_id: str, *, mode: str = "live") -> Receipt:
+        receipt = await self.ledger.receipt(self.tenant, mode, request_id)
+        assert receipt is not None
+        return receipt
+
+    async def newest_receipt(self) -> Receipt:
+        """The receipt of the request that reserved last."""
+        reserved = [command for command in self.store.seen if isinstance(command, Reserve)]
+        assert reserved[-1].request_id is not None
+        return await self.receipt_of(reserved[-1].request_id, mode=reserved[-1].scope.mode)
+
+    async def statement(self, user: str = "alice", *, mode: str = "live") -> list[Transaction]:
+        """The wallet's journal, newest first."""
+        return list((await self.ledger.transactions((await self.wallet(user, mode=mode)).wallet.ref)).transactions)
 
     async def grant(self, credits: str, *, user: str = "alice", mode: str = "live", **options: Any) -> None:
         customer = await self.customers.resolve(self.tenant, mode, user)
@@ -89,34 +299,54 @@ class Rig:
             )
         )
 
-    async def wallet(self, user: str = "alice", *, mode: str = "live") -> WalletView:
-        customer = await self.customers.resolve(self.tenant, mode, user)
-        view = await self.ledger.wallet_view(customer_wallet(self.tenant, mode, customer))
+    async def wallet(self, user: str | None = "alice", *, mode: str = "live") -> WalletView:
+        """A user's wallet, or the developer's."""
+        ref = app_wallet(self.tenant, mode, self.app)
+        if user is not None:
+            ref = customer_wallet(self.tenant, mode, await self.customers.resolve(self.tenant, mode, user))
+        view = await self.ledger.wallet_view(ref)
         assert view is not None
         return view
 
-    async def balance(self, user: str = "alice", *, mode: str = "live") -> str:
+    async def balance(self, user: str | None = "alice", *, mode: str = "live") -> str:
         return CREDIT.format((await self.wallet(user, mode=mode)).balance)
 
 
 @contextlib.asynccontextmanager
 async def running(
-    folder: Path, *, settings: Settings | None = None, upstreams: dict[str, Upstream] | None = None, markup_bps: int = 0
+    folder: Path,
+    *,
+    settings: Settings | None = None,
+    upstreams: dict[str, Upstream] | None = None,
+    markup_bps: int = 0,
+    **app_options: Any,
 ) -> AsyncIterator[Rig]:
-    """Run a gateway in *folder* until the block ends. Without upstreams, live traffic is simulated too."""
+    """Run a gateway in *folder* until the block ends. Without upstreams, live traffic is simulated too.
+
+    At the end the ledger must verify, nothing may be reserved, and no task may have failed unseen.
+    """
+    unseen: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: unseen.append(context))
+    clock = Clock()
     settings = settings or Settings(default_upstream="simulated", rate_limit_per_minute=0, journal_dir=folder / "kept")
     url = f"sqlite:///{folder / 'farebox.db'}"
     database = Database(url)
     async with database.write() as connection:
         await connection.run_sync(SQLModel.metadata.create_all)
-    store = await SqliteStore.open(url, clock=now_us)
-    ledger = await Ledger.open(store, clock=now_us, new_command_id=lambda: new_id("cmd"))
+    journal = SettlementJournal(settings.journal_dir, name="rig", report=lambda message: None)
+    store = FragileStore(await SqliteStore.open(url, clock=clock.now_us))
+    ledger = await Ledger.open(
+        store,
+        clock=clock.now_us,
+        new_command_id=lambda: new_id("cmd"),
+        abandoned=journal.undo,
+        wait_s=settings.ledger_timeout_s,
+    )
     tenants, customers = Tenants(database), Customers(database)
     tenant = (await tenants.create_tenant("Acme", first=True)).id
-    app = (await tenants.create_app(tenant, "Chat", markup_bps=markup_bps)).id
+    app = (await tenants.create_app(tenant, "Chat", markup_bps=markup_bps, **app_options)).id
     keys = {mode: (await tenants.create_key(tenant, mode, app_id=app)).token for mode in ("live", "test")}
     live, shield = LiveHolds(ledger), Shield()
-    journal = SettlementJournal(settings.journal_dir, name="rig", report=lambda message: None)
     configured: dict[str, Upstream] = {
         upstream.name: HTTPUpstream(
             name=upstream.name,
@@ -129,60 +359,77 @@ async def running(
         for upstream in settings.upstreams
     }
     served = {"simulated": SimulatedUpstream(), **configured, **(upstreams or {})}
-    overrides = [
-        PriceOverride(model=model.name, **model.price.model_dump(exclude_none=True))
-        for model in settings.models
-        if model.price is not None
-    ]
     proxy = ChatProxy(
         settings=settings,
         principals=Principals(database),
         customers=customers,
         rate_limit=ProcessRateLimit(),
-        router=Router(settings, served, build_price_book(overrides)),
+        router=Router(settings, served, price_book(settings)),
         quoter=Quoter(settings, PromptCounter()),
         ledger=ledger,
         live=live,
         journal=journal,
         shield=shield,
-        errors=ErrorTable({}),
+        errors=REFUSALS,
         new_counter=lambda model: TextCounter(encoding_for(model)),
         new_id=new_id,
-        now_us=now_us,
+        now_us=clock.now_us,
     )
-    upkeep = Upkeep(ledger=ledger, live=live, journal=journal, heartbeat_s=settings.heartbeat_s, now_us=now_us)
+    upkeep = Upkeep(ledger=ledger, live=live, journal=journal, heartbeat_s=settings.heartbeat_s, now_us=clock.now_us)
     upkeep.start()
 
     async def asgi(scope: Scope, receive: Receive, send: Send) -> None:
         parts = scope["path"].split("/")
         await proxy(scope, receive, send, path_user=parts[3] if parts[2] == "users" else None)
 
-    listener = socket.socket()
+    listener = socket.socket(proto=socket.IPPROTO_TCP)  # Without it asyncio leaves Nagle's algorithm on.
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(asgi, lifespan="off", log_level="error", ws="none"))
+    config = uvicorn.Config(asgi, lifespan="off", log_level="error", ws="none", date_header=False, server_header=False)
+    server = uvicorn.Server(config)
     serving = asyncio.create_task(server._serve([listener]))
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0)
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0)
+    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30)
+    try:
         yield Rig(
             base_url=f"http://127.0.0.1:{port}/v1",
             client=client,
             ledger=ledger,
+            store=store,
             tenants=tenants,
             customers=customers,
             proxy=proxy,
+            live=live,
+            journal=journal,
             upkeep=upkeep,
+            clock=clock,
             tenant=tenant,
             app=app,
             keys=keys,
         )
-    server.should_exit = True
-    await serving
-    await shield.drain()
-    await upkeep.stop()
-    for upstream in served.values():
-        await upstream.close()
-    journal.close()
-    await ledger.close()
-    await database.close()
+    finally:
+        await client.aclose()
+        server.should_exit = True
+        await serving
+        await shield.drain()
+        await upkeep.stop()
+        for upstream in served.values():
+            await upstream.close()
+        journal.close()
+        verified = await verify(store)
+        await ledger.close()
+        await database.close()
+    assert verified.violations == ()
+    assert len(live) == 0
+    assert unseen == []
+
+
+@contextlib.asynccontextmanager
+async def simulated_server() -> AsyncIterator[SimulatedServer]:
+    """The simulated upstream behind a real socket."""
+    server = await serve_simulated()
+    try:
+        yield server
+    finally:
+        await server.close()

@@ -47,6 +47,7 @@ def test_what_makes_no_sense_is_refused():
         grant w1 b1 {AMOUNT_MAX + 1}             -> invalid_amount
         grant w1 b1 5 expires=100                -> invalid_amount
         grant w1 b1 5 effective=200 expires=200  -> invalid_amount
+        grant w1 b1 5 effective=50 expires=80    -> invalid_amount
         grant w1 b1 5 expires=101                -> granted
         grant w1 b1 7                            -> already_exists
         grant w1 b2 7 asset=gold                 -> asset_mismatch
@@ -86,10 +87,10 @@ def test_the_next_grant_repays_the_receivable_first():
     check("""
         overdraft w1 100
         debit  w1 r1 70        -> committed balance=-70
-        grant  w1 b1 50        -> granted balance_before=-70 balance_after=-20
+        grant  w1 b1 50        -> granted balance_before=-70 balance_after=-20 repaid=50
         wallet w1 receivable=20 available=0
         block  w1 b1 granted=50 consumed=50 remaining=0
-        grant  w1 b2 50        -> granted balance_after=30
+        grant  w1 b2 50        -> granted balance_after=30 repaid=20
         wallet w1 receivable=0 available=30
         account wallet:w1 = 30
     """)

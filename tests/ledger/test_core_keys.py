@@ -59,6 +59,15 @@ def test_keys_belong_to_a_tenant_a_mode_and_an_operation():
     """)
 
 
+def test_a_repetition_does_not_take_another_key():
+    check("""
+        grant   w1 b1 100
+        reserve w1 r1 10 request=q1 key=k1
+        reserve w1 r1 10 request=q1 key=k2  -> reserved replayed
+        key     reserve k2 = free
+    """)
+
+
 def test_a_refusal_does_not_take_the_key():
     check("""
         reserve w1 r1 10 key=k1   -> insufficient_credits
