@@ -276,6 +276,7 @@ class ChatProxy:
         stored = await self._ledger.stored_response(LedgerScope(ref.tenant, ref.mode), key.operation, key.key)
         if stored is None:
             raise request_already_completed(earlier.request_id or ref.reservation)
+        exchange.request_id = earlier.request_id or exchange.request_id  # It is that one's receipt.
         quota = quota_of(principal.asset, cost=earlier.charged[0].total, balance=earlier.balance)
         exchange.add("X-Idempotent-Replayed", "true")
         exchange.add("X-Quota-Cost", quota["cost"])

@@ -220,9 +220,8 @@ class Rig:
 
     async def stream(self, body: dict[str, Any], **options: Any) -> Streamed:
         """A whole stream; or its error, as the stream's raw bytes."""
-        sent = self.client.stream(
-            "POST", "/v1/chat/completions", json={**body, "stream": True}, headers=self.headers(**options)
-        )
+        headers = self.headers(**options)
+        sent = self.client.stream("POST", "/v1/chat/completions", content=_streaming(body), headers=headers)
         parts: list[bytes] = []
         whole = True
         async with sent as response:
@@ -237,7 +236,7 @@ class Rig:
         self, body: dict[str, Any], events: int, *, gate: GatedUpstream | None = None, **options: Any
     ) -> Streamed:
         """Begin a stream and close the connection after so many events; not before the request has come to *gate*."""
-        content = json.dumps({"stream": True, **body}).encode()
+        content = _streaming(body)
         headers = {**self.headers(**options), "Host": "test", "Content-Length": str(len(content))}
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         reader, writer = await asyncio.open_connection("127.0.0.1", int(self.base_url.split(":")[2].split("/")[0]))
@@ -310,6 +309,10 @@ class Rig:
 
     async def balance(self, user: str | None = "alice", *, mode: str = "live") -> str:
         return CREDIT.format((await self.wallet(user, mode=mode)).balance)
+
+
+def _streaming(body: dict[str, Any]) -> bytes:
+    return json.dumps({**body, "stream": body.get("stream", True)}).encode()
 
 
 @contextlib.asynccontextmanager
