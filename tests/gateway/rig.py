@@ -18,7 +18,7 @@ from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
-from gateway.identity.wallets import app_wallet, customer_wallet
+from gateway.identity.wallets import app_wallet, customer_wallet, pool_wallet
 from gateway.ids import new_id
 from gateway.prices import price_book
 from gateway.proxy.chat import ChatProxy
@@ -38,7 +38,7 @@ from gateway.refusals import REFUSALS
 from gateway.settings import Settings
 from ledger.commands import AnyCommand, Grant, Reserve
 from ledger.ledger import Ledger, Receipt, WalletView
-from ledger.model import Funding
+from ledger.model import Funding, Restriction
 from ledger.model import Scope as LedgerScope
 from ledger.outcomes import Outcome
 from ledger.store.protocol import StoreUnavailable, Transaction
@@ -280,6 +280,14 @@ class Rig:
     async def grant(self, credits: str, *, user: str = "alice", mode: str = "live", **options: Any) -> None:
         customer = await self.customers.resolve(self.tenant, mode, user)
         await self._grant(customer_wallet(self.tenant, mode, customer), mode, credits, options)
+
+    async def give(self, credits: str, *, user: str = "alice") -> None:
+        """Grant from the pool of the rig's app, which is filled with as much."""
+        pool = pool_wallet(self.tenant, "live", self.app)
+        await self._grant(pool, "live", credits, {})
+        restriction = Restriction(apps=(self.app,))
+        given = {"funding": Funding.DEVELOPER_GRANT, "from_wallet": pool, "restriction": restriction, "priority": 100}
+        await self.grant(credits, user=user, **given)
 
     async def fund_developer(self, credits: str, *, mode: str = "live") -> None:
         await self._grant(app_wallet(self.tenant, mode, self.app), mode, credits, {})
