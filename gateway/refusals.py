@@ -40,6 +40,8 @@ REFUSALS: Final = ErrorTable(
         TooManyBlocks: lambda error: invalid_request(
             "The wallet has too many blocks that are not used up: grant fewer, larger ones, or let some expire."
         ),
-        WalletFrozen: lambda error: permission_denied("The wallet is frozen: nothing is taken from it."),
+        WalletFrozen: lambda error: permission_denied(
+            "This wallet is frozen: nothing is taken from it until whoever runs this app lifts that."
+        ),
     }
 )
