@@ -115,7 +115,17 @@ UNHEARD_OF = (b'{"credits": 1e99999999999999999999}', b'{"metadata": {"a": 1e-99
 
 
 async def test_a_body_that_is_no_json_object_is_refused(office: Office):
-    for content in (b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"credits": NaN}', b"1" * 10_000, *UNHEARD_OF):
+    for content in (
+        b"",
+        b"{",
+        b"[1]",
+        b'"x"',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"credits": NaN}',
+        b"1" * 10_000,
+        *UNHEARD_OF,
+    ):
         status, code, _ = await office.refused("POST", "/v1/topup/grant", content=content)
         assert (status, code) == (400, "invalid_request"), content[:20]
 
