@@ -17,6 +17,8 @@ import httpx
 import pytest
 
 from gateway.cli import main
+from gateway.settings import Settings
+from gateway.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 60
@@ -238,6 +240,27 @@ def test_serve_migrates_its_file_and_several_workers_share_the_work(tmp_path: Pa
         assert stop(process) == 0
         assert not [orphan for orphan in orphans if alive(orphan)]
     assert "everything holds" in run("verify")
+
+
+def test_workers_that_cannot_start_are_not_announced(tmp_path: Path):
+    (tmp_path / "farebox.toml").write_text('models = [{name = "a", price = {input = "99999999999", output = "1"}}]')
+    command = (sys.executable, "-m", "gateway.cli", "serve", "--port", "0", "--workers", "2")
+    config = {"FAREBOX_CONFIG": "farebox.toml", "FAREBOX_DEFAULT_UPSTREAM": "simulated"}
+    environ = environment(tmp_path, **config)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=WAIT_S
+    )
+    assert done.returncode == 1
+    assert "the price of a" in done.stderr
+    assert "Farebox serves" not in done.stderr
+
+
+def test_a_supervisor_that_is_to_stop_starts_no_further_worker():
+    with socket.socket() as listener:
+        supervisor = Supervisor(Settings(workers=2), listener)
+        supervisor._stop(signal.SIGTERM, None)
+        supervisor._fork()
+        assert not supervisor._workers
 
 
 def test_workers_do_not_outlive_a_supervisor_that_was_killed(tmp_path: Path):
