@@ -112,7 +112,8 @@ def _exact_number(value: Any) -> Any:
     return value
 
 
-def _year_that_fits(value: datetime) -> datetime:
+def year_that_fits(value: datetime) -> datetime:
+    """Raises ValueError for a time that could not be shown in every time zone."""
     if not 1970 <= value.year <= 9000:
         raise ValueError("it must lie between the years 1970 and 9000")
     return value
@@ -158,7 +159,7 @@ ExactDecimal = Annotated[
     BeforeValidator(_exact_number),
     Field(json_schema_extra={"type": "number"}, allow_inf_nan=False, ge=0),
 ]
-FutureTime = Annotated[AwareDatetime, AfterValidator(_year_that_fits), Field(examples=["2026-04-13T11:00:00Z"])]
+FutureTime = Annotated[AwareDatetime, AfterValidator(year_that_fits), Field(examples=["2026-04-13T11:00:00Z"])]
 Metadata = Annotated[
     dict[str, Any],
     BeforeValidator(_metadata),

@@ -304,6 +304,8 @@ def test_a_busy_port_is_told_before_anything_is_done(tmp_path: Path, run: Run):
         (("grant", "alice", "1"), {}, 1, "farebox init"),
         (("grant", "alice", "a lot"), {}, 2, "a lot"),
         (("grant", "alice", "1", "--expires-at", "2036-01-01"), {}, 2, "time zone"),
+        (("grant", "alice", "1", "--expires-at", "9999-12-31T23:59:59-14:00"), {}, 2, "9000"),
+        (("migrate",), {"FAREBOX_DATABASE_URL": "sqlite:////dev/null/farebox.db"}, 1, "cannot be used"),
         (("prices", "show", "nobody-sells-this"), {}, 1, "nobody-sells-this"),
         (("keys", "create", "--scope", "everything"), {}, 2, "credits:read"),
     ],
@@ -338,6 +340,17 @@ def test_tenants_keys_and_grants(run: Run):
     assert "has 12.5" in run("statement", "alice")
     assert "There is no customer" in run("statement", "nobody", code=1)
     assert "1012.5" in run("grant", installed["app_id"], "12.5")
+
+
+def test_a_grant_that_no_wallet_can_hold_is_refused(run: Run):
+    run("init")
+    for arguments, said in (
+        (("1", "--priority", "1000000000000000000000"), "priority"),
+        (("4611686019",), "hold"),
+        (("0",), "out of bounds"),
+        (("1", "--expires-at", "2020-01-01T00:00:00Z"), "out of bounds"),
+    ):
+        assert said in run("grant", "alice", *arguments, code=2 if said == "hold" else 1)
 
 
 def test_verify_finds_a_balance_that_was_edited(tmp_path: Path, run: Run):
