@@ -106,8 +106,7 @@ class Supervisor:
             try:
                 for _ in range(self._settings.workers):
                     self._fork()
-                self._wait_until_ready()
-                if self._started is not None and not self._stopping:
+                if self._all_came_up() and self._started is not None:
                     self._started()
                 return self._watch()
             finally:
@@ -122,9 +121,12 @@ class Supervisor:
                 os.kill(worker, signal.SIGTERM)
 
     def _fork(self) -> None:
+        """One more worker, unless they are to stop."""
         # A signal between the fork and the note of it would leave a worker that nobody stops.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
+            if self._stopping:
+                return
             ready, tell = os.pipe()
             os.set_blocking(ready, False)
             worker = os.fork()
@@ -155,12 +157,13 @@ class Supervisor:
             sys.stderr.flush()
             os._exit(code)
 
-    def _wait_until_ready(self) -> None:
-        """Until every worker has told that it accepts connections, or one has ended."""
-        while not self._stopping and not all(map(self._came_up, self._workers)):
-            if any(_ended(worker) for worker in self._workers):
-                return
+    def _all_came_up(self) -> bool:
+        """Whether every worker accepts connections; waits until all do, one has ended, or they are to stop."""
+        while not self._stopping and not any(_ended(worker) for worker in self._workers):
+            if all(map(self._came_up, self._workers)):
+                return True
             time.sleep(READY_POLL_S)
+        return False
 
     def _came_up(self, worker: int) -> bool:
         """Whether the worker has told that it accepts connections."""
@@ -186,8 +189,7 @@ class Supervisor:
                 continue
             _forget_gauges(worker)
             time.sleep(RESTART_PAUSE_S)
-            if not self._stopping:
-                self._fork()
+            self._fork()
         return code
 
 

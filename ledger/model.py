@@ -15,6 +15,9 @@ import msgspec
 AMOUNT_MAX = 2**62
 """Largest amount of one field. It leaves a bit of int64 for a sum of two."""
 
+PRIORITY_MAX = 10**6
+"""Of a block, up and down."""
+
 
 class Scope(NamedTuple):
     """Whose data, and which: nothing crosses from one scope to another."""

@@ -5,7 +5,7 @@ fraction arrives as `Decimal`.
 """
 
 from collections.abc import Callable, Coroutine
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
 import msgspec
@@ -45,12 +45,14 @@ def parse_json(body: bytes) -> Any:
     """*body* as JSON, its fractions as `Decimal`.
 
     Raises:
-        ApiError: 400 for what is not JSON in UTF-8, or is nested too deep.
+        ApiError: 400 for what is not JSON in UTF-8, is nested too deep, or has an exponent that no decimal can have.
     """
     try:
         return _JSON.decode(body)
     except RecursionError:
         raise invalid_request("The body is nested deeper than any request needs.") from None
+    except InvalidOperation:
+        raise invalid_request("The body has a number that is larger or smaller than any request needs.") from None
     except (msgspec.DecodeError, ValueError):
         raise invalid_request("The body is not valid JSON in UTF-8.") from None
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
+from ledger.store.protocol import StoreUnavailable
 from ledger.store.sqlite import database_path
 
 if TYPE_CHECKING:
@@ -29,9 +31,21 @@ def migrate(database_url: str) -> None:
 
     Raises:
         ValueError: the URL names a database in memory, which would be gone when this returns.
+        StoreUnavailable: the file cannot be made or used, or a newer Farebox has migrated it.
     """
-    if _is_at_head(database_url):
-        return
+    try:
+        revision = _revision(database_url)
+        if revision is not None and revision > HEAD:
+            raise StoreUnavailable(f"a newer Farebox has migrated it to {revision}, and this one knows {HEAD}")
+        if revision != HEAD:
+            _upgrade(database_url)
+    except (OSError, sqlite3.Error) as error:
+        raise StoreUnavailable(str(error)) from error
+    except OperationalError as error:
+        raise StoreUnavailable(str(error.orig)) from error
+
+
+def _upgrade(database_url: str) -> None:
     # Alembic takes a third of a second to import, which a start on a current schema need not wait for.
     from alembic import command  # noqa: PLC0415
 
@@ -47,19 +61,18 @@ def migrate(database_url: str) -> None:
         engine.dispose()
 
 
-def _is_at_head(database_url: str) -> bool:
-    """Whether a SQLite file has this code's schema already."""
+def _revision(database_url: str) -> str | None:
+    """How far a SQLite file has been migrated; None where it has not, or where it is not SQLite."""
     if make_url(database_url).get_backend_name() != "sqlite":
-        return False
+        return None
     path = Path(database_path(database_url))
     if not path.exists():
-        return False
+        return None
     with closing(sqlite3.connect(path, timeout=LOCK_WAIT_S)) as connection:
-        try:
-            found = connection.execute("SELECT version_num FROM alembic_version").fetchall()
-        except sqlite3.OperationalError:
-            return False
-    return found == [(HEAD,)]
+        if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'alembic_version'").fetchone():
+            return None
+        found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        return None if found is None else str(found[0])
 
 
 def configuration() -> "Config":

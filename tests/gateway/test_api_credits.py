@@ -85,6 +85,10 @@ NOT_GRANTS: list[tuple[dict[str, Any], str | None]] = [
     ({"customer_id": "a", "expires_at": "2020-01-01T00:00:00Z"}, "expires_at"),
     ({"customer_id": "a", "expires_at": "2096-01-01T00:00:00"}, "expires_at"),
     ({"customer_id": "a", "expires_at": "soon"}, "expires_at"),
+    ({"customer_id": "a", "expires_at": 4102444800}, "expires_at"),
+    ({"customer_id": "a", "expires_at": 4102444800.5}, "expires_at"),
+    ({"customer_id": "a", "expires_at": "4102444800"}, "expires_at"),
+    ({"customer_id": "a", "expires_at": "9999-12-31T23:59:59-14:00"}, "expires_at"),
     ({"customer_id": "a", "priority": "10"}, "priority"),
     ({"customer_id": "a", "metadata": {"priority": 10**9}}, "metadata.priority"),
     ({"customer_id": "a", "metadata": []}, "metadata"),
@@ -110,8 +114,22 @@ async def balance_of_a(office: Office) -> int:
     return balance
 
 
+UNHEARD_OF = (b'{"credits": 1e99999999999999999999}', b'{"metadata": {"a": 1e-99999999999999999999}}')
+"""Exponents that no decimal can have."""
+
+
 async def test_a_body_that_is_no_json_object_is_refused(office: Office):
-    for content in (b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"credits": NaN}', b"1" * 10_000):
+    for content in (
+        b"",
+        b"{",
+        b"[1]",
+        b'"x"',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"credits": NaN}',
+        b"1" * 10_000,
+        *UNHEARD_OF,
+    ):
         status, code, _ = await office.refused("POST", "/v1/topup/grant", content=content)
         assert (status, code) == (400, "invalid_request"), content[:20]
 

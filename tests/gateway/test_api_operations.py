@@ -67,6 +67,20 @@ async def test_a_quote_is_what_would_be_reserved_and_reserves_nothing(funded: Of
     assert (poor["affordable"], poor["available_decimal"]) == (False, "0")
 
 
+async def test_a_quote_is_for_the_user_whom_the_request_would_be_charged_to(office: Office):
+    body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hello!"}]}
+    await office.post("/v1/topup/grant", {"customer_id": "Zoë", "credits": 7000})
+    quote = await office.post("/v1/quote", body, headers={"X-Quota-User": "Zoë".encode()})
+    assert quote["available"] == 7000
+    assert len((await office.get("/v1/customers"))["data"]) == 1
+    names = {"Authorization": f"Bearer {office.keys['live']}"}
+    for path in ("/v1/quote", "/v1/chat/completions"):
+        for twice in ("X-Quota-User", "X-Quota-Action"):
+            headers = [*names.items(), (twice, "a"), (twice, "b")]
+            answer = await office.client.post(path, json=body, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, twice)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code", "param"),
     [

@@ -17,6 +17,8 @@ import httpx
 import pytest
 
 from gateway.cli import main
+from gateway.settings import Settings
+from gateway.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 60
@@ -240,6 +242,27 @@ def test_serve_migrates_its_file_and_several_workers_share_the_work(tmp_path: Pa
     assert "everything holds" in run("verify")
 
 
+def test_workers_that_cannot_start_are_not_announced(tmp_path: Path):
+    (tmp_path / "farebox.toml").write_text('models = [{name = "a", price = {input = "99999999999", output = "1"}}]')
+    command = (sys.executable, "-m", "gateway.cli", "serve", "--port", "0", "--workers", "2")
+    config = {"FAREBOX_CONFIG": "farebox.toml", "FAREBOX_DEFAULT_UPSTREAM": "simulated"}
+    environ = environment(tmp_path, **config)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=WAIT_S
+    )
+    assert done.returncode == 1
+    assert "the price of a" in done.stderr
+    assert "Farebox serves" not in done.stderr
+
+
+def test_a_supervisor_that_is_to_stop_starts_no_further_worker():
+    with socket.socket() as listener:
+        supervisor = Supervisor(Settings(workers=2), listener)
+        supervisor._stop(signal.SIGTERM, None)
+        supervisor._fork()
+        assert not supervisor._workers
+
+
 def test_workers_do_not_outlive_a_supervisor_that_was_killed(tmp_path: Path):
     with started(tmp_path, "serve", "--port", "0", "--workers", "2", line="Farebox serves") as (process, _):
         workers = children(process.pid)
@@ -281,6 +304,8 @@ def test_a_busy_port_is_told_before_anything_is_done(tmp_path: Path, run: Run):
         (("grant", "alice", "1"), {}, 1, "farebox init"),
         (("grant", "alice", "a lot"), {}, 2, "a lot"),
         (("grant", "alice", "1", "--expires-at", "2036-01-01"), {}, 2, "time zone"),
+        (("grant", "alice", "1", "--expires-at", "9999-12-31T23:59:59-14:00"), {}, 2, "9000"),
+        (("migrate",), {"FAREBOX_DATABASE_URL": "sqlite:////dev/null/farebox.db"}, 1, "cannot be used"),
         (("prices", "show", "nobody-sells-this"), {}, 1, "nobody-sells-this"),
         (("keys", "create", "--scope", "everything"), {}, 2, "credits:read"),
     ],
@@ -315,6 +340,17 @@ def test_tenants_keys_and_grants(run: Run):
     assert "has 12.5" in run("statement", "alice")
     assert "There is no customer" in run("statement", "nobody", code=1)
     assert "1012.5" in run("grant", installed["app_id"], "12.5")
+
+
+def test_a_grant_that_no_wallet_can_hold_is_refused(run: Run):
+    run("init")
+    for arguments, said in (
+        (("1", "--priority", "1000000000000000000000"), "priority"),
+        (("4611686019",), "hold"),
+        (("0",), "out of bounds"),
+        (("1", "--expires-at", "2020-01-01T00:00:00Z"), "out of bounds"),
+    ):
+        assert said in run("grant", "alice", *arguments, code=2 if said == "hold" else 1)
 
 
 def test_verify_finds_a_balance_that_was_edited(tmp_path: Path, run: Run):

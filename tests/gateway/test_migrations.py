@@ -4,6 +4,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sqlmodel import SQLModel
 import gateway.tables  # noqa: F401  (fills the metadata)
 import ledger.store.tables  # noqa: F401  (fills the metadata)
 from gateway.migrations import HEAD, configuration, migrate
+from ledger.store.protocol import StoreUnavailable
 
 
 def url_of(path: Path) -> str:
@@ -111,3 +113,21 @@ def test_the_journal_refuses_edits(tmp_path: Path, table: str, verb: str) -> Non
 
 def test_the_schema_that_the_code_is_written_for_is_the_end_of_the_history() -> None:
     assert ScriptDirectory.from_config(configuration()).get_current_head() == HEAD
+
+
+def test_a_file_that_cannot_be_used_is_said_to_be_so(tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("Not a database. " * 100)
+    for path, reason in ((note, "not a database"), (note / "farebox.db", "exists"), (tmp_path, "unable")):
+        with pytest.raises(StoreUnavailable, match=reason):
+            migrate(url_of(path))
+    assert note.read_text() == "Not a database. " * 100
+
+
+def test_a_database_of_a_newer_farebox_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "farebox.db"
+    migrate(url_of(path))
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(StoreUnavailable, match="newer"):
+        migrate(url_of(path))
