@@ -236,6 +236,16 @@ def ledger_unavailable(*, retry_after_s: int = 1) -> ApiError:
     )
 
 
+def charge_waits() -> ApiError:
+    """503, for work that is done: its charge is kept, and booked as soon as the ledger is back."""
+    return ApiError(
+        "ledger_unavailable",
+        "The ledger cannot be reached. The work is done and will be charged, once, when it is back; "
+        "a request with an idempotency key can then be repeated to get its answer.",
+        headers=retry_after(1),
+    )
+
+
 def shutting_down() -> ApiError:
     return ApiError(
         "shutting_down", "This gateway is shutting down. Try again; another will answer.", headers=retry_after(1)

@@ -18,10 +18,10 @@ import structlog
 from gateway.errors import (
     ApiError,
     ErrorTable,
+    charge_waits,
     insufficient_credits,
     internal_error,
     invalid_request,
-    ledger_unavailable,
     rate_limit_exceeded,
     request_already_completed,
     request_in_progress,
@@ -379,7 +379,7 @@ class ChatProxy:
             stored = StoredResponse(status=response.status, headers=shown, body=answer.body({}))
         charged = await hold.settle(Ending.FINISHED, reported=answer.reported, counted=counted, response=stored)
         if charged.settled is None:
-            raise ledger_unavailable()
+            raise charge_waits()
         quota = quota_of(plan.tariff.asset, cost=charged.settled.charged[0].total, balance=charged.settled.balance)
         exchange.add("X-Quota-Cost", quota["cost"])
         exchange.add("X-Quota-Balance", quota["balance"])

@@ -7,6 +7,7 @@ its command. At start a process adopts the files whose lock nobody holds: their 
 
 import asyncio
 import fcntl
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ class SettlementJournal:
 
     Args:
         folder: made when the first settlement has to be kept.
-        name: of this process; no two live processes may share it.
+        name: of this process, for people. A file of that name which is there already is another's.
     """
 
     def __init__(self, folder: Path, *, name: str, report: Callable[[str], None]) -> None:
@@ -41,7 +42,8 @@ class SettlementJournal:
         self._report = report
         self._file: IO[bytes] | None = None
         self._waiting: list[Kept] = []
-        self._lock = asyncio.Lock()
+        self._writing = asyncio.Lock()
+        self._replaying = asyncio.Lock()
 
     @property
     def waiting(self) -> int:
@@ -54,15 +56,14 @@ class SettlementJournal:
         Raises:
             OSError: the disk refused; the reservation's mark is what remains.
         """
-        async with self._lock:
+        async with self._writing:
             await asyncio.to_thread(self._append, command)
             self._waiting.append(command)
 
     def _append(self, command: Kept) -> None:
         if self._file is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self._folder / f"{self._name}{SUFFIX}").open("ab")
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._file = self._open()
             folder = os.open(self._folder, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -71,6 +72,20 @@ class SettlementJournal:
         self._file.write(msgspec.json.encode(command) + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _open(self) -> IO[bytes]:
+        """A new file, locked: not one that a dead process of our name left behind, which is adopted like any other."""
+        for number in itertools.count():
+            path = self._folder / f"{self._name}{f'-{number}' if number else ''}{SUFFIX}"
+            try:
+                file = path.open("xb")
+            except FileExistsError:
+                continue
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+            file.close()  # Somebody took it for a dead one's before it was locked, and removed it.
+        raise AssertionError("there is always one more number")
 
     def undo(self, command: AnyCommand, outcome: Outcome) -> None:
         """Give back what was reserved after its request had stopped waiting for it: nothing was forwarded.
@@ -86,24 +101,33 @@ class SettlementJournal:
     async def replay(self, ledger: Ledger) -> int:
         """Tell *ledger* all that waits; how much it took. The file is emptied once nothing waits."""
         told = 0
-        while self._waiting and await self._tell(ledger, self._waiting[0]):
-            self._waiting.pop(0)
-            told += 1
-        async with self._lock:
+        async with self._replaying:
+            while self._waiting and await self._tell(ledger, self._waiting[0]):
+                self._waiting.pop(0)
+                told += 1
+        async with self._writing:
             if told and not self._waiting and self._file is not None:
-                await asyncio.to_thread(self._file.truncate, 0)
+                await asyncio.to_thread(self._empty, self._file)
         return told
+
+    def _empty(self, file: IO[bytes]) -> None:
+        file.truncate(0)
+        file.seek(0)
 
     async def adopt(self, ledger: Ledger) -> int:
         """Replay the journals of processes that are gone, and remove each that was told in full."""
         told = 0
         for path in sorted(self._folder.glob(f"*{SUFFIX}")) if self._folder.is_dir() else ():
-            if path.stem == self._name:
+            try:
+                file = path.open("r+b")
+            except FileNotFoundError:  # Another process adopted it.
                 continue
-            with path.open("r+b") as file:
+            with file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                except BlockingIOError:  # Its process lives, this one perhaps; or another adopts it now.
+                    continue
+                if not os.fstat(file.fileno()).st_nlink:
                     continue
                 commands = [command for line in file if (command := self._read(line, path)) is not None]
                 answered = [await self._tell(ledger, command) for command in commands]
@@ -134,6 +158,6 @@ class SettlementJournal:
     def close(self) -> None:
         """Let the file go; what waits in it is adopted by the next process."""
         if self._file is not None:
-            self._file.close()
             if not self._waiting:
-                (self._folder / f"{self._name}{SUFFIX}").unlink(missing_ok=True)
+                Path(self._file.name).unlink(missing_ok=True)
+            self._file.close()

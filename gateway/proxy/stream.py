@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from gateway.errors import ApiError, ledger_unavailable, upstream_error, upstream_timeout
+from gateway.errors import ApiError, charge_waits, ledger_unavailable, upstream_error, upstream_timeout
 from gateway.proxy.answer import quota_of
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.hold import Charged, Hold
@@ -147,7 +147,7 @@ class StreamedAnswer:
             await self._exchange.finish(self._error_event(self._refusal()))
             return
         if charged.settled is None:
-            await self._exchange.finish(self._error_event(ledger_unavailable()))
+            await self._exchange.finish(self._error_event(charge_waits()))
             return
         quota = quota_of(
             self._plan.tariff.asset, cost=charged.settled.charged[0].total, balance=charged.settled.balance
