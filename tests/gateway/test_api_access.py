@@ -186,6 +186,18 @@ async def test_every_refusal_has_the_envelope(office: Office):
         assert (await office.refused(method, path))[:2] == (status, code), path
 
 
+async def test_a_wrong_method_is_told_all_right_ones(office: Office):
+    for path, methods in (
+        ("/v1/customers", "GET, POST"),
+        ("/v1/customers/alice", "GET"),
+        ("/v1/apps/app_1", "PATCH"),
+        ("/v1/chat/completions", "POST"),
+        ("/health/live", "GET"),
+    ):
+        answer = await office.ask("DELETE", path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, methods)
+
+
 async def test_a_fault_of_ours_has_the_envelope_and_tells_no_secret(
     office: Office, monkeypatch: pytest.MonkeyPatch, log: io.StringIO
 ):
