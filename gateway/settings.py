@@ -191,6 +191,12 @@ class ModelSettings(Section):
     context_window: Tokens | None = None
     hidden_reasoning: bool | None = None
 
+    @property
+    def described(self) -> bool:
+        """Whether the operator gives this name a price or a limit of its own."""
+        own = (self.price, self.max_output_tokens, self.context_window, self.hidden_reasoning)
+        return any(value is not None for value in own)
+
 
 class ActionSettings(Section):
     """A product action (`X-Quota-Action: KEY`) with a fixed price in credits, whatever its tokens."""

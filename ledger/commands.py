@@ -17,11 +17,19 @@ from ledger.model import (
 
 
 class Key(msgspec.Struct, frozen=True, gc=False):
-    """An idempotency key. Its scope is tenant, mode and operation; *digest* stands for the input it came with."""
+    """An idempotency key. Its scope is tenant, mode and operation; *digest* stands for the input it came with.
+
+    Raises:
+        ValueError: it has a zero character. No database finds such a text again, so it would serve twice.
+    """
 
     operation: str
     key: str
     digest: str
+
+    def __post_init__(self) -> None:
+        if "\x00" in self.key:
+            raise ValueError("an idempotency key must not have a zero character")
 
 
 class Command(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):

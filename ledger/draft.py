@@ -11,7 +11,7 @@ import msgspec
 
 from ledger.burndown import payable
 from ledger.commands import Command
-from ledger.model import Account, Block, Funding, Reservation, Scope, Tags, Wallet, WalletRef
+from ledger.model import Account, Block, Funding, Reservation, Scope, Slice, Tags, Wallet, WalletRef
 from ledger.outcomes import (
     Applied,
     BlockChanged,
@@ -288,6 +288,24 @@ class Draft:
             )
             self.open_block(returns)
         self.change_block(returns, granted=amount)
+
+    def collect(self, slices: tuple[Slice, ...]) -> None:
+        """Take what was clawed back of the blocks of *slices* while it was held, and is free now: it is owed no more.
+
+        No entry is booked: it left the wallet with the claw-back, and the wallet has less left and owes less.
+        """
+        for ref, block_id in dict.fromkeys((held.wallet, held.block) for held in slices):
+            block = None if block_id is None else self.block_after(self.block(ref, block_id))
+            if block is None or block.clawed == 0:
+                continue
+            taken = min(block.clawed - block.consumed - block.reserved, block.free, self._owed(ref))
+            if taken > 0:
+                self.change_block(block, revoked=taken, clawed=-taken)
+                self.change_wallet(ref, receivable=-taken)
+
+    def _owed(self, ref: WalletRef) -> int:
+        wallet, change = self.wallet(ref), self._wallets.get(ref)
+        return (0 if wallet is None else wallet.receivable) + (0 if change is None else change.receivable)
 
     # What it comes to.
 

@@ -27,6 +27,7 @@ class Reason(StrEnum):
     NOT_FOUND = "not_found"
     ALREADY_EXISTS = "already_exists"
     ASSET_MISMATCH = "asset_mismatch"
+    TOO_MANY_BLOCKS = "too_many_blocks"
     RESERVATION_SETTLED = "reservation_settled"
     WALLET_FROZEN = "wallet_frozen"
     RECEIVABLE_OUTSTANDING = "receivable_outstanding"

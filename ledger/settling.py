@@ -121,6 +121,7 @@ def _settle(
     if not final:
         return msgspec.structs.replace(reservation, slices=tuple(slices), balance=draft.balance(payer))
     _free(draft, slices)
+    draft.collect(reservation.slices)
     key = reservation.key
     if key is not None and ends_as is not ReservationState.COMMITTED and reservation.commits == 0:
         draft.other.append(KeyFreed(draft.command.scope, *key))

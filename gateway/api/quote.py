@@ -60,7 +60,10 @@ async def quote(request: Request, principal: Proxier, services: Here) -> QuoteVi
     plan = await services.quoter.plan(chat, route, principal=principal, payer=payer, action=action)
     fixed = plan.tariff.action
     tags = Tags(app=principal.app_id, model=chat.model)
-    wallets = [await wallet_now(services.ledger, wallet, principal.asset, tags) for wallet in payer.wallets]
+    wallets = [
+        await wallet_now(services.ledger, wallet, principal.asset, tags, unfunded=payer.unfunded)
+        for wallet in payer.wallets
+    ]
     available = sum(wallet.effective_balance for wallet in wallets)
     at_most = plan.quote.worst.total if fixed is None else fixed.price
     return QuoteView(

@@ -18,12 +18,10 @@ import structlog
 from gateway.errors import (
     ApiError,
     ErrorTable,
-    idempotency_key_reused,
     insufficient_credits,
     internal_error,
     invalid_request,
     ledger_unavailable,
-    permission_denied,
     rate_limit_exceeded,
     request_already_completed,
     request_in_progress,
@@ -58,7 +56,7 @@ from gateway.proxy.upstream import (
 )
 from gateway.settings import Settings
 from ledger.commands import Key, Reserve, StoredResponse
-from ledger.errors import InsufficientCredits, KeyReused, LimitReached, ReceivableOutstanding, WalletFrozen
+from ledger.errors import InsufficientCredits, LimitReached, ReceivableOutstanding
 from ledger.ledger import Ledger
 from ledger.model import (
     ReservationRef,
@@ -241,10 +239,6 @@ class ChatProxy:
             applied = await self._ledger.execute(command)
         except _UNAFFORDABLE as error:
             raise insufficient_credits(needed=error.needed, available=error.available, asset=asset) from None
-        except WalletFrozen:
-            raise permission_denied("This wallet is frozen. Its owner must settle what froze it.") from None
-        except KeyReused:
-            raise idempotency_key_reused() from None
         reserved = applied.result
         assert isinstance(reserved, Reserved)
         if applied.replayed and reserved.reservation != reservation.reservation:
@@ -276,6 +270,7 @@ class ChatProxy:
         stored = await self._ledger.stored_response(LedgerScope(ref.tenant, ref.mode), key.operation, key.key)
         if stored is None:
             raise request_already_completed(earlier.request_id or ref.reservation)
+        exchange.request_id = earlier.request_id or exchange.request_id  # It is that one's receipt.
         quota = quota_of(principal.asset, cost=earlier.charged[0].total, balance=earlier.balance)
         exchange.add("X-Idempotent-Replayed", "true")
         exchange.add("X-Quota-Cost", quota["cost"])

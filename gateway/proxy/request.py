@@ -90,6 +90,8 @@ def parse_chat(body: bytes) -> ChatRequest:
         ApiError: 400 `invalid_request`; its param names the field.
     """
     try:
+        if not body.isascii():
+            body.decode()  # What we do not read is looked at by nobody else before the upstream.
         fields = _TOP.decode(body)
     except (msgspec.ValidationError, RecursionError):
         raise invalid_request("The body must be a JSON object, not nested deeper than any request needs.") from None

@@ -43,6 +43,7 @@ from ledger.store.rows import (
 )
 
 WALLETS_KEPT_MAX = 10_000
+BLOCKS_KEPT_MAX = 50_000
 RESERVATIONS_KEPT_MAX = 20_000
 
 BUSY_TIMEOUT_S = 5.0
@@ -171,7 +172,11 @@ class BatchConnection:
     def _trim(self, named: Needs, writes: Writes) -> None:
         """Let go of what later batches hardly need: keys, settled reservations, blocks with nothing left."""
         state = self._state
-        if len(state.wallets) > WALLETS_KEPT_MAX or len(state.reservations) > RESERVATIONS_KEPT_MAX:
+        if (
+            len(state.wallets) > WALLETS_KEPT_MAX
+            or len(state.reservations) > RESERVATIONS_KEPT_MAX
+            or sum(map(len, state.blocks.values())) > BLOCKS_KEPT_MAX
+        ):
             self._state = State()
             return
         state.keys.clear()

@@ -18,7 +18,7 @@ from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
-from gateway.identity.wallets import app_wallet, customer_wallet
+from gateway.identity.wallets import app_wallet, customer_wallet, pool_wallet
 from gateway.ids import new_id
 from gateway.prices import price_book
 from gateway.proxy.chat import ChatProxy
@@ -38,7 +38,7 @@ from gateway.refusals import REFUSALS
 from gateway.settings import Settings
 from ledger.commands import AnyCommand, Grant, Reserve
 from ledger.ledger import Ledger, Receipt, WalletView
-from ledger.model import Funding
+from ledger.model import Funding, Restriction
 from ledger.model import Scope as LedgerScope
 from ledger.outcomes import Outcome
 from ledger.store.protocol import StoreUnavailable, Transaction
@@ -220,9 +220,8 @@ class Rig:
 
     async def stream(self, body: dict[str, Any], **options: Any) -> Streamed:
         """A whole stream; or its error, as the stream's raw bytes."""
-        sent = self.client.stream(
-            "POST", "/v1/chat/completions", json={**body, "stream": True}, headers=self.headers(**options)
-        )
+        headers = self.headers(**options)
+        sent = self.client.stream("POST", "/v1/chat/completions", content=_streaming(body), headers=headers)
         parts: list[bytes] = []
         whole = True
         async with sent as response:
@@ -237,7 +236,7 @@ class Rig:
         self, body: dict[str, Any], events: int, *, gate: GatedUpstream | None = None, **options: Any
     ) -> Streamed:
         """Begin a stream and close the connection after so many events; not before the request has come to *gate*."""
-        content = json.dumps({"stream": True, **body}).encode()
+        content = _streaming(body)
         headers = {**self.headers(**options), "Host": "test", "Content-Length": str(len(content))}
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         reader, writer = await asyncio.open_connection("127.0.0.1", int(self.base_url.split(":")[2].split("/")[0]))
@@ -282,6 +281,14 @@ class Rig:
         customer = await self.customers.resolve(self.tenant, mode, user)
         await self._grant(customer_wallet(self.tenant, mode, customer), mode, credits, options)
 
+    async def give(self, credits: str, *, user: str = "alice") -> None:
+        """Grant from the pool of the rig's app, which is filled with as much."""
+        pool = pool_wallet(self.tenant, "live", self.app)
+        await self._grant(pool, "live", credits, {})
+        restriction = Restriction(apps=(self.app,))
+        given = {"funding": Funding.DEVELOPER_GRANT, "from_wallet": pool, "restriction": restriction, "priority": 100}
+        await self.grant(credits, user=user, **given)
+
     async def fund_developer(self, credits: str, *, mode: str = "live") -> None:
         await self._grant(app_wallet(self.tenant, mode, self.app), mode, credits, {})
 
@@ -310,6 +317,10 @@ class Rig:
 
     async def balance(self, user: str | None = "alice", *, mode: str = "live") -> str:
         return CREDIT.format((await self.wallet(user, mode=mode)).balance)
+
+
+def _streaming(body: dict[str, Any]) -> bytes:
+    return json.dumps({**body, "stream": body.get("stream", True)}).encode()
 
 
 @contextlib.asynccontextmanager

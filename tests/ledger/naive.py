@@ -292,11 +292,24 @@ class Naive:
         return answer
 
     def _end(self, known: dict[str, Any], state: str) -> Prediction:
+        pinned = [(ref, name) for _, ref, name, _ in known.pop("freed", known["pins"]) if name is not None]
         known["state"], known["pins"], known["mark"] = state, [], None
+        for ref, name in dict.fromkeys(pinned):
+            self._collect(ref, name)
         if state != "committed" and known["commits"] == 0 and known["key"]:
             del self.keys[known["key"]]
             known["key"] = None
         return self._told(known, state)
+
+    def _collect(self, ref: WalletRef, name: str) -> None:
+        """What was clawed back while it was pinned is taken when it is free: the debt goes with it."""
+        wallet, block = self.wallets[ref], self._block(ref, name)
+        unspent = block["clawed"] - block["used"] - self.pinned(ref, name)
+        taken = max(0, min(unspent, self._free(ref, block), wallet["owed"]))
+        block["left"] -= taken
+        block["revoked"] += taken
+        block["clawed"] -= taken
+        wallet["owed"] -= taken
 
     def _told(self, known: dict[str, Any], state: str) -> Prediction:
         return {"word": state, "charged": tuple(known["charged"]), "shortfall": known["lost"]}
@@ -305,6 +318,8 @@ class Naive:
         """Every leg from its own pins; then, the rest of the pins freed, from whatever is free; then nobody pays."""
         known = self.reservations[ref]
         known["commits"] += 1
+        if final:
+            known["freed"] = list(known["pins"])
         parts: list[list[tuple[WalletRef, str | None, int]]] = []
         for leg, charge in enumerate(settlement.charges):
             parts.append(self._use_pins(known, leg, None, charge.base + charge.markup))
@@ -401,11 +416,11 @@ class Naive:
             return _no("not_found")
         if command.amount > block["left"] + block["used"] + block["lapsed"] + block["revoked"]:
             return _no("invalid_amount")
-        free = min(command.amount, self._free(command.wallet, block))
+        still = max(0, block["left"] + block["used"] - block["clawed"])
+        free = min(command.amount, self._free(command.wallet, block), still)
         owed = 0
         if command.clawback and block["pool"] is None:
-            spent = block["used"] + self.pinned(command.wallet, block["name"]) - block["clawed"]
-            owed = min(command.amount - free, spent)
+            owed = min(command.amount, still) - free
         block["left"] -= free
         block["revoked"] += free
         block["clawed"] += owed

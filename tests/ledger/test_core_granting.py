@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from ledger import granting
 from ledger.model import AMOUNT_MAX, Block, Funding
 from tests.ledger.spec import check, wallet_ref
 
@@ -275,6 +276,28 @@ def test_revoking_takes_only_what_is_free():
     """)
 
 
+def test_a_wallet_has_a_bounded_number_of_blocks_but_what_was_paid_for_comes_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every charge looks at every block that has something left, and all wallets share the batches."""
+    monkeypatch.setattr(granting, "BLOCKS_LIVE_MAX", 3)
+    check("""
+        grant pool p1 100
+        grant w1 b1 10 funding=external priority=1
+        grant w1 b2 10 funding=external
+        grant w1 b3 10 funding=external
+        grant w1 b4 10 funding=external                    -> too_many_blocks
+        grant w1 b4 10 funding=promotional                 -> too_many_blocks
+        grant w1 b4 10 funding=developer_grant from=pool   -> too_many_blocks
+        grant w1 b4 10 from=pool                           -> too_many_blocks
+        grant w1 b4 10                                     -> granted balance_after=40
+        debit w1 r1 10
+        grant w1 b5 10 funding=external                    -> too_many_blocks
+        debit w1 r2 10
+        grant w1 b5 10 funding=external                    -> granted
+    """)
+
+
 def test_a_clawback_takes_what_is_free_and_the_spent_part_is_owed():
     check("""
         grant  w1 b1 100
@@ -317,6 +340,45 @@ def test_what_is_reserved_is_clawed_back_as_if_it_were_spent():
         clawback w1 b1 100  -> revoked amount=40 owed=60 balance=0
         commit r1 60        -> committed balance=-60
         wallet w1 receivable=60
+    """)
+
+
+def test_what_was_clawed_back_while_it_was_reserved_is_not_taken_again_when_it_is_released():
+    check("""
+        grant    w1 b1 100
+        reserve  w1 r1 50
+        clawback w1 b1 100  -> revoked amount=50 owed=50 receivable=50
+        release  r1
+        clawback w1 b1 60   -> revoked amount=0 owed=0 receivable=0 balance=0
+        revoke   w1 b1 60   -> revoked amount=0 owed=0
+        block    w1 b1 revoked=100 clawed=0 remaining=0
+        account  clearing = 0
+    """)
+
+
+def test_what_was_clawed_back_while_it_was_reserved_is_taken_when_it_is_released():
+    """Or else who never used it would owe for what has lapsed."""
+    check("""
+        grant    w1 b1 100 expires=50
+        reserve  w1 r1 50
+        clawback w1 b1 100
+        commit   r1 20      -> committed balance=-20
+        wallet   w1 receivable=20
+        at 50
+        expire   w1         -> expired amount=0
+        grant    w1 b2 20   -> granted balance_after=0
+    """)
+
+
+def test_a_debt_that_was_repaid_meanwhile_is_not_collected_again():
+    check("""
+        grant    w1 b1 100
+        reserve  w1 r1 50
+        clawback w1 b1 100
+        grant    w1 b2 50   -> granted repaid=50
+        release  r1
+        wallet   w1 balance=50 available=50 receivable=0
+        clawback w1 b1 100  -> revoked amount=0 owed=0
     """)
 
 

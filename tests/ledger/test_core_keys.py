@@ -2,7 +2,14 @@
 
 import pytest
 
+from ledger.commands import Key
 from tests.ledger.spec import check
+
+
+def test_a_key_with_a_zero_character_is_none():
+    """SQLite does not find it again, so that it would grant twice."""
+    with pytest.raises(ValueError, match="zero character"):
+        Key(operation="grant", key="a\0b", digest="same")
 
 
 def test_the_same_key_answers_with_the_first_result():

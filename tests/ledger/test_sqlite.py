@@ -94,6 +94,18 @@ async def test_what_is_kept_has_a_bound(sqlite_store: SqliteStore, say: Say, mon
     assert [outcome.result.balance for outcome in outcomes] == [9] * 20  # type: ignore[union-attr]
 
 
+async def test_the_blocks_that_are_kept_have_a_bound(
+    sqlite_store: SqliteStore, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few wallets may have very many."""
+    monkeypatch.setattr(sqlite_batch, "BLOCKS_KEPT_MAX", 5)
+    for number in range(20):
+        await sqlite_store.run_batch([say.grant("a", f"{number}", 10)])
+        assert len(sqlite_store._batches._state.blocks.get(wallet("a"), {})) <= 5
+    (outcome,) = await sqlite_store.run_batch([say.debit("a", "1", 195)])
+    assert outcome.result.balance == 5  # type: ignore[union-attr]
+
+
 async def test_a_batch_whose_caller_has_gone_is_committed_all_the_same(sqlite_store: SqliteStore, say: Say) -> None:
     task = asyncio.ensure_future(sqlite_store.run_batch([say.grant("a", "1", 100)]))
     await asyncio.sleep(0)
