@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ async def test_a_key_that_is_none_is_refused(office: Office):
         headers = {name: value.encode("latin-1")}
         refused = await office.refused("GET", "/v1/customers", key="none", headers=headers)
         assert refused == (401, "invalid_api_key", None), value[:30]
+
+
+async def test_nobody_without_a_key_has_a_body_read(office: Office):
+    async def never() -> AsyncIterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+    for method, path, body, _ in ENDPOINTS:
+        if body is not None:
+            refused = await office.refused(method, path, key="none", content=never())
+            assert refused == (401, "invalid_api_key", None), path
 
 
 async def test_a_key_may_come_in_either_header(office: Office):
