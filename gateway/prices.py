@@ -58,11 +58,7 @@ class ServedModels:
         self._until_us = 0
 
     async def all(self) -> Mapping[str, RateCard]:
-        """By the name that clients use.
-
-        Raises:
-            ApiError: 404 for a model in the settings that has no price.
-        """
+        """By the name that clients use. A model in the settings that has no price is not served, and not among them."""
         async with self._lock:
             now_us = self._now_us()
             if now_us >= self._until_us:

@@ -355,6 +355,8 @@ def _sentences(error: ValidationError, source: Mapping[str, str]) -> Iterable[st
                 yield _unknown_key(_place(tuple(section), source), str(key), _fields_at(section))
             case "missing":
                 yield f"{place} is missing"
+            case "default_factory_not_called":
+                continue  # Its default hangs on another field, which is told by itself.
             case "value_error":
                 yield from (f"{place}: {line}" if place else line for line in str(problem["ctx"]["error"]).splitlines())
             case "string_pattern_mismatch":

@@ -12,6 +12,8 @@ import msgspec
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from gateway.api.access import token_of
+from gateway.api.services import services_of
 from gateway.errors import invalid_request, request_too_large
 
 BODY_BYTES_MAX: Final = 2**20
@@ -73,7 +75,7 @@ class ExactRequest(Request):
 
 
 class ExactRoute(APIRoute):
-    """A route whose body arrives as `ExactRequest` reads it."""
+    """A route whose body arrives as `ExactRequest` reads it, once the key is known to be good."""
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
@@ -81,6 +83,8 @@ class ExactRoute(APIRoute):
         async def exact(request: Request) -> Response:
             if self.body_field is None:
                 return await handle(request)
+            # FastAPI would read the body first, of whoever sends one.
+            await services_of(request).principals.authenticate(token_of(request))
             return await handle(ExactRequest(request, await read_body(request, BODY_BYTES_MAX)))
 
         return exact

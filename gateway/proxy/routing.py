@@ -1,6 +1,7 @@
 """Where a model's requests go, and at which price: the candidates in the order in which they are tried."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -89,16 +90,16 @@ class Router:
 
     def models(self, at_us: int) -> dict[str, RateCard]:
         """What clients may ask for, by the name that they use. Takes a second at first: all prices are worked out."""
-        if not self._models:
-            upstream = self._settings.live_upstream
-            provider = self._provider(upstream) if upstream is not None else None
-            names = {card.model for card in self._book.models(at_us, provider=provider)}
-            cards = {name: self._priced(name, provider, at_us) for name in sorted(names)}
-            return {name: card for name, card in cards.items() if card is not None}
-        return {
-            name: self._card(_price_names(listed), self._provider(listed.upstream), at_us)
-            for name, listed in self._models.items()
-        }
+        live = self._settings.live_upstream
+        if self._models:
+            priced = {
+                name: self._priced(_price_names(listed), listed.upstream or live, at_us)
+                for name, listed in self._models.items()
+            }
+        else:
+            names = {card.model for card in self._book.models(at_us, provider=self._provider(live))}
+            priced = {name: self._priced((name,), live, at_us) for name in sorted(names)}
+        return {name: card for name, card in priced.items() if card is not None}
 
     def _targets(self, model: str, listed: ModelSettings | None, mode: str) -> list[tuple[str, str, tuple[str, ...]]]:
         """The upstream, the model's name there, and the names that its price may stand under."""
@@ -116,7 +117,9 @@ class Router:
 
     def _candidate(self, upstream: str, model: str, price_names: tuple[str, ...], at_us: int) -> Candidate:
         configured = self._configured.get(upstream)
-        card = self._card(price_names, self._provider(upstream), at_us)
+        card = self._priced(price_names, upstream, at_us)
+        if card is None:
+            raise model_not_priced(price_names[0])
         if configured is None:
             return Candidate(upstream=self._upstreams[upstream], model=model, card=card)
         return Candidate(
@@ -135,16 +138,10 @@ class Router:
             return None
         return configured.provider
 
-    def _priced(self, name: str, provider: str | None, at_us: int) -> RateCard | None:
-        try:
-            return self._book.lookup(name, at_us, provider=provider)
-        except ModelNotPriced:
-            return None
-
-    def _card(self, names: tuple[str, ...], provider: str | None, at_us: int) -> RateCard:
-        """The price under the first of *names* that has one."""
+    def _priced(self, names: tuple[str, ...], upstream: str | None, at_us: int) -> RateCard | None:
+        """The price at *upstream* under the first of *names* that has one."""
+        provider = self._provider(upstream)
         for name in names:
-            card = self._priced(name, provider, at_us)
-            if card is not None:
-                return card
-        raise model_not_priced(names[0])
+            with suppress(ModelNotPriced):
+                return self._book.lookup(name, at_us, provider=provider)
+        return None

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ async def test_a_key_that_is_none_is_refused(office: Office):
         headers = {name: value.encode("latin-1")}
         refused = await office.refused("GET", "/v1/customers", key="none", headers=headers)
         assert refused == (401, "invalid_api_key", None), value[:30]
+
+
+async def test_nobody_without_a_key_has_a_body_read(office: Office):
+    async def never() -> AsyncIterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+    for method, path, body, _ in ENDPOINTS:
+        if body is not None:
+            refused = await office.refused(method, path, key="none", content=never())
+            assert refused == (401, "invalid_api_key", None), path
 
 
 async def test_a_key_may_come_in_either_header(office: Office):
@@ -184,6 +196,18 @@ async def test_every_refusal_has_the_envelope(office: Office):
         ("GET", "/v1/models/no-such-model", 404, "model_not_found"),
     ):
         assert (await office.refused(method, path))[:2] == (status, code), path
+
+
+async def test_a_wrong_method_is_told_all_right_ones(office: Office):
+    for path, methods in (
+        ("/v1/customers", "GET, POST"),
+        ("/v1/customers/alice", "GET"),
+        ("/v1/apps/app_1", "PATCH"),
+        ("/v1/chat/completions", "POST"),
+        ("/health/live", "GET"),
+    ):
+        answer = await office.ask("DELETE", path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, methods)
 
 
 async def test_a_fault_of_ours_has_the_envelope_and_tells_no_secret(
