@@ -193,6 +193,7 @@ async def running_parts(
         database = Database(settings.database_url)
         stack.push_async_callback(database.close)
         journal = SettlementJournal(settings.journal_dir, name=_process_name(), report=log.warning)
+        journal.prepare()
         stack.callback(journal.close)
         store = await open_store(settings.database_url, clock=now_us)
         ledger = await Ledger.open(
