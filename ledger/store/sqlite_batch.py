@@ -46,6 +46,10 @@ WALLETS_KEPT_MAX = 10_000
 BLOCKS_KEPT_MAX = 50_000
 RESERVATIONS_KEPT_MAX = 20_000
 
+CHECKPOINT_PAGES = 8_000
+"""How long the log may grow (32 MB) before it is copied into the file: a batch writes the same few pages again and
+again, and the copy has two syncs of its own."""
+
 BUSY_TIMEOUT_S = 5.0
 """How long to wait for a writer that is not a ledger: other tables live in the same file."""
 
@@ -106,6 +110,7 @@ def connect(path: str) -> sqlite3.Connection:
     )
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
 
