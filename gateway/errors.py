@@ -141,6 +141,14 @@ def insufficient_credits(
     )
 
 
+def subsidy_unaffordable() -> ApiError:
+    """402 for the developer's part of an action: without amounts, which are not the user's to know."""
+    return ApiError(
+        "insufficient_credits",
+        "This action costs more than its price, and the developer's wallet does not cover the difference.",
+    )
+
+
 def permission_denied(message: str) -> ApiError:
     return ApiError("permission_denied", message)
 

@@ -25,6 +25,7 @@ from gateway.errors import (
     rate_limit_exceeded,
     request_already_completed,
     request_in_progress,
+    subsidy_unaffordable,
     upstream_error,
     upstream_timeout,
 )
@@ -238,6 +239,8 @@ class ChatProxy:
         try:
             applied = await self._ledger.execute(command)
         except _UNAFFORDABLE as error:
+            if plan.tariff.action is not None and error.needed != plan.tariff.action.price:
+                raise subsidy_unaffordable() from None
             raise insufficient_credits(needed=error.needed, available=error.available, asset=asset) from None
         reserved = applied.result
         assert isinstance(reserved, Reserved)

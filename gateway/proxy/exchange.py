@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from time import monotonic
 from typing import Any, Final
 
 from gateway.errors import ApiError, invalid_api_key, invalid_request, request_too_large
@@ -16,6 +17,12 @@ VALUE_LENGTH_MAX: Final = 512
 """Characters in a header that we read ourselves."""
 
 LENGTH_DIGITS_MAX: Final = 20
+
+STALLED_S: Final = 60.0
+"""A client that takes nothing of what we write for so long is gone."""
+
+LOOK_EVERY_S: Final = 15.0
+"""How often we look whether a client has stalled."""
 
 JSON: Final = (b"content-type", b"application/json")
 
@@ -53,7 +60,18 @@ class Exchange:
         gone: the client has closed the connection, as far as is known.
     """
 
-    __slots__ = ("_headers", "_receive", "_scope", "_send", "_watcher", "extra", "gone", "request_id", "started")
+    __slots__ = (
+        "_headers",
+        "_receive",
+        "_scope",
+        "_send",
+        "_watcher",
+        "_writing_since_s",
+        "extra",
+        "gone",
+        "request_id",
+        "started",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str) -> None:
         self._scope = scope
@@ -63,6 +81,7 @@ class Exchange:
         for name, value in scope["headers"]:
             self._headers.setdefault(name, []).append(value)
         self._watcher: asyncio.Task[None] | None = None
+        self._writing_since_s: float | None = None
         self.request_id = request_id
         self.extra: list[tuple[bytes, bytes]] = []
         self.started = False
@@ -121,9 +140,13 @@ class Exchange:
         self._watcher = asyncio.create_task(self._watch(on_gone))
 
     async def _watch(self, on_gone: Callable[[], None]) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.gone = True
+        while not self.gone:
+            try:
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    self.gone = (await self._receive())["type"] == "http.disconnect"
+            except TimeoutError:
+                since_s = self._writing_since_s
+                self.gone = since_s is not None and monotonic() - since_s > STALLED_S
         on_gone()
 
     # The response.
@@ -157,10 +180,12 @@ class Exchange:
         await self._put({"type": "http.response.body", "body": data})
 
     async def _put(self, message: Message) -> None:
+        self._writing_since_s = monotonic()
         try:
             await self._send(message)
         except OSError:  # ASGI's word for a client that is not there any more; some servers say nothing.
             self.gone = True
+        self._writing_since_s = None
 
     def unwatch(self) -> None:
         if self._watcher is not None:

@@ -246,8 +246,11 @@ class LiveHolds:
 
         So many at a time that the ledger has room for others.
         """
-        holds = [hold for hold in self._holds.values() if not hold.settled]
+        holds = list(self._holds.values())
         for start in range(0, len(holds), RENEWALS_AT_ONCE):
-            at_once = holds[start : start + RENEWALS_AT_ONCE]
-            renewals = [self._ledger.execute(hold.heartbeat()) for hold in at_once if not hold.settled]
+            renewals = [self._renew(hold) for hold in holds[start : start + RENEWALS_AT_ONCE]]
             await asyncio.gather(*renewals, return_exceptions=True)
+
+    async def _renew(self, hold: Hold) -> None:
+        if not hold.settled:
+            await self._ledger.execute(hold.heartbeat())

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,19 +61,41 @@ class Clock:
         self.ahead_us += round(seconds * 1_000_000)
 
 
+Around = Callable[[Sequence[AnyCommand]], Awaitable[None]]
+
+
+async def nothing(commands: Sequence[AnyCommand]) -> None:
+    """What happens around a batch unless a test says otherwise."""
+
+
+def has(commands: Sequence[AnyCommand], *kinds: type[AnyCommand]) -> bool:
+    return any(isinstance(command, kinds) for command in commands)
+
+
 class FragileStore:
-    """A real store, whose database a test can take away; *seen* are the commands that were tried."""
+    """A real store, whose database a test can take away, or make slow.
+
+    Attributes:
+        away: the commands that find no database.
+        before, after: run around each batch; what they raise is the batch's failure.
+        seen: the commands that were tried.
+    """
 
     def __init__(self, store: SqliteStore) -> None:
         self._store = store
         self.away: Callable[[AnyCommand], bool] = lambda command: False
+        self.before: Around = nothing
+        self.after: Around = nothing
         self.seen: list[AnyCommand] = []
 
     async def run_batch(self, commands: Sequence[AnyCommand]) -> list[Outcome]:
         self.seen += commands
+        await self.before(commands)
         if any(self.away(command) for command in commands):
             raise StoreUnavailable("the test took the database away")
-        return await self._store.run_batch(commands)
+        outcomes = await self._store.run_batch(commands)
+        await self.after(commands)
+        return outcomes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)

@@ -81,7 +81,9 @@ async def test_a_developer_who_cannot_bear_it_is_refused_for_and_the_user_keeps_
     async with running(tmp_path, settings=settings(tmp_path, actions=ACTIONS)) as rig:
         await rig.grant("1")
         refused = await rig.chat(body(max_tokens=100), X_Quota_Action="hint")
-        assert (refused.status_code, refused.json()["error"]["code"]) == (402, "insufficient_credits")
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (402, "insufficient_credits")
+        assert not {"needed", "available", "needed_decimal", "available_decimal"} & error.keys()  # The developer's own.
         assert (await rig.balance(), (await rig.wallet()).reserved) == ("1", 0)
 
 

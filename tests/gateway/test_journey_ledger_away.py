@@ -15,7 +15,7 @@ from ledger.commands import AnyCommand, Commit, Extend, Release, Reserve
 from ledger.model import ReservationRef, ReservationState, Scope
 from ledger.store.protocol import StoreUnavailable
 from pricing.encodings import count_text
-from tests.gateway.rig import GatedUpstream, Rig, running
+from tests.gateway.rig import GatedUpstream, Rig, has, nothing, running
 
 USAGE = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
 COST = Decimal("0.0045")
@@ -76,19 +76,16 @@ async def test_a_reservation_that_comes_after_its_request_gave_up_is_given_back(
     ) as rig:
         await rig.grant("1")
         slow = asyncio.Event()
-        run_batch = rig.store.run_batch
 
-        async def later(commands: Any) -> Any:
+        async def later(commands: Any) -> None:
             await slow.wait()
-            return await run_batch(commands)
 
-        rig.store.run_batch = later  # type: ignore[method-assign]
-        rig.ledger._writer._run_batch = later
+        rig.store.before = later
         assert (await rig.chat(body())).status_code == 503
         slow.set()
-        while (await rig.wallet()).reserved == 0 and not rig.journal.waiting:  # noqa: ASYNC110 - until it is late
+        while rig.store.count(Release) == 0:
             await asyncio.sleep(0.001)
-        await back(rig)
+            await rig.upkeep.replay()
         assert (await rig.balance(), (await rig.wallet()).reserved) == ("1", 0)
         assert (await rig.newest_receipt()).reservation.state is ReservationState.RELEASED
 
@@ -137,18 +134,15 @@ async def test_a_commit_whose_answer_was_lost_is_not_charged_again(tmp_path: Pat
     """The database did it, and broke before it could say so."""
     async with running(tmp_path) as rig:
         await rig.grant("1")
-        run_batch = rig.ledger._writer._run_batch
 
-        async def answer_lost(commands: Any) -> Any:
-            outcomes = await run_batch(commands)
-            if any(isinstance(command, Commit) for command in commands):
+        async def answer_lost(commands: Any) -> None:
+            if has(commands, Commit):
                 raise StoreUnavailable("the answer was lost")
-            return outcomes
 
-        rig.ledger._writer._run_batch = answer_lost
+        rig.store.after = answer_lost
         got = await rig.stream(body())
         assert got.error is not None
-        rig.ledger._writer._run_batch = run_batch
+        rig.store.after = nothing
         await back(rig)
         assert Decimal(1) - Decimal(await rig.balance()) == COST
         assert (await rig.receipt(got)).reservation.commits == 1
