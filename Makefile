@@ -68,8 +68,8 @@ $(VENV)/.dev: requirements-dev.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $(VENV)/.run $@
 
-# The tests drive two major versions of OpenAI's SDK. The newer one is a development requirement; the older one goes
-# into a folder of its own, put first on PYTHONPATH by the tests that want it.
+# The tests drive two major versions of OpenAI's SDK. The newer one is a development requirement; the older one goes,
+# with what only it requires, into a folder of its own, put first on PYTHONPATH by the tests that want it.
 $(OPENAI2)/.installed: tests/e2e/clients/openai2.txt | $(VENV)/.dev
 	rm -rf $(OPENAI2)
 	$(PIP) install --no-deps --require-hashes --target $(OPENAI2) -r $<
@@ -80,7 +80,7 @@ lock:
 	$(VENV)/lock/bin/python -m pip --disable-pip-version-check --quiet install uv==$(UV_VERSION)
 	$(LOCK) pyproject.toml --group build --output-file requirements.txt
 	$(LOCK) pyproject.toml --group build --extra dev --constraint requirements.txt --output-file requirements-dev.txt
-	echo "openai==2.54.0" | $(LOCK) - --no-deps --output-file tests/e2e/clients/openai2.txt
+	printf '%s\n' openai==2.54.0 distro tqdm | $(LOCK) - --no-deps --output-file tests/e2e/clients/openai2.txt
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -3,6 +3,7 @@
     python -m bench                 about six minutes; prints the tables
     python -m bench --write         ... and puts them into docs/benchmarks.md
     python -m bench --quick         one short round, to see that it runs
+    python -m bench --only JSON     some of the loads alone
 
 How it works. The systems take turns, round after round, so that a machine that slows down slows all of them; each
 figure is the median of its rounds. CPU is that of the measured process and its children, by the kernel's account.
@@ -18,7 +19,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -72,14 +73,15 @@ def load(server: Server, work: Load, *, seconds: float) -> dict[str, Any]:
     return figures
 
 
-def measure_loads(*, rounds: int, seconds: float) -> list[str]:
+def measure_loads(works: Sequence[Load], *, rounds: int, seconds: float) -> list[str]:
     """A row for each load and system: the medians over the rounds."""
     rows = ["| load | system | requests/s | p50 us | p99 us | first byte p50 us | CPU us/request | CPU ratio |"]
     rows.append("|---|---|--:|--:|--:|--:|--:|--:|")
-    for pause_us in sorted({work.pause_us for work in LOADS}):
-        works = [work for work in LOADS if work.pause_us == pause_us]
+    for pause_us in sorted({work.pause_us for work in works}):
         with _systems("-i", str(pause_us)) as servers:
             for work in works:
+                if work.pause_us != pause_us:
+                    continue
                 rows += _rows(work, servers, rounds=rounds, seconds=seconds)
     return rows
 
@@ -172,11 +174,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     parser.add_argument("--quick", action="store_true", help="one short round")
+    parser.add_argument("--only", metavar="LOAD", help="measure only the loads whose name begins so, and nothing else")
     options = parser.parse_args()
     rounds, seconds = (1, 1.0) if options.quick else (3, 4.0)
+    if options.only is not None:
+        works = [work for work in LOADS if work.name.startswith(options.only)]
+        print("\n".join(measure_loads(works, rounds=rounds, seconds=seconds)))
+        return
     sections = [
         "## Requests",
-        *measure_loads(rounds=rounds, seconds=seconds),
+        *measure_loads(LOADS, rounds=rounds, seconds=seconds),
         "\n## Memory",
         *measure_memory(),
         "\n## Start-up",

@@ -70,14 +70,22 @@ class Gateway:
     """
 
     def __init__(
-        self, settings: Settings, *, metrics: Metrics | None = None, upstreams: Mapping[str, Upstream] | None = None
+        self,
+        settings: Settings,
+        *,
+        metrics: Metrics | None = None,
+        upstreams: Mapping[str, Upstream] | None = None,
+        now_us: Callable[[], int] = now_us,
     ) -> None:
         """*upstreams* come before those of the settings, by their names."""
+        self._now_us = now_us
         self._settings = settings
         self._metrics = metrics or Metrics()
         self._given = upstreams or {}
         self._stack = AsyncExitStack()
         self._parts: Parts | None = None
+        self._under_way = 0
+        self._idle = asyncio.Event()
         self.draining = False
 
     @property
@@ -89,12 +97,20 @@ class Gateway:
     async def start(self) -> None:
         """Open everything; or nothing, and raise."""
         self._parts = await self._stack.enter_async_context(
-            running_parts(self._settings, self._metrics, self._given, draining=lambda: self.draining)
+            running_parts(
+                self._settings, self._metrics, self._given, draining=lambda: self.draining, now_us=self._now_us
+            )
         )
 
     async def stop(self) -> None:
-        """Finish every settlement, then close everything. Repeatable."""
+        """Finish every settlement, then close everything. Repeatable.
+
+        The server has cancelled what did not end within its grace; such a request still has to settle.
+        """
         self.draining = True
+        if self._under_way:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), self._settings.ledger_timeout_s)
         await self._stack.aclose()
         self._parts = None
 
@@ -128,7 +144,13 @@ class Gateway:
                     seen.status = message["status"]
                 await send(message)
 
-            await chat(scope, receive, counted, path_user=user)
+            self._under_way += 1
+            try:
+                await chat(scope, receive, counted, path_user=user)
+            finally:
+                self._under_way -= 1
+                if self.draining and not self._under_way:
+                    self._idle.set()
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -164,12 +186,14 @@ async def running_parts(
     given: Mapping[str, Upstream],
     *,
     draining: Callable[[], bool],
+    now_us: Callable[[], int],
 ) -> AsyncIterator[Parts]:
     """Everything that a gateway needs, open until the block ends, then closed in reverse."""
     async with AsyncExitStack() as stack:
         database = Database(settings.database_url)
         stack.push_async_callback(database.close)
         journal = SettlementJournal(settings.journal_dir, name=_process_name(), report=log.warning)
+        journal.prepare()
         stack.callback(journal.close)
         store = await open_store(settings.database_url, clock=now_us)
         ledger = await Ledger.open(
@@ -181,7 +205,8 @@ async def running_parts(
             applied=metrics.count_applied,
         )
         stack.push_async_callback(ledger.close)
-        principals, customers, tenants = Principals(database), Customers(database), Tenants(database)
+        principals = Principals(database, now_us=now_us)
+        customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
         rate_limit = ProcessRateLimit()
 
         upstreams = {**configured_upstreams(settings), **given}

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Final, Protocol
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -50,10 +50,13 @@ class Database:
         dialect = parsed.get_backend_name()
         self.engine: AsyncEngine = create_async_engine(parsed.set(drivername=DRIVERS[dialect]))
         self._writing = asyncio.Lock()
+        self._path: str | None = None
         self._lock_path: str | None = None
+        self._file: tuple[int, int] | None = None
         if dialect == "sqlite":
+            self._path = parsed.database
             self._lock_path = f"{parsed.database}-lock"
-            event.listen(self.engine.sync_engine, "connect", _set_up_sqlite)
+            event.listen(self.engine.sync_engine, "connect", self._connected)
             event.listen(self.engine.sync_engine, "begin", _begin_sqlite)
         self._writer = self.engine.execution_options(farebox_writes=True)
 
@@ -79,8 +82,25 @@ class Database:
             async with self._turn(), self._writer.begin() as connection:
                 yield connection
 
+    async def check(self) -> None:
+        """Whether it answers, and a SQLite file is still the one that was opened: what is written to one that was
+        removed or replaced is gone with the process.
+
+        Raises:
+            DatabaseUnavailable
+        """
+        async with self.read() as connection:
+            await connection.execute(text("SELECT 1 FROM tenants LIMIT 1"))
+        if self._path is not None and _file_at(self._path) != self._file:
+            raise DatabaseUnavailable(f"{self._path} is no longer the file that was opened; restart")
+
     async def close(self) -> None:
         await self.engine.dispose()
+
+    def _connected(self, connection: Any, _record: object) -> None:
+        _set_up_sqlite(connection)
+        if self._path is not None and self._file is None:
+            self._file = _file_at(self._path)
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -127,7 +147,7 @@ class _unavailable:  # noqa: N801 - reads as a statement
             raise DatabaseUnavailable(str(error.__cause__ or error)) from error
 
 
-def _set_up_sqlite(connection: Any, _record: object) -> None:
+def _set_up_sqlite(connection: Any) -> None:
     # The driver must not begin transactions by itself: it would begin them as readers, which then fail as writers.
     connection.isolation_level = None
     cursor = connection.cursor()
@@ -136,6 +156,15 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
     cursor.close()
+
+
+def _file_at(path: str) -> tuple[int, int] | None:
+    """Which file *path* names now; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _begin_sqlite(connection: Connection) -> None:

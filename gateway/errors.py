@@ -3,12 +3,15 @@
 `{"error": {"message", "type", "code", "param", "request_id", …facts}}`. SDKs of OpenAI choose their exception by the
 status and show the message; the types are those that OpenAI documents, where it has one:
 
-    400 404 409 413 422   invalid_request_error     the request must change
-    401                   authentication_error
-    402                   insufficient_quota        OpenAI's word for «out of credit»; not its 429, which SDKs retry
-    403                   permission_error
-    429                   rate_limit_error
-    5xx                   api_error                 the request was right; nothing was charged
+    400 404 405 409 413 422   invalid_request_error     the request must change
+    401                       authentication_error
+    402                       insufficient_quota        OpenAI's word for «out of credit»; not its 429, which SDKs retry
+    403                       permission_error
+    429                       rate_limit_error
+    5xx                       api_error                 the request was right
+
+502 and 504 have charged nothing, unless their message says so. A 503 that comes after the work was done has: the
+settlement waits on local disk until the ledger is back.
 
 Domain code never mentions HTTP: its exceptions become `ApiError` in one `ErrorTable`, which `gateway/app.py` fills.
 """
@@ -219,7 +222,10 @@ def rate_limit_exceeded(*, limit: int, retry_after_s: int) -> ApiError:
 
 
 def internal_error() -> ApiError:
-    return ApiError("internal_error", "Something broke on our side. Nothing was charged; the request id names the log.")
+    return ApiError(
+        "internal_error",
+        "Something broke on our side. The request id names the log, and the receipt if anything was charged.",
+    )
 
 
 def upstream_error(message: str = "The upstream could not be reached or broke off. Nothing was charged.") -> ApiError:

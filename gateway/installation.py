@@ -12,6 +12,7 @@ import msgspec
 
 from gateway.clock import now_us
 from gateway.database import Database
+from gateway.errors import invalid_request
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Mode
 from gateway.identity.tenants import AppInfo, TenantInfo, Tenants
@@ -21,7 +22,7 @@ from gateway.settings import Settings
 from gateway.stores import open_store
 from ledger.commands import Grant, Key
 from ledger.ledger import Ledger
-from ledger.model import Funding, Scope, WalletRef
+from ledger.model import PRIORITY_MAX, Funding, Scope, WalletRef
 from ledger.outcomes import Granted
 from pricing.money import CREDIT, Asset
 
@@ -216,7 +217,10 @@ async def give(books: Books, wallet: WalletRef, gift: Gift) -> Granted:
 
     Raises:
         InvalidAmount: nothing, too much, or expired already. KeyReused: the key did something else before.
+        ApiError: 400 for a priority out of range.
     """
+    if not -PRIORITY_MAX <= gift.priority <= PRIORITY_MAX:
+        raise invalid_request(f"A priority lies between -{PRIORITY_MAX} and {PRIORITY_MAX}.", param="priority")
     digest = f"{wallet.wallet} {gift.amount} {gift.source} {gift.priority} {gift.expires_at_us}"
     key = None if gift.key is None else Key(operation="cli.grant", key=gift.key, digest=digest)
     return await _promote(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from gateway.proxy.routing import Router
-from gateway.settings import ModelSettings, Settings
+from gateway.settings import Settings
 from pricing.book import PriceBook, RateCard
 from pricing.catalog import LimitOverride, PriceOverride, build_price_book
 
@@ -42,13 +42,9 @@ def price_book(settings: Settings) -> PriceBook:
             hidden_reasoning=model.hidden_reasoning,
         )
         for model in settings.models
-        if model.price is None and _limited(model)
+        if model.price is None and model.described
     ]
     return build_price_book(prices, limits)
-
-
-def _limited(model: ModelSettings) -> bool:
-    return any(limit is not None for limit in (model.context_window, model.max_output_tokens, model.hidden_reasoning))
 
 
 class ServedModels:
@@ -62,11 +58,7 @@ class ServedModels:
         self._until_us = 0
 
     async def all(self) -> Mapping[str, RateCard]:
-        """By the name that clients use.
-
-        Raises:
-            ApiError: 404 for a model in the settings that has no price.
-        """
+        """By the name that clients use. A model in the settings that has no price is not served, and not among them."""
         async with self._lock:
             now_us = self._now_us()
             if now_us >= self._until_us:

@@ -23,6 +23,7 @@ from ledger.errors import (
     LedgerUnavailable,
     NotFound,
     ReservationSettled,
+    TooManyBlocks,
     WalletFrozen,
 )
 
@@ -36,6 +37,9 @@ REFUSALS: Final = ErrorTable(
         AlreadyExists: lambda error: invalid_request("It exists already: take a new id."),
         AssetMismatch: lambda error: invalid_request("The wallet holds another asset than the tenant's credits."),
         InvalidAmount: lambda error: invalid_request("An amount or a time is out of bounds."),
+        TooManyBlocks: lambda error: invalid_request(
+            "The wallet has too many blocks that are not used up: grant fewer, larger ones, or let some expire."
+        ),
         WalletFrozen: lambda error: permission_denied(
             "This wallet is frozen: nothing is taken from it until whoever runs this app lifts that."
         ),

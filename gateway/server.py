@@ -10,14 +10,48 @@ from contextlib import contextmanager
 from typing import Final
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.app import Gateway
+from gateway.errors import invalid_request
+from gateway.ids import new_id
 from gateway.settings import Settings
 
 KEEPALIVE_S: Final = 75
 """Longer than the usual client's, so that it is the client who closes an idle connection."""
 
+HEAD_BYTES_MAX: Final = 64 * 1024
+"""Of a request's line and headers together, give or take what one read from the socket brings."""
+
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's, which bounds a request's line and headers, and answers with our envelope to what is not HTTP."""
+
+    _in_head = False
+    _head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
+        if self._head_bytes > HEAD_BYTES_MAX:
+            self._in_head = False
+            self.send_400_response(f"The request line and the headers have more than {HEAD_BYTES_MAX} bytes.")
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        body = invalid_request(msg).to_body(new_id("req"))
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -28,7 +62,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 gateway,
                 loop="uvloop",
-                http="httptools",
+                http=Connection,
                 ws="none",
                 lifespan="on",
                 access_log=False,

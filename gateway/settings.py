@@ -191,6 +191,12 @@ class ModelSettings(Section):
     context_window: Tokens | None = None
     hidden_reasoning: bool | None = None
 
+    @property
+    def described(self) -> bool:
+        """Whether the operator gives this name a price or a limit of its own."""
+        own = (self.price, self.max_output_tokens, self.context_window, self.hidden_reasoning)
+        return any(value is not None for value in own)
+
 
 class ActionSettings(Section):
     """A product action (`X-Quota-Action: KEY`) with a fixed price in credits, whatever its tokens."""
@@ -349,6 +355,8 @@ def _sentences(error: ValidationError, source: Mapping[str, str]) -> Iterable[st
                 yield _unknown_key(_place(tuple(section), source), str(key), _fields_at(section))
             case "missing":
                 yield f"{place} is missing"
+            case "default_factory_not_called":
+                continue  # Its default hangs on another field, which is told by itself.
             case "value_error":
                 yield from (f"{place}: {line}" if place else line for line in str(problem["ctx"]["error"]).splitlines())
             case "string_pattern_mismatch":

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from gateway.multiprocess import MULTIPROCESS_DIR
 from gateway.settings import Settings
 
 BACKLOG: Final = 2048
@@ -28,9 +29,6 @@ RESTART_PAUSE_S: Final = 0.5
 READY_POLL_S: Final = 0.01
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 READY: Final = b"1"
-
-MULTIPROCESS_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
-"""Where the workers of one gateway keep their counters together."""
 
 
 class CannotListen(Exception):
@@ -59,6 +57,15 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
     listener.setblocking(False)
     return listener
+
+
+def exit_on_sigterm() -> None:
+    """End in good order when asked to stop before anything is served: what was opened is closed on the way out."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def serve(settings: Settings, listener: socket.socket, *, started: Callable[[], None] | None = None) -> int:
@@ -99,8 +106,7 @@ class Supervisor:
             try:
                 for _ in range(self._settings.workers):
                     self._fork()
-                self._wait_until_ready()
-                if self._started is not None and not self._stopping:
+                if self._all_came_up() and self._started is not None:
                     self._started()
                 return self._watch()
             finally:
@@ -115,9 +121,12 @@ class Supervisor:
                 os.kill(worker, signal.SIGTERM)
 
     def _fork(self) -> None:
+        """One more worker, unless they are to stop."""
         # A signal between the fork and the note of it would leave a worker that nobody stops.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
+            if self._stopping:
+                return
             ready, tell = os.pipe()
             os.set_blocking(ready, False)
             worker = os.fork()
@@ -148,12 +157,13 @@ class Supervisor:
             sys.stderr.flush()
             os._exit(code)
 
-    def _wait_until_ready(self) -> None:
-        """Until every worker has told that it accepts connections, or one has ended."""
-        while not self._stopping and not all(map(self._came_up, self._workers)):
-            if any(_ended(worker) for worker in self._workers):
-                return
+    def _all_came_up(self) -> bool:
+        """Whether every worker accepts connections; waits until all do, one has ended, or they are to stop."""
+        while not self._stopping and not any(_ended(worker) for worker in self._workers):
+            if all(map(self._came_up, self._workers)):
+                return True
             time.sleep(READY_POLL_S)
+        return False
 
     def _came_up(self, worker: int) -> bool:
         """Whether the worker has told that it accepts connections."""
@@ -170,7 +180,7 @@ class Supervisor:
             came_up = self._came_up(worker)
             os.close(self._workers.pop(worker))
             if self._stopping:
-                code = code or (0 if status == 0 else 1)
+                code = code or (0 if status == 0 or _stopped_early(status, came_up) else 1)
                 continue
             print(f"farebox: worker {worker} ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr)  # noqa: T201
             if not came_up:
@@ -179,14 +189,18 @@ class Supervisor:
                 continue
             _forget_gauges(worker)
             time.sleep(RESTART_PAUSE_S)
-            if not self._stopping:
-                self._fork()
+            self._fork()
         return code
 
 
 def _stop_when_orphaned(lifeline: int) -> None:
     os.read(lifeline, 1)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stopped_early(status: int, came_up: bool) -> bool:
+    """Whether a worker was asked to stop before it could serve anything: there was nothing to finish."""
+    return not came_up and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
 
 
 def _forget_gauges(worker: int) -> None:

@@ -25,7 +25,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from gateway.supervisor import MULTIPROCESS_DIR
+from gateway.multiprocess import MULTIPROCESS_DIR
 from ledger.outcomes import Applied, UsageRecorded
 
 SECRETS: Final = re.compile(
@@ -55,7 +55,7 @@ def configure_logging(level: str, *, stream: IO[str] | None = None) -> None:
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=False,
     )
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[structlog.stdlib.ExtraAdder(["websocket"]), *shared],

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from ledger.model import AMOUNT_MAX, Block, Tags
 
 
-def burn_order(block: Block) -> tuple[int, int, int, int]:
-    """The sort key of the order in which blocks are used up."""
+def burn_order(block: Block) -> tuple[int, int, int]:
+    """The sort key of the order in which the blocks of one wallet are used up."""
     expires_at_us = AMOUNT_MAX if block.expires_at_us is None else block.expires_at_us
-    return (-block.priority, expires_at_us, block.created_at_us, block.sequence)
+    return (-block.priority, expires_at_us, block.sequence)
 
 
 def payable(blocks: Iterable[Block], tags: Tags, now_us: int) -> list[Block]:

@@ -16,15 +16,23 @@ from ledger.model import (
 )
 
 
-class Key(msgspec.Struct, frozen=True):
-    """An idempotency key. Its scope is tenant, mode and operation; *digest* stands for the input it came with."""
+class Key(msgspec.Struct, frozen=True, gc=False):
+    """An idempotency key. Its scope is tenant, mode and operation; *digest* stands for the input it came with.
+
+    Raises:
+        ValueError: it has a zero character. No database finds such a text again, so it would serve twice.
+    """
 
     operation: str
     key: str
     digest: str
 
+    def __post_init__(self) -> None:
+        if "\x00" in self.key:
+            raise ValueError("an idempotency key must not have a zero character")
 
-class Command(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+
+class Command(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     """*id* is unique and time-ordered; events derive theirs from it."""
 
     id: str
@@ -56,7 +64,7 @@ class Grant(Command, frozen=True, kw_only=True, tag="grant"):
     metadata: dict[str, Any] = {}
 
 
-class ReserveLeg(msgspec.Struct, frozen=True):
+class ReserveLeg(msgspec.Struct, frozen=True, gc=False):
     """Set *amount* aside from *wallets* in their order; what there is, but not under *minimum*, when it is short."""
 
     wallets: tuple[WalletRef, ...]
@@ -117,7 +125,7 @@ class Extend(Command, frozen=True, kw_only=True, tag="extend"):
     mark: Settlement | None = None
 
 
-class StoredResponse(msgspec.Struct, frozen=True):
+class StoredResponse(msgspec.Struct, frozen=True, gc=False):
     """An answer to be replayed under its idempotency key for a day."""
 
     status: int

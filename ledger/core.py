@@ -27,6 +27,7 @@ from ledger.commands import (
     SetOverdraft,
 )
 from ledger.granting import expire, freeze, grant, revoke, set_overdraft
+from ledger.model import ReservationRef, WalletRef
 from ledger.outcomes import (
     Applied,
     KeyTaken,
@@ -47,7 +48,7 @@ def decide(state: State, command: AnyCommand, now_us: int) -> Outcome:
             return Rejected(Reason.KEY_REUSED)
         if taken is not None:
             return Applied(result=taken.result, replayed=True)
-    if not _stays_in_scope(command):
+    if _subject(command)[:2] != command.scope:
         return Rejected(Reason.NOT_FOUND)
     outcome = _DECISIONS[type(command)](state, command, now_us)
     if command.key is None or isinstance(outcome, Rejected) or outcome.replayed:
@@ -62,17 +63,12 @@ def decide(state: State, command: AnyCommand, now_us: int) -> Outcome:
     return msgspec.structs.replace(outcome, facts=(*outcome.facts, taken))
 
 
-def _stays_in_scope(command: AnyCommand) -> bool:
-    """Nothing crosses tenants or modes, but that a reservation's payers may be the operator's wallets."""
-    scope = command.scope
-    if isinstance(command, Extend | Commit | Release | Lapse):
-        return command.reservation[:2] == scope
-    if isinstance(command, Hold):
-        return command.reservation[:2] == scope and all(ref.mode == scope.mode for ref in command.wallets)
-    if isinstance(command, Grant) and command.from_wallet is not None and command.from_wallet[:2] != scope:
-        return False
-    return command.wallet[:2] == scope
+def _subject(command: AnyCommand) -> ReservationRef | WalletRef:
+    """What a command is about. What belongs to another tenant or mode is not found."""
+    return command.reservation if isinstance(command, _ON_RESERVATIONS) else command.wallet
 
+
+_ON_RESERVATIONS = (Hold, Extend, Commit, Release, Lapse)
 
 _DECISIONS: dict[type[AnyCommand], Callable[[State, Any, int], Outcome]] = {
     Grant: grant,

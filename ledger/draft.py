@@ -5,13 +5,13 @@ draft is dropped, and nothing has happened.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from ledger.burndown import payable
 from ledger.commands import Command
-from ledger.model import Account, Block, Funding, Reservation, Scope, Tags, Wallet, WalletRef
+from ledger.model import Account, Block, Funding, Reservation, Scope, Slice, Tags, Wallet, WalletRef
 from ledger.outcomes import (
     Applied,
     BlockChanged,
@@ -40,7 +40,7 @@ FUNDING_ACCOUNT = {
 """Where a grant of this kind comes from. A developer's grant has none: it comes out of a pool, which is a wallet."""
 
 
-class Source(NamedTuple):
+class Source(msgspec.Struct, frozen=True, gc=False):
     """Free credits of a block, or of the wallet's overdraft when *block* is None."""
 
     wallet: Wallet
@@ -48,8 +48,28 @@ class Source(NamedTuple):
     amount: int
 
 
+def total(parts: list[Source]) -> int:
+    amount = 0
+    for part in parts:
+        amount += part.amount
+    return amount
+
+
 class Draft:
     """Collects differences by block and wallet: each of them is one fact."""
+
+    __slots__ = (
+        "_blocks",
+        "_blocks_opened",
+        "_wallets",
+        "_wallets_opened",
+        "command",
+        "events",
+        "now_us",
+        "other",
+        "state",
+        "transfers",
+    )
 
     def __init__(self, state: State, command: Command, now_us: int) -> None:
         self.state = state
@@ -115,7 +135,7 @@ class Draft:
         """The wallet's balance after this draft."""
         balance = self.state.balance(ref, self.now_us)
         for block in self._blocks_opened.values():
-            if block.wallet == ref and not block.expired_at(self.now_us):
+            if block.wallet == ref:
                 balance += block.remaining
         for change in self._blocks.values():
             if change.wallet == ref and not self.block(ref, change.block).expired_at(self.now_us):
@@ -269,19 +289,37 @@ class Draft:
             self.open_block(returns)
         self.change_block(returns, granted=amount)
 
+    def collect(self, slices: tuple[Slice, ...]) -> None:
+        """Take what was clawed back of the blocks of *slices* while it was held, and is free now: it is owed no more.
+
+        No entry is booked: it left the wallet with the claw-back, and the wallet has less left and owes less.
+        """
+        for ref, block_id in dict.fromkeys((held.wallet, held.block) for held in slices):
+            block = None if block_id is None else self.block_after(self.block(ref, block_id))
+            if block is None or block.clawed == 0:
+                continue
+            taken = min(block.clawed - block.consumed - block.reserved, block.free, self._owed(ref))
+            if taken > 0:
+                self.change_block(block, revoked=taken, clawed=-taken)
+                self.change_wallet(ref, receivable=-taken)
+
+    def _owed(self, ref: WalletRef) -> int:
+        wallet, change = self.wallet(ref), self._wallets.get(ref)
+        return (0 if wallet is None else wallet.receivable) + (0 if change is None else change.receivable)
+
     # What it comes to.
 
     def applied(
         self, result: Result, reservation: Reservation | None = None, *, answers: tuple[str, str] | None = None
     ) -> Applied:
         """All facts of this draft, and the *reservation* as it is now; a changed wallet's version rises once."""
-        facts: list[Fact] = [
-            *self.transfers,
-            *map(WalletOpened, self._wallets_opened.values()),
-            *map(BlockOpened, self._blocks_opened.values()),
-            *self._blocks.values(),
-            *self._wallets.values(),
-        ]
+        facts: list[Fact] = [*self.transfers]
+        if self._wallets_opened:
+            facts += map(WalletOpened, self._wallets_opened.values())
+        if self._blocks_opened:
+            facts += map(BlockOpened, self._blocks_opened.values())
+        facts += self._blocks.values()
+        facts += self._wallets.values()
         if reservation is not None:
             facts.append(ReservationChanged(reservation))
         facts += self.other

@@ -19,6 +19,9 @@ from ledger.outcomes import (
 )
 from ledger.state import State
 
+BLOCKS_LIVE_MAX = 1_000
+"""Most blocks with something left that a wallet has: every charge looks at each of them, and other wallets wait."""
+
 
 class _Lot(NamedTuple):
     """A part of a grant that becomes a block of its own."""
@@ -32,7 +35,7 @@ def grant(state: State, command: Grant, now_us: int) -> Outcome:
     effective_at_us = now_us if command.effective_at_us is None else command.effective_at_us
     if not _grantable(state, command, effective_at_us=max(now_us, effective_at_us)):
         return Rejected(Reason.INVALID_AMOUNT)
-    if command.from_wallet is None and command.funding is Funding.DEVELOPER_GRANT:
+    if not _comes_from_somewhere(command):
         return Rejected(Reason.NOT_FOUND)
     blocks = state.blocks.get(command.wallet, {})
     if command.block_id in blocks or _second_block(command) in blocks:
@@ -91,12 +94,27 @@ def _grantable(state: State, command: Grant, *, effective_at_us: int) -> bool:
     )
 
 
+def _bought(command: Grant) -> bool:
+    """Somebody paid for it: it is never refused, and its price keeps its like from being many."""
+    return command.funding is Funding.PAID and command.from_wallet is None
+
+
+def _comes_from_somewhere(command: Grant) -> bool:
+    """A developer's grant needs its pool, and no grant comes out of another tenant's or mode's wallet."""
+    if command.from_wallet is None:
+        return command.funding is not Funding.DEVELOPER_GRANT
+    return command.from_wallet[:2] == command.scope
+
+
 def _second_block(command: Grant) -> str:
     return f"{command.block_id}_2"
 
 
 def _lots(draft: Draft, command: Grant, wallet: Wallet) -> list[_Lot] | Rejected:
     """Bring the credits in. Nobody but the operator says that it was paid: credits from elsewhere never are."""
+    live = sum(block.live for block in draft.state.blocks.get(command.wallet, {}).values())
+    if live >= BLOCKS_LIVE_MAX and not _bought(command):
+        return Rejected(Reason.TOO_MANY_BLOCKS)
     if command.from_wallet is not None:
         return _take_from_wallet(draft, command, command.from_wallet, wallet)
     draft.transfer(
@@ -148,8 +166,9 @@ def revoke(state: State, command: Revoke, now_us: int) -> Outcome:
     if command.amount > block.granted:
         return Rejected(Reason.INVALID_AMOUNT)
     draft = Draft(state, command, now_us)
-    free = min(command.amount, block.free)
-    owed = min(command.amount - free, _clawable(block)) if command.clawback else 0
+    amount = min(command.amount, _revocable(block))
+    free = min(amount, block.free)
+    owed = amount - free if command.clawback and block.pool is None else 0
     if free + owed > 0:
         draft.change_block(block, revoked=free, clawed=owed)
         draft.change_wallet(wallet.ref, receivable=owed)
@@ -164,12 +183,13 @@ def revoke(state: State, command: Revoke, now_us: int) -> Outcome:
     return draft.applied(revoked)
 
 
-def _clawable(block: Block) -> int:
-    """What is spent of a block, or about to be, and not taken back yet. What has lapsed was never had.
+def _revocable(block: Block) -> int:
+    """What was not taken back of a block yet, free, held or spent. What has lapsed was never had.
 
-    Nothing of credits that came out of another wallet: they would be there again to be spent, and the debt unpaid.
+    Credits that came out of another wallet are only taken back unspent: they would be there again to be spent, and the
+    debt unpaid.
     """
-    return 0 if block.pool is not None else block.consumed + block.reserved - block.clawed
+    return max(0, block.granted - block.expired - block.revoked - block.clawed)
 
 
 def expire(state: State, command: Expire, now_us: int) -> Outcome:

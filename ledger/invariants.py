@@ -44,6 +44,11 @@ _encode = msgspec.json.Encoder(order="deterministic").encode
 
 HeldRef = tuple[WalletRef, str | None]
 
+_Booking = tuple[Scope, str, str | None, str]
+"""What one block paid to one account: scope, payer, block, payee."""
+
+_CHARGE_ACCOUNTS = (Account.REVENUE, Account.TENANT_DUE, Account.TENANT_MARGIN, Account.DEVELOPER_PAYABLE)
+
 _Rule = tuple[type[Fact], Callable[[Any, JournalEntry], bool], str]
 
 
@@ -98,7 +103,7 @@ def check_state(state: State, *, operator: str | None = None) -> Iterator[Violat
 
 
 def check_block(block: Block) -> Iterator[Violation]:
-    amounts = (block.granted, block.consumed, block.expired, block.revoked, block.remaining)
+    amounts = (block.granted, block.consumed, block.expired, block.revoked, block.clawed, block.remaining)
     if min(amounts) < 0 or not 0 <= block.reserved <= block.remaining:
         yield Violation(
             "a block's amounts are not negative, and 0 <= reserved <= remaining",
@@ -164,7 +169,7 @@ class Audit:
         self.usage_count = 0
         self.usage_sum = 0
         """The sum of the digests of all usage: equal for the same records in any order."""
-        self._expired: set[ReservationRef] = set()
+        self._expired: dict[ReservationRef, Reservation] = {}
         self._accounts: Counter[WalletRef] = Counter()
         self._remaining: Counter[WalletRef] = Counter()
         self._held: Counter[HeldRef] = Counter()
@@ -186,9 +191,13 @@ class Audit:
             )
         wallets: dict[WalletRef, None] = {}
         held: dict[HeldRef, None] = {}
+        charged: Counter[_Booking] = Counter()
         for fact in entry.facts:
             self.found += check_scopes(fact, entry.scope, self.operator)
             if self._acceptable(fact, entry):
+                if isinstance(fact, ReservationChanged):
+                    charged.update(_bookings(fact.reservation))
+                    charged.subtract(_bookings(self._before(fact.reservation.ref)))
                 self._fold(fact, wallets, held)
         for transfer in entry.transfers:
             self.found += check_scopes(transfer, entry.scope, self.operator)
@@ -198,6 +207,7 @@ class Audit:
                 wallets[ref] = None
         self._check_touched(wallets, held)
         self._check_cost(entry)
+        self._check_booked(entry, charged)
 
     def finish(self) -> None:
         """Check the end state as a whole, once the journal is at its end."""
@@ -301,13 +311,13 @@ class Audit:
         for part in reservation.slices:
             self._held[part.wallet, part.block] += part.amount
             held[part.wallet, part.block] = None
-        self._expired.discard(ref)
+        self._expired.pop(ref, None)
         if reservation.state is ReservationState.OPEN:
             self.state.reservations[ref] = reservation
             return
         self.settled[ref] = digest(reservation)
         if reservation.state is ReservationState.EXPIRED:
-            self._expired.add(ref)
+            self._expired[ref] = reservation
 
     def _check_touched(self, wallets: Iterable[WalletRef], held: Iterable[HeldRef]) -> None:
         state = self.state
@@ -328,6 +338,21 @@ class Audit:
             self.found += _check_held(slices, 0 if block is None else block.reserved, ref, block_id)
             self.found += () if block is None else check_block(block)
 
+    def _before(self, ref: ReservationRef) -> Reservation | None:
+        return self.state.reservations.get(ref) or self._expired.get(ref)
+
+    def _check_booked(self, entry: JournalEntry, charged: Counter[_Booking]) -> None:
+        """What was paid, by which block and to whom, is the same in the reservation and in the journal's entries."""
+        settles = any(isinstance(fact, ReservationChanged) for fact in entry.facts)
+        booked: Counter[_Booking] = Counter()
+        for transfer in entry.transfers:
+            to = transfer.credit.partition(":")[0]
+            if to in _CHARGE_ACCOUNTS or (settles and transfer.credit.startswith(_WALLET_ACCOUNT)):
+                booked[transfer.scope, transfer.debit, transfer.block, transfer.credit] += transfer.amount
+        if booked != charged:
+            wrong = [booking for booking in {**booked, **charged} if booked[booking] != charged[booking]]
+            self._report("a charge is booked as its reservation tells it", entry, differing=wrong)
+
     def _check_cost(self, entry: JournalEntry) -> None:
         """The provider's cost is in the journal as the usage tells it."""
         recorded = sum(fact.record.provider_cost_nanos for fact in entry.facts if isinstance(fact, UsageRecorded))
@@ -341,6 +366,19 @@ class Audit:
 
     def _report(self, message: str, entry: JournalEntry, **facts: Any) -> None:
         self.found.append(Violation(message, {"seq": entry.seq, "command": entry.id, **facts}))
+
+
+def _bookings(reservation: Reservation | None) -> Counter[_Booking]:
+    """What a reservation's charges have booked so far."""
+    booked: Counter[_Booking] = Counter()
+    if reservation is None:
+        return booked
+    for payment in reservation.payments:
+        payer = f"{_WALLET_ACCOUNT}{payment.wallet.wallet}"
+        booked[payment.wallet.scope, payer, payment.block, payment.base_account] += payment.base
+        booked[payment.wallet.scope, payer, payment.block, payment.markup_account] += payment.markup
+    booked[reservation.ref.scope, Account.METER_SHORTFALL, None, Account.REVENUE] += reservation.shortfall
+    return booked
 
 
 def _check_held(slices: int, reserved: int, ref: WalletRef, block_id: str | None) -> Iterator[Violation]:
@@ -382,6 +420,7 @@ def _refs(fact: Fact) -> Iterator[tuple[str, ...]]:
             yield reservation.ref
             yield from (ref for leg in reservation.legs for ref in leg.wallets)
             yield from reservation.limits
+            yield from (payment.wallet for payment in reservation.payments)
             yield from (part.wallet for part in reservation.slices)
             if reservation.unfunded is not None:
                 yield reservation.unfunded

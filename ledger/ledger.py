@@ -132,21 +132,32 @@ class Ledger:
             self._applied(outcome)
         return outcome
 
-    async def wallet_view(self, ref: WalletRef, tags: Tags | None = None) -> WalletView | None:
-        """The wallet now; None when nothing was ever granted to it."""
+    async def wallet_view(
+        self, ref: WalletRef, tags: Tags | None = None, *, unfunded: WalletRef | None = None
+    ) -> WalletView | None:
+        """The wallet now; None when nothing was ever granted to it.
+
+        *unfunded* is the line that a reservation would name, as in :class:`~ledger.commands.Hold`.
+        """
         found = await _reading(self._store.wallet(ref))
         if found is None:
             return None
         wallet, blocks = found
         now_us = max(self._clock(), wallet.last_fact_us)
+        line = None if unfunded is None else await self._line(unfunded, now_us)
         return WalletView(
             wallet=wallet,
             blocks=blocks,
             balance=_balance(wallet, blocks, now_us),
-            effective_balance=_effective_balance(wallet, blocks, tags or NO_TAGS, now_us),
+            effective_balance=_effective_balance(wallet, blocks, tags or NO_TAGS, now_us, line=line),
             reserved=sum(block.reserved for block in blocks) + wallet.overdraft_reserved,
             receivable=wallet.receivable,
         )
+
+    async def _line(self, ref: WalletRef, now_us: int) -> int:
+        """What is left of a line for credits that the operator was not paid for."""
+        found = await _reading(self._store.wallet(ref))
+        return 0 if found is None else sum(block.free for block in payable(found.blocks, NO_TAGS, now_us))
 
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await _reading(self._store.reservation(ref))
@@ -182,12 +193,12 @@ class Ledger:
         """
         failures: list[BaseException] = []
         lapsed = await self._sweep_each(
-            lambda: self._store.due_reservations(now_us, limit=SWEEP_PAGE),
+            lambda limit: self._store.due_reservations(now_us, limit=limit),
             lambda ref: Lapse(id=self._new_command_id(), scope=Scope(ref.tenant, ref.mode), reservation=ref),
             failures,
         )
         expired = await self._sweep_each(
-            lambda: self._store.due_wallets(now_us, limit=SWEEP_PAGE),
+            lambda limit: self._store.due_wallets(now_us, limit=limit),
             lambda ref: Expire(id=self._new_command_id(), scope=Scope(ref.tenant, ref.mode), wallet=ref),
             failures,
         )
@@ -196,21 +207,28 @@ class Ledger:
 
     async def _sweep_each(
         self,
-        candidates: Callable[[], Awaitable[list[Ref]]],
+        candidates: Callable[[int], Awaitable[list[Ref]]],
         command_for: Callable[[Ref], AnyCommand],
         failures: list[BaseException],
     ) -> int:
-        """Page after page, until one brings nothing new: how many were settled. One that fails stops no other."""
+        """Page after page, until one brings nothing new: how many were settled.
+
+        One that fails stops no other: it stays due, and a page is as much longer as there are of its kind.
+        """
         settled = 0
         tried: set[Ref] = set()
+        limit = SWEEP_PAGE
         for _ in range(SWEEP_PAGES_MAX):
-            page = [ref for ref in await _reading(candidates()) if ref not in tried]
+            found = await _reading(candidates(limit))
+            page = [ref for ref in found if ref not in tried]
             tried.update(page)
             outcomes = await asyncio.gather(*(self.execute(command_for(ref)) for ref in page), return_exceptions=True)
-            failures += [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+            failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+            failures += failed
             settled += sum(bool(outcome.facts) for outcome in outcomes if isinstance(outcome, Applied))
-            if len(page) < SWEEP_PAGE:
+            if not page or len(found) < limit:
                 break
+            limit = min(limit + len(failed), PAGE_MAX)
         return settled
 
 
@@ -221,11 +239,14 @@ def _balance(wallet: Wallet, blocks: Sequence[Block], now_us: int) -> int:
     return state.balance(wallet.ref, now_us)
 
 
-def _effective_balance(wallet: Wallet, blocks: Sequence[Block], tags: Tags, now_us: int) -> int:
+def _effective_balance(wallet: Wallet, blocks: Sequence[Block], tags: Tags, now_us: int, *, line: int | None) -> int:
     if wallet.frozen or wallet.receivable > wallet.overdraft_limit:
         return 0
+    able = payable(blocks, tags, now_us)
+    paid = sum(block.free for block in able if block.operator_paid)
     overdraft = max(0, wallet.overdraft_limit - wallet.receivable - wallet.overdraft_reserved)
-    return sum(block.free for block in payable(blocks, tags, now_us)) + overdraft
+    unpaid = sum(block.free for block in able if not block.operator_paid) + overdraft
+    return paid + (unpaid if line is None else min(unpaid, line))
 
 
 def cursor_after(transaction: Transaction) -> str:
@@ -233,9 +254,13 @@ def cursor_after(transaction: Transaction) -> str:
     return f"{transaction.seq}.{transaction.position}"
 
 
+_DIGITS_MAX = 18
+"""What fits a column of the journal, however a cursor was tampered with."""
+
+
 def _position(cursor: str) -> Position:
     seq, _, position = cursor.partition(".")
-    if not (seq.isdecimal() and position.isdecimal() and len(cursor) < 40):
+    if not (seq.isdecimal() and position.isdecimal() and max(len(seq), len(position)) <= _DIGITS_MAX):
         raise ValueError("the cursor is not one that a page of transactions gave")
     return Position(int(seq), int(position))
 

@@ -3,6 +3,8 @@
 Amounts are ``int`` in the smallest unit of the wallet's asset (1e-9 credits for the default credit),
 times are ``int`` microseconds since the epoch, UTC. Intervals are half-open: a block pays at ``t`` when
 ``effective_at_us <= t < expires_at_us``.
+
+A value cannot contain itself, so the cycle collector need not look at it (``gc=False``): a batch makes thousands.
 """
 
 from enum import StrEnum
@@ -12,6 +14,9 @@ import msgspec
 
 AMOUNT_MAX = 2**62
 """Largest amount of one field. It leaves a bit of int64 for a sum of two."""
+
+PRIORITY_MAX = 10**6
+"""Of a block, up and down."""
 
 
 class Scope(NamedTuple):
@@ -75,7 +80,7 @@ class Funding(StrEnum):
     PLAN = "plan"
 
 
-class Tags(msgspec.Struct, frozen=True, omit_defaults=True):
+class Tags(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What a charge is for; blocks can be restricted by each."""
 
     app: str | None = None
@@ -83,7 +88,7 @@ class Tags(msgspec.Struct, frozen=True, omit_defaults=True):
     model: str | None = None
 
 
-class Restriction(msgspec.Struct, frozen=True, omit_defaults=True):
+class Restriction(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Where a block may pay. An empty tuple allows everything."""
 
     apps: tuple[str, ...] = ()
@@ -101,7 +106,7 @@ class Restriction(msgspec.Struct, frozen=True, omit_defaults=True):
 UNRESTRICTED = Restriction()
 
 
-class Wallet(msgspec.Struct, frozen=True, omit_defaults=True):
+class Wallet(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """A stack of blocks in one asset, and what it owes.
 
     ``receivable`` is what was used beyond the blocks under an agreed overdraft or after a claw-back; the next grant
@@ -125,7 +130,7 @@ class Wallet(msgspec.Struct, frozen=True, omit_defaults=True):
         return f"wallet:{self.ref.wallet}"
 
 
-class Block(msgspec.Struct, frozen=True, omit_defaults=True):
+class Block(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Credits that came in together and are spent, expire or are taken back together.
 
     ``granted = consumed + expired + revoked + remaining`` and ``0 <= reserved <= remaining``.
@@ -186,7 +191,7 @@ class ReservationState(StrEnum):
     """Its time ran out and it was settled for its last durable mark. A late commit may still debit what is missing."""
 
 
-class Charge(msgspec.Struct, frozen=True):
+class Charge(msgspec.Struct, frozen=True, gc=False):
     """What one leg pays: the base cost and the developer's markup on it."""
 
     base: int = 0
@@ -197,7 +202,7 @@ class Charge(msgspec.Struct, frozen=True):
         return self.base + self.markup
 
 
-class UsageRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+class UsageRecord(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The facts behind a charge, written in its transaction.
 
     ``units`` maps a unit to a quantity, ``provider_cost_nanos`` is in nano-dollars, ``source`` is how the units are
@@ -221,14 +226,14 @@ class UsageRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     metadata: dict[str, Any] = {}
 
 
-class Settlement(msgspec.Struct, frozen=True, omit_defaults=True):
+class Settlement(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One charge a leg, and the usage that explains it."""
 
     charges: tuple[Charge, ...]
     usage: UsageRecord | None = None
 
 
-class Slice(msgspec.Struct, frozen=True, omit_defaults=True):
+class Slice(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """A part of a block that a reservation holds, or of the wallet's overdraft when *block* is None."""
 
     leg: int
@@ -244,7 +249,7 @@ UNFUNDED_LEG = -2
 """The leg of slices that hold the tenant's line for credits that the operator was not paid for."""
 
 
-class Payment(msgspec.Struct, frozen=True, omit_defaults=True):
+class Payment(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What a block paid of a charge: the line of a receipt, and what a refund reverses."""
 
     leg: int
@@ -256,22 +261,21 @@ class Payment(msgspec.Struct, frozen=True, omit_defaults=True):
     markup_account: str
 
 
-class Leg(msgspec.Struct, frozen=True, omit_defaults=True):
+class Leg(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Who pays one part of a charge: the wallets in the order in which they pay."""
 
     wallets: tuple[WalletRef, ...]
 
 
-class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
+class Reservation(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Credits set aside for work under way.
 
     No wallet stands twice in a leg, nor twice among the limits. ``mark`` is what is charged if nobody settles before
     ``expires_at_us``: None releases everything. A commit answers for it and clears it; an expired reservation keeps
     it, because a late commit debits only what is missing. ``charged`` is what was charged so far, a leg each.
-    ``settled_by`` is the command that settled it: repeating that one is a replay. ``key`` names the idempotency key
-    that a release frees again.
-    ``balance`` is that of the first leg's first wallet when it was settled. ``reserved`` is the most that the paying
-    legs held.
+    ``reserved`` is the most that the paying legs held, ``balance`` that of the first leg's first wallet when it was
+    last charged or settled. ``settled_by`` is the command that settled it: repeating that one is a replay. ``key``
+    names the idempotency key that a release frees again.
     """
 
     ref: ReservationRef
@@ -301,7 +305,7 @@ class Reservation(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def held(self) -> int:
         """What the paying legs hold together."""
-        return sum(held.amount for held in self.slices if held.leg >= 0)
+        return sum(self.held_by_leg)
 
     @property
     def held_by_leg(self) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ class Reason(StrEnum):
     NOT_FOUND = "not_found"
     ALREADY_EXISTS = "already_exists"
     ASSET_MISMATCH = "asset_mismatch"
+    TOO_MANY_BLOCKS = "too_many_blocks"
     RESERVATION_SETTLED = "reservation_settled"
     WALLET_FROZEN = "wallet_frozen"
     RECEIVABLE_OUTSTANDING = "receivable_outstanding"
@@ -34,7 +35,7 @@ class Reason(StrEnum):
     LIMIT_REACHED = "limit_reached"
 
 
-class Granted(msgspec.Struct, frozen=True, omit_defaults=True, tag="granted"):
+class Granted(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="granted"):
     """*repaid* is the part of *amount* that went to what the wallet owed; *at_us* is when the block was opened."""
 
     block_id: str
@@ -45,7 +46,7 @@ class Granted(msgspec.Struct, frozen=True, omit_defaults=True, tag="granted"):
     at_us: int = 0
 
 
-class Reserved(msgspec.Struct, frozen=True, tag="reserved"):
+class Reserved(msgspec.Struct, frozen=True, gc=False, tag="reserved"):
     """*held* is what each leg holds now; *expires_at_us* is when it lapses unless extended."""
 
     reservation: str
@@ -53,7 +54,7 @@ class Reserved(msgspec.Struct, frozen=True, tag="reserved"):
     expires_at_us: int
 
 
-class Settled(msgspec.Struct, frozen=True, omit_defaults=True, tag="settled"):
+class Settled(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="settled"):
     """*charged* is the sum of all commits, a leg each; *balance* is that of the first leg's first wallet.
 
     *late* tells that the reservation had been settled without the caller, and only the missing part was debited.
@@ -68,7 +69,7 @@ class Settled(msgspec.Struct, frozen=True, omit_defaults=True, tag="settled"):
     late: bool = False
 
 
-class Revoked(msgspec.Struct, frozen=True, omit_defaults=True, tag="revoked"):
+class Revoked(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="revoked"):
     """*amount* was unspent and is gone; *owed* was spent and joined *receivable*, all that the wallet owes."""
 
     amount: int
@@ -77,19 +78,19 @@ class Revoked(msgspec.Struct, frozen=True, omit_defaults=True, tag="revoked"):
     owed: int = 0
 
 
-class Expired(msgspec.Struct, frozen=True, tag="expired"):
+class Expired(msgspec.Struct, frozen=True, gc=False, tag="expired"):
     blocks: tuple[str, ...]
     amount: int
 
 
-class Changed(msgspec.Struct, frozen=True, tag="changed"):
+class Changed(msgspec.Struct, frozen=True, gc=False, tag="changed"):
     """The command had nothing more to tell."""
 
 
 Result = Granted | Reserved | Settled | Revoked | Expired | Changed
 
 
-class Transfer(msgspec.Struct, frozen=True, omit_defaults=True, tag="transfer"):
+class Transfer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="transfer"):
     """One entry of the journal: *amount* > 0 leaves *debit* and arrives at *credit*."""
 
     scope: Scope
@@ -101,11 +102,11 @@ class Transfer(msgspec.Struct, frozen=True, omit_defaults=True, tag="transfer"):
     reference: str | None = None
 
 
-class WalletOpened(msgspec.Struct, frozen=True, omit_defaults=True, tag="wallet_opened"):
+class WalletOpened(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="wallet_opened"):
     wallet: Wallet
 
 
-class WalletChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="wallet_changed"):
+class WalletChanged(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="wallet_changed"):
     """What a command did to a wallet, as differences; every one raises the wallet's version by one."""
 
     wallet: WalletRef
@@ -118,11 +119,11 @@ class WalletChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="wallet
     overdraft_limit: int | None = None
 
 
-class BlockOpened(msgspec.Struct, frozen=True, omit_defaults=True, tag="block_opened"):
+class BlockOpened(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="block_opened"):
     block: Block
 
 
-class BlockChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="block_changed"):
+class BlockChanged(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="block_changed"):
     """What a command did to a block, as differences."""
 
     wallet: WalletRef
@@ -136,11 +137,11 @@ class BlockChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="block_c
     frozen: bool | None = None
 
 
-class ReservationChanged(msgspec.Struct, frozen=True, omit_defaults=True, tag="reservation_changed"):
+class ReservationChanged(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="reservation_changed"):
     reservation: Reservation
 
 
-class KeyFreed(msgspec.Struct, frozen=True, omit_defaults=True, tag="key_freed"):
+class KeyFreed(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="key_freed"):
     """A release without a charge lets its idempotency key serve another attempt."""
 
     scope: Scope
@@ -148,7 +149,7 @@ class KeyFreed(msgspec.Struct, frozen=True, omit_defaults=True, tag="key_freed")
     key: str
 
 
-class KeyTaken(msgspec.Struct, frozen=True, omit_defaults=True, tag="key_taken"):
+class KeyTaken(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="key_taken"):
     """From now on the key answers with this result."""
 
     scope: Scope
@@ -158,7 +159,7 @@ class KeyTaken(msgspec.Struct, frozen=True, omit_defaults=True, tag="key_taken")
     result: Result
 
 
-class UsageRecorded(msgspec.Struct, frozen=True, omit_defaults=True, tag="usage_recorded"):
+class UsageRecorded(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="usage_recorded"):
     """The usage behind a commit. *charges* is what this commit charged, a leg each; *part* counts the commits."""
 
     reservation: ReservationRef
@@ -182,7 +183,7 @@ Fact = (
 )
 
 
-class Event(msgspec.Struct, frozen=True):
+class Event(msgspec.Struct, frozen=True, gc=False):
     """An outbox row: written in the transaction of what it tells, in sequence for each wallet."""
 
     id: str
@@ -193,7 +194,7 @@ class Event(msgspec.Struct, frozen=True):
     body: dict[str, Any]
 
 
-class Applied(msgspec.Struct, frozen=True):
+class Applied(msgspec.Struct, frozen=True, gc=False):
     """*replayed* tells that nothing was done again: this is the first attempt's result.
 
     *answers* names the idempotency key (operation, key) under which a response that the command brought is kept.
@@ -206,7 +207,7 @@ class Applied(msgspec.Struct, frozen=True):
     answers: tuple[str, str] | None = None
 
 
-class Rejected(msgspec.Struct, frozen=True):
+class Rejected(msgspec.Struct, frozen=True, gc=False):
     """*needed* and *available* are in the asset's smallest unit, where the reason is a lack of credits.
 
     *state* is that of the reservation, where the reason is that it is settled or exists already.

@@ -1,12 +1,12 @@
 """Setting credits aside: slices of blocks in burn order, over payers and limits, all or nothing."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from ledger.commands import Debit, Extend, Hold, Reserve
-from ledger.draft import NO_TAGS, Draft, Source
+from ledger.draft import NO_TAGS, Draft, Source, total
 from ledger.model import (
     AMOUNT_MAX,
     LIMIT_LEG,
@@ -26,14 +26,6 @@ from ledger.state import State
 
 RESERVATION_LIFE_US_MAX = 24 * 3600 * 1_000_000
 """No reservation outlives a day: an expired block that it pins must lapse at last."""
-
-
-class _Terms(NamedTuple):
-    """What bounds a hold beside the payers' credits."""
-
-    tags: Tags
-    limits: tuple[WalletRef, ...]
-    unfunded: WalletRef | None
 
 
 def reserve(state: State, command: Reserve, now_us: int) -> Outcome:
@@ -72,9 +64,10 @@ def debit_hold(draft: Draft, command: Debit) -> Reservation | Rejected:
 
 
 def _well_formed(command: Hold) -> bool:
-    return len(command.legs) > 0 and all(
-        leg.wallets and 0 <= leg.minimum <= leg.amount <= AMOUNT_MAX for leg in command.legs
-    )
+    for leg in command.legs:
+        if not leg.wallets or not 0 <= leg.minimum <= leg.amount <= AMOUNT_MAX:
+            return False
+    return len(command.legs) > 0
 
 
 def chargeable(settlement: Settlement, *, legs: int, already: int = 0) -> bool:
@@ -97,30 +90,26 @@ def hold_all(
     mark: Settlement | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> Reservation | Rejected:
-    """Hold every leg and every limit, or refuse."""
-    terms = _Terms(command.tags, _distinct(command.limits), command.unfunded)
-    legs = tuple(Leg(_distinct(leg.wallets)) for leg in command.legs)
-    wallets = map(draft.wallet, command.wallets)
-    if any(wallet is not None and wallet.asset != command.asset for wallet in wallets):
-        return Rejected(Reason.ASSET_MISMATCH)
+    """Hold every leg and every limit, or refuse.
+
+    Payers, limits and the line may be the operator's wallets, and so another tenant's, but never of the other mode.
+    """
+    for ref in command.wallets:
+        wallet = draft.wallet(ref)
+        if ref.mode != command.scope.mode:
+            return Rejected(Reason.NOT_FOUND)
+        if wallet is not None and wallet.asset != command.asset:
+            return Rejected(Reason.ASSET_MISMATCH)
+    legs = tuple([Leg(_distinct(leg.wallets)) for leg in command.legs])
     draft.open_wallet(legs[0].wallets[0], command.asset)
-    slices: list[Slice] = []
-    for number, leg in enumerate(legs):
-        wanted = command.legs[number]
-        held = _hold_leg(draft, terms, number, leg.wallets, amount=wanted.amount, minimum=wanted.minimum)
-        if isinstance(held, Rejected):
-            return held
-        slices += held
-    return Reservation(
+    reservation = Reservation(
         ref=command.reservation,
         state=ReservationState.OPEN,
         asset=command.asset,
         created_at_us=draft.now_us,
         expires_at_us=draft.now_us + min(ttl_us, RESERVATION_LIFE_US_MAX),
         legs=legs,
-        slices=tuple(slices),
-        reserved=_held(slices),
-        limits=terms.limits,
+        limits=_distinct(command.limits),
         unfunded=command.unfunded,
         developer=command.developer,
         tags=command.tags,
@@ -130,11 +119,22 @@ def hold_all(
         key=None if command.key is None else (command.key.operation, command.key.key),
         metadata=metadata or {},
     )
+    slices: list[Slice] = []
+    for number, leg in enumerate(command.legs):
+        held = _hold_leg(draft, reservation, number, amount=leg.amount, minimum=leg.minimum)
+        if isinstance(held, Rejected):
+            return held
+        slices += held
+    return msgspec.structs.replace(reservation, slices=tuple(slices), reserved=_held(slices))
 
 
 def _held(slices: Iterable[Slice]) -> int:
     """What the paying legs hold together."""
-    return sum(held.amount for held in slices if held.leg >= 0)
+    amount = 0
+    for held in slices:
+        if held.leg >= 0:
+            amount += held.amount
+    return amount
 
 
 _NOTHING = Charge()
@@ -145,25 +145,25 @@ def _distinct(wallets: tuple[WalletRef, ...]) -> tuple[WalletRef, ...]:
     return wallets if len(wallets) < 2 else tuple(dict.fromkeys(wallets))
 
 
-def _hold_leg(
-    draft: Draft, terms: _Terms, number: int, wallets: tuple[WalletRef, ...], *, amount: int, minimum: int
-) -> list[Slice] | Rejected:
+def _hold_leg(draft: Draft, reservation: Reservation, leg: int, *, amount: int, minimum: int) -> list[Slice] | Rejected:
     """Hold *amount*, or what there is down to *minimum*, with what it draws on the limits and the unfunded line."""
-    limits = terms.limits if number == 0 else ()
+    refs = reservation.legs[leg].wallets
+    limits = reservation.limits if leg == 0 else ()
+    unfunded = reservation.unfunded
+    wallets = [wallet for wallet in map(draft.wallet, refs) if wallet is not None and _usable(wallet)]
     wanted = min([amount, *map(draft.available, limits)]) if limits else amount
-    usable = [wallet for wallet in map(draft.wallet, wallets) if wallet is not None and _usable(wallet)]
-    line = None if terms.unfunded is None else draft.available(terms.unfunded)
-    found = _find(draft, usable, terms.tags, wanted, line=line)
-    held = sum(part.amount for part in found)
+    line = None if unfunded is None else draft.available(unfunded)
+    found = _find(draft, wallets, reservation.tags, wanted, line=line)
+    held = total(found)
     if held < minimum:
-        without_bounds = sum(part.amount for part in _find(draft, usable, terms.tags, minimum, line=None))
-        return _refusal(draft, wallets, needed=minimum, available=held, limited=without_bounds >= minimum)
-    slices = _hold(draft, found, leg=number)
+        without_bounds = total(_find(draft, wallets, reservation.tags, minimum, line=None))
+        return _refusal(draft, refs, needed=minimum, available=held, limited=without_bounds >= minimum)
+    slices = _hold(draft, found, leg=leg)
     for ref in limits:
         slices += _hold_plain(draft, ref, held, leg=LIMIT_LEG)
-    if terms.unfunded is not None:
-        unpaid = sum(part.amount for part in found if not _operator_paid(part))
-        slices += _hold_plain(draft, terms.unfunded, unpaid, leg=UNFUNDED_LEG)
+    if unfunded is not None:
+        unpaid = total([part for part in found if not _operator_paid(part)])
+        slices += _hold_plain(draft, unfunded, unpaid, leg=UNFUNDED_LEG)
     return slices
 
 
@@ -233,13 +233,11 @@ def extend(state: State, command: Extend, now_us: int) -> Outcome:
     if command.mark is not None and not may_charge(reservation, command.mark):
         return Rejected(Reason.INVALID_AMOUNT)
     if reservation.state is not ReservationState.OPEN:
-        return already_settled(state, reservation, now_us)
+        return already_settled(reservation)
     draft = Draft(state, command, now_us)
     slices = reservation.slices
     if command.amount > 0:
-        terms = _Terms(reservation.tags, reservation.limits, reservation.unfunded)
-        payers = reservation.legs[0].wallets
-        more = _hold_leg(draft, terms, 0, payers, amount=command.amount, minimum=command.minimum)
+        more = _hold_leg(draft, reservation, 0, amount=command.amount, minimum=command.minimum)
         if isinstance(more, Rejected):
             return more
         slices = _merged([*slices, *more])
@@ -274,22 +272,23 @@ def _reserved(reservation: Reservation) -> Reserved:
 
 
 def may_charge(reservation: Reservation, settlement: Settlement) -> bool:
-    already = reservation.shortfall + sum(charge.total for charge in reservation.charged)
+    already = reservation.shortfall
+    for charge in reservation.charged:
+        already += charge.total
     return chargeable(settlement, legs=len(reservation.legs), already=already)
 
 
-def already_settled(state: State, reservation: Reservation, now_us: int) -> Rejected:
-    balance = state.balance(reservation.legs[0].wallets[0], now_us)
-    return Rejected(Reason.RESERVATION_SETTLED, state=reservation.state, result=settled(reservation, balance=balance))
+def already_settled(reservation: Reservation) -> Rejected:
+    return Rejected(Reason.RESERVATION_SETTLED, state=reservation.state, result=settled(reservation))
 
 
-def settled(reservation: Reservation, *, balance: int, late: bool = False) -> Settled:
+def settled(reservation: Reservation, *, late: bool = False) -> Settled:
     return Settled(
         reservation=reservation.ref.reservation,
         state=reservation.state,
         charged=reservation.charged,
         shortfall=reservation.shortfall,
-        balance=balance,
+        balance=reservation.balance,
         payments=reservation.payments,
         late=late,
     )

@@ -3,7 +3,7 @@
 import msgspec
 
 from ledger.commands import Commit, Debit, Lapse, Release
-from ledger.draft import NO_TAGS, Draft, Source
+from ledger.draft import NO_TAGS, Draft, Source, total
 from ledger.model import (
     LIMIT_LEG,
     UNFUNDED_LEG,
@@ -29,18 +29,18 @@ def commit(state: State, command: Commit, now_us: int) -> Outcome:
     if reservation is None:
         return Rejected(Reason.NOT_FOUND)
     if reservation.settled_by == command.id:
-        return _replayed(state, reservation, now_us)
+        return Applied(result=settled(reservation), replayed=True)
     if not may_charge(reservation, command.settlement):
         return Rejected(Reason.INVALID_AMOUNT)
     if reservation.state in (ReservationState.COMMITTED, ReservationState.RELEASED):
-        return already_settled(state, reservation, now_us)
+        return already_settled(reservation)
     draft = Draft(state, command, now_us)
     late = reservation.state is ReservationState.EXPIRED
     settlement = _missing(command.settlement, reservation.mark) if late else command.settlement
     ends_as = ReservationState.COMMITTED if command.final or late else ReservationState.OPEN
     after = _settle(draft, reservation, settlement, ends_as)
-    result = settled(after, balance=draft.balance(after.legs[0].wallets[0]), late=late)
-    return draft.applied(result, after, answers=None if command.response is None else reservation.key)
+    answers = None if command.response is None else reservation.key
+    return draft.applied(settled(after, late=late), after, answers=answers)
 
 
 def release(state: State, command: Release, now_us: int) -> Outcome:
@@ -48,12 +48,12 @@ def release(state: State, command: Release, now_us: int) -> Outcome:
     if reservation is None:
         return Rejected(Reason.NOT_FOUND)
     if reservation.state is ReservationState.RELEASED:
-        return _replayed(state, reservation, now_us)
+        return Applied(result=settled(reservation), replayed=True)
     if reservation.state is not ReservationState.OPEN:
-        return already_settled(state, reservation, now_us)
+        return already_settled(reservation)
     draft = Draft(state, command, now_us)
     after = _settle(draft, reservation, None, ReservationState.RELEASED)
-    return _answer(draft, after)
+    return draft.applied(settled(after), after)
 
 
 def lapse(state: State, command: Lapse, now_us: int) -> Outcome:
@@ -70,28 +70,19 @@ def lapse(state: State, command: Lapse, now_us: int) -> Outcome:
         "charged": sum(charge.total for charge in after.charged),
     }
     draft.raise_event(after.legs[0].wallets[0], "reservation.expired", body)
-    return _answer(draft, after)
+    return draft.applied(settled(after), after)
 
 
 def debit(state: State, command: Debit, now_us: int) -> Outcome:
     known = state.reservations.get(command.reservation)
     if known is not None and known.settled_by == command.id:
-        return _replayed(state, known, now_us)
+        return Applied(result=settled(known), replayed=True)
     draft = Draft(state, command, now_us)
     reservation = debit_hold(draft, command)
     if isinstance(reservation, Rejected):
         return reservation
     after = _settle(draft, reservation, command.settlement, ReservationState.COMMITTED)
-    return _answer(draft, after)
-
-
-def _answer(draft: Draft, after: Reservation) -> Applied:
-    return draft.applied(settled(after, balance=draft.balance(after.legs[0].wallets[0])), after)
-
-
-def _replayed(state: State, reservation: Reservation, now_us: int) -> Applied:
-    balance = state.balance(reservation.legs[0].wallets[0], now_us)
-    return Applied(result=settled(reservation, balance=balance), replayed=True)
+    return draft.applied(settled(after), after)
 
 
 def _missing(settlement: Settlement, mark: Settlement | None) -> Settlement:
@@ -103,9 +94,9 @@ def _missing(settlement: Settlement, mark: Settlement | None) -> Settlement:
         return settlement
     charges = []
     for actual, marked in zip(settlement.charges, mark.charges, strict=True):
-        total = max(0, actual.total - marked.total)
-        base = min(max(0, actual.base - marked.base), total)
-        charges.append(Charge(base=base, markup=total - base))
+        missing = max(0, actual.total - marked.total)
+        base = min(max(0, actual.base - marked.base), missing)
+        charges.append(Charge(base=base, markup=missing - base))
     usage = settlement.usage
     if usage is not None and mark.usage is not None:
         counted = mark.usage.units
@@ -126,9 +117,11 @@ def _settle(
     slices = list(reservation.slices)
     if settlement is not None:
         reservation = _charge(draft, reservation, settlement, slices, final=final)
+    payer = reservation.legs[0].wallets[0]
     if not final:
-        return msgspec.structs.replace(reservation, slices=tuple(slices))
+        return msgspec.structs.replace(reservation, slices=tuple(slices), balance=draft.balance(payer))
     _free(draft, slices)
+    draft.collect(reservation.slices)
     key = reservation.key
     if key is not None and ends_as is not ReservationState.COMMITTED and reservation.commits == 0:
         draft.other.append(KeyFreed(draft.command.scope, *key))
@@ -138,19 +131,16 @@ def _settle(
         slices=(),
         state=ends_as,
         mark=settlement if ends_as is ReservationState.EXPIRED else None,
-        balance=draft.balance(reservation.legs[0].wallets[0]),
+        balance=draft.balance(payer),
         settled_at_us=draft.now_us,
         settled_by=draft.command.id,
         key=key,
     )
 
 
-def _free(draft: Draft, slices: list[Slice], *, leg_min: int = UNFUNDED_LEG) -> None:
-    """Give *slices* back, in place: all, or those of the legs from *leg_min* on."""
+def _free(draft: Draft, slices: list[Slice]) -> None:
     for held in slices:
-        if held.leg >= leg_min:
-            draft.hold(_source(draft, held), -held.amount)
-    slices[:] = [held for held in slices if held.leg < leg_min]
+        draft.hold(_source(draft, held), -held.amount)
 
 
 def _charge(
@@ -162,15 +152,20 @@ def _charge(
     """
     charges = settlement.charges
     parts = [_use_slices(draft, slices, charge.total, leg=leg) for leg, charge in enumerate(charges)]
-    if final:
-        _free(draft, slices, leg_min=0)
-    payments: list[Payment] = []
+    if final and len(charges) > 1:
+        _free(draft, [held for held in slices if held.leg >= 0])
+        slices[:] = [held for held in slices if held.leg < 0]
     for leg, charge in enumerate(charges):
-        parts[leg] += _use_more(draft, reservation, leg, charge.total - _sum(parts[leg]))
-        payments += _post(draft, reservation, leg, charge, parts[leg])
-    charged = tuple(_paid(payments, leg) for leg in range(len(charges)))
-    _draw_on_bounds(draft, reservation, slices, payments, charged[0].total)
-    shortfall = sum(charge.total for charge in charges) - sum(charge.total for charge in charged)
+        parts[leg] += _use_more(draft, reservation, leg, charge.total - total(parts[leg]))
+    payments: list[Payment] = []
+    charged: list[Charge] = []
+    shortfall = 0
+    for leg, charge in enumerate(charges):
+        made, paid = _post(draft, reservation, leg, charge, parts[leg])
+        payments += made
+        charged.append(paid)
+        shortfall += charge.total - paid.total
+    _draw_on_bounds(draft, reservation, slices, payments, payer_charged=charged[0].total)
     draft.transfer(
         shortfall,
         asset=reservation.asset,
@@ -178,7 +173,7 @@ def _charge(
         credit=Account.REVENUE,
         reference=reservation.ref.reservation,
     )
-    _record(draft, reservation, settlement, charged, shortfall)
+    _record(draft, reservation, settlement, tuple(charged), shortfall)
     return msgspec.structs.replace(
         reservation,
         charged=tuple(map(_sum_of_charges, reservation.charged, charged)),
@@ -187,16 +182,6 @@ def _charge(
         commits=reservation.commits + 1,
         mark=None,
     )
-
-
-def _sum(parts: list[Source]) -> int:
-    return sum(part.amount for part in parts)
-
-
-def _paid(payments: list[Payment], leg: int) -> Charge:
-    base = sum(payment.base for payment in payments if payment.leg == leg)
-    markup = sum(payment.markup for payment in payments if payment.leg == leg)
-    return Charge(base, markup)
 
 
 def _sum_of_charges(one: Charge, other: Charge) -> Charge:
@@ -261,8 +246,10 @@ def _source(draft: Draft, held: Slice) -> Source:
     return Source(wallet, None if held.block is None else draft.block(held.wallet, held.block), held.amount)
 
 
-def _post(draft: Draft, reservation: Reservation, leg: int, charge: Charge, parts: list[Source]) -> list[Payment]:
-    """Book what each part pays of base and markup, pro rata.
+def _post(
+    draft: Draft, reservation: Reservation, leg: int, charge: Charge, parts: list[Source]
+) -> tuple[list[Payment], Charge]:
+    """Book what each part pays of base and markup, pro rata; the payments, and what they come to.
 
     Shares are differences of the rounded-down running total: they are never negative, add up exactly, and the last
     part bears the remainder.
@@ -271,25 +258,22 @@ def _post(draft: Draft, reservation: Reservation, leg: int, charge: Charge, part
     payments: list[Payment] = []
     covered = base_covered = 0
     for part in parts:
+        block = part.block
         covered += part.amount
         base = charge.base * covered // charge.total - base_covered
         base_covered += base
+        markup = part.amount - base
+        base_account, markup_account = _base_account(block), _markup_account(block, reservation.developer)
+        draft.spend(part, base, account=base_account, reference=reference)
+        if _returns_markup(block):
+            draft.return_to_pool(part, markup, reference=reference)
+        else:
+            draft.spend(part, markup, account=markup_account, reference=reference)
         payment = Payment(
-            leg=leg,
-            wallet=part.wallet.ref,
-            block=None if part.block is None else part.block.id,
-            base=base,
-            markup=part.amount - base,
-            base_account=_base_account(part.block),
-            markup_account=_markup_account(part.block, reservation.developer),
+            leg, part.wallet.ref, None if block is None else block.id, base, markup, base_account, markup_account
         )
         payments.append(payment)
-        draft.spend(part, payment.base, account=payment.base_account, reference=reference)
-        if _returns_markup(part.block):
-            draft.return_to_pool(part, payment.markup, reference=reference)
-        else:
-            draft.spend(part, payment.markup, account=payment.markup_account, reference=reference)
-    return payments
+    return payments, Charge(base_covered, covered - base_covered)
 
 
 def _base_account(block: Block | None) -> str:
@@ -309,7 +293,7 @@ def _markup_account(block: Block | None, developer: str | None) -> str:
 
 
 def _draw_on_bounds(
-    draft: Draft, reservation: Reservation, slices: list[Slice], payments: list[Payment], payer_charged: int
+    draft: Draft, reservation: Reservation, slices: list[Slice], payments: list[Payment], *, payer_charged: int
 ) -> None:
     """Draw on the limits what the payer was charged, and on the unfunded line the base cost that nobody paid for."""
     for ref in reservation.limits:
@@ -329,7 +313,7 @@ def _draw(
 ) -> None:
     """Use up a limit: its own slices, then what is free of it. Work that is done is never refused."""
     parts = _use_slices(draft, slices, amount, leg=leg, wallet=ref)
-    amount -= _sum(parts)
+    amount -= total(parts)
     wallet = draft.wallet(ref)
     if wallet is None:
         return

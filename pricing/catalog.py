@@ -39,7 +39,6 @@ PROVIDER_ORDER = (
     "perplexity",
     "zai",
     "minimax",
-    "groq",
 )
 """Whose price a bare model name means: its maker's. Any other provider must be the only one that has the name."""
 
@@ -58,6 +57,8 @@ _TOKEN_PRICES: Mapping[Unit, tuple[str, ...]] = {
     Unit.REASONING: ("output_reasoning_mtok",),
     Unit.OUTPUT_AUDIO: ("output_audio_mtok",),
 }
+
+_WHOLES = (Unit.INPUT, Unit.OUTPUT)
 
 # Published by OpenAI ($/Mtok of audio), absent from the data: without them audio would cost what text does.
 _AUDIO_PRICES: Sequence[tuple[str, str, str]] = (
@@ -150,7 +151,8 @@ class GenaiCatalogue:
         """All versions for a name as a client writes it (aliases and dated names too), earliest first.
 
         Raises:
-            ModelNotPriced: no provider is named and several, none of them the maker, have the model.
+            ModelNotPriced: no provider is named, and several, none of them the maker, have the model; or the maker's
+                clauses catch a name that somebody else lists as it stands, and dearer.
         """
         if provider is not None:
             owner = self._by_id.get(provider)
@@ -159,7 +161,10 @@ class GenaiCatalogue:
         for provider_id in PROVIDER_ORDER:
             owner = self._by_id.get(provider_id)
             if owner is not None and (found := owner.find_model(model)) is not None:
-                return self._versions(provider_id, found)
+                cards = self._versions(provider_id, found)
+                if found.id.lower() != model.lower() and (dearer := self._who_lists_it_dearer(model, cards)):
+                    raise ModelNotPriced(model, (provider_id, *dearer))
+                return cards
         others = [
             (other.id, found)
             for other in self._providers
@@ -168,6 +173,23 @@ class GenaiCatalogue:
         if len(others) > 1:
             raise ModelNotPriced(model, tuple(provider_id for provider_id, _ in others))
         return self._versions(*others[0]) if others else ()
+
+    def _who_lists_it_dearer(self, model: str, cards: Sequence[RateCard]) -> tuple[str, ...]:
+        """The providers that have a model of this very name, at a higher price than *cards* say.
+
+        A maker's clauses are made for its own names and catch others' too: "deepseek-r1-distill-llama-70b".
+        """
+        listed = [
+            (other.id, self._versions(other.id, found))
+            for other in self._providers
+            for found in other.models
+            if found.id.lower() == model.lower()
+        ]
+        return tuple(
+            provider_id
+            for provider_id, theirs in listed
+            if theirs and (not cards or any(theirs[-1].rates[unit] > cards[-1].rates[unit] for unit in _WHOLES))
+        )
 
     def all_versions(self) -> Iterable[tuple[RateCard, ...]]:
         """The versions of every model of every provider that has a price by token."""

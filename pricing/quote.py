@@ -95,6 +95,28 @@ def quote(
     )
 
 
+def worst_charge(
+    card: RateCard,
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    markup_bps: int,
+    asset: Asset,
+    margin_bps: int = COUNT_MARGIN_BPS,
+    margin_tokens: int = COUNT_MARGIN_TOKENS,
+    output_audio: bool = False,
+) -> Charge:
+    """The worst case of a quote alone; *output_tokens* are those of all choices together."""
+    worst = _WorstCase(
+        card,
+        prompt_tokens=prompt_with_margin(prompt_tokens, margin_bps=margin_bps, margin_tokens=margin_tokens),
+        input_audio=False,
+        output_audio=output_audio,
+        cache_write_1h=False,
+    )
+    return charge_of_picos(worst.picos(output_tokens), markup_bps=markup_bps, asset=asset)
+
+
 def dearest(
     cards: Iterable[RateCard],
     *,

@@ -1,9 +1,9 @@
 """The pages are true: what they show runs, what they name is there, and their tables are those of the code.
 
-An example runs when its fence says so: `python runnable`, `sh runnable`; with `demo` behind it, it talks to a gateway, and
-has the demo's address, key and user in its environment. A fence `text output` behind an example holds what it prints. A
-fence `ledger runnable` is a table of `tests/ledger/spec.py`. A fence `toml farebox.toml` is written to that file, for the
-examples behind it.
+An example runs when its fence says so: `python runnable`, `sh runnable`. With `demo` behind it, it talks to a gateway,
+and has the demo's address, key and user in its environment. A fence `text output` behind an example holds what it
+prints. A fence `ledger runnable` is a table of `tests/ledger/spec.py`. A fence `toml farebox.toml` is written to that
+file, for the examples behind it.
 """
 
 import json
@@ -24,7 +24,7 @@ import pytest
 import typer
 
 from gateway import settings
-from gateway.cli import app as command_line
+from gateway.cli import cli as command_line
 from gateway.errors import KINDS
 from gateway.proxy.settlement import TABLE
 from ledger.errors import error_of
@@ -97,7 +97,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     command = folder / "bin" / "farebox"
     command.parent.mkdir()
-    command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c 'from gateway.cli import main; main()' \"$@\"\n")
+    command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m gateway.cli \"$@\"\n")
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     (folder / ".curlrc").write_text("fail-with-body\nshow-error\n")
     return folder

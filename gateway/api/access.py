@@ -34,7 +34,7 @@ async def caller(
     Raises:
         ApiError: 401, 403 for another mode than an app's key has, 429.
     """
-    principal = await services.principals.authenticate(_token(request))
+    principal = await services.principals.authenticate(token_of(request))
     limit = services.settings.management_rate_limit_per_minute
     decision = await services.rate_limit.check(f"management:{principal.key_id}", limit)
     request.scope.setdefault(EXTRA_HEADERS, []).extend(decision.headers())
@@ -47,7 +47,7 @@ async def caller(
     return msgspec.structs.replace(principal, mode=mode)
 
 
-def _token(request: Request) -> bytes:
+def token_of(request: Request) -> bytes:
     """The key as it stands in the headers; empty where there is none."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":

@@ -7,6 +7,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from gateway import __version__
@@ -25,6 +26,11 @@ Amounts are integer millicredits (1000 are one credit), rounded down; each has a
 exact. Times are RFC 3339, UTC. Every POST takes an `Idempotency-Key`; a repeated one answers as it did the first time,
 with `X-Idempotent-Replayed: true`.
 """
+
+
+RESOURCES: Final = (chat, quote, models, requests, topup, funding, credits, customers, apps, keys)
+PLAIN: Final = (health, docs)
+"""They need no key."""
 
 
 class ErrorView(BaseModel):
@@ -73,9 +79,9 @@ def create_api(services: Services) -> ASGIApp:
         redirect_slashes=False,
     )
     api.state.services = services
-    for resource in (chat, quote, models, requests, topup, funding, credits, customers, apps, keys):
+    for resource in RESOURCES:
         api.include_router(resource.router, responses=_REFUSED, dependencies=list(SECURITY))
-    for plain in (health, docs):
+    for plain in PLAIN:
         api.include_router(plain.router)
     api.add_exception_handler(Exception, _broken)
     api.add_exception_handler(ApiError, _refused)
@@ -102,10 +108,17 @@ async def _broken(request: Request, error: Exception) -> Response:
 async def _not_routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        return _answer(request, method_not_allowed((error.headers or {}).get("Allow", "another method")))
+        return _answer(request, method_not_allowed(", ".join(_methods(request))))
     if error.status_code == 404:
         return _answer(request, not_found(f"endpoint {request.method} {request.url.path[:200]}"))
     return _answer(request, invalid_request("The request could not be read."))
+
+
+def _methods(request: Request) -> list[str]:
+    """Those that the path has. The framework names only those of the first route that fits."""
+    routes = (route for resource in (*RESOURCES, *PLAIN) for route in resource.router.routes)
+    here = (route for route in routes if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE)
+    return sorted({method for route in here for method in route.methods or ()})
 
 
 async def _not_valid(request: Request, error: Exception) -> Response:

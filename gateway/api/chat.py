@@ -13,6 +13,17 @@ from gateway.api.services import Here
 
 router = APIRouter(prefix="/v1", tags=["proxy"])
 
+HEADERS: Final[dict[str, dict[str, Any]]] = {
+    name: {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": description}
+    for name, description in (
+        ("X-Quota-User", "Whose wallet pays; the customer is created on first sight."),
+        ("X-Quota-Action", "A product action, which has a fixed price."),
+        ("X-Quota-Max-Cost", "Refuse what could cost more, in decimal credits."),
+        ("X-Quota-Clamping", "`off`: refuse rather than lower `max_tokens`."),
+        ("Idempotency-Key", "The same key and body charge once."),
+    )
+}
+
 CHAT: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
@@ -32,16 +43,7 @@ CHAT: Final[dict[str, Any]] = {
             }
         },
     },
-    "parameters": [
-        {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": description}
-        for name, description in (
-            ("X-Quota-User", "Whose wallet pays; the customer is created on first sight."),
-            ("X-Quota-Action", "A product action, which has a fixed price."),
-            ("X-Quota-Max-Cost", "Refuse what could cost more, in decimal credits."),
-            ("X-Quota-Clamping", "`off`: refuse rather than lower `max_tokens`."),
-            ("Idempotency-Key", "The same key and body charge once."),
-        )
-    ],
+    "parameters": list(HEADERS.values()),
 }
 """OpenAI's contract, of which only what the meter needs is named here: everything else passes untouched."""
 

@@ -22,7 +22,7 @@ from gateway.api.wire import (
     time_text_or_none,
 )
 from gateway.errors import invalid_request
-from gateway.identity.wallets import customer_wallet
+from gateway.identity.wallets import customer_wallet, unfunded_wallet
 from ledger.burndown import burn_order
 from ledger.ledger import Ledger, WalletView, cursor_after
 from ledger.model import Block, Tags, Wallet, WalletRef
@@ -127,7 +127,10 @@ async def get_credits(
     customer_id = (await services.customers.find(principal.tenant_id, principal.mode, customer)).id
     ref = customer_wallet(principal.tenant_id, principal.mode, customer_id)
     tags = Tags(app=principal.app_id, metric=which.metric, model=which.model)
-    wallet = await wallet_now(services.ledger, ref, principal.asset, tags)
+    line = None
+    if principal.unfunded_limit is not None:
+        line = unfunded_wallet(principal.tenant_id, principal.mode)
+    wallet = await wallet_now(services.ledger, ref, principal.asset, tags, unfunded=line)
     blocks = None
     if which.include_blocks:
         unexpired = [block for block in wallet.blocks if not _expired(block, services.now_us())]
@@ -179,9 +182,11 @@ async def statement_of(
     )
 
 
-async def wallet_now(ledger: Ledger, ref: WalletRef, asset: Asset, tags: Tags | None = None) -> WalletView:
+async def wallet_now(
+    ledger: Ledger, ref: WalletRef, asset: Asset, tags: Tags | None = None, *, unfunded: WalletRef | None = None
+) -> WalletView:
     """The wallet now; an empty one where nothing was ever granted."""
-    view = await ledger.wallet_view(ref, tags)
+    view = await ledger.wallet_view(ref, tags, unfunded=unfunded)
     if view is not None:
         return view
     nothing = Wallet(ref=ref, asset=asset.code)

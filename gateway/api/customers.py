@@ -38,6 +38,7 @@ CustomerPath = Annotated[
         max_length=EXTERNAL_ID_LENGTH_MAX,
     ),
 ]
+CustomerName = Annotated[str, Field(max_length=EXTERNAL_ID_LENGTH_MAX)]
 Limit = Annotated[int, Query(ge=1, le=PAGE_MAX)]
 Cursor = Annotated[str | None, Query(max_length=CURSOR_LENGTH_MAX, description="The `next_cursor` of the page before.")]
 
@@ -45,9 +46,9 @@ Cursor = Annotated[str | None, Query(max_length=CURSOR_LENGTH_MAX, description="
 class NamesCustomer(Body):
     """One of the three names, whichever you are used to: our id, or your own id of the customer."""
 
-    customer_id: str | None = Field(default=None, examples=["user_12345"])
-    end_user_id: str | None = Field(default=None, description="The same as `customer_id`.")
-    external_user_id: str | None = Field(default=None, description="The same as `customer_id`.")
+    customer_id: CustomerName | None = Field(default=None, examples=["user_12345"])
+    end_user_id: CustomerName | None = Field(default=None, description="The same as `customer_id`.")
+    external_user_id: CustomerName | None = Field(default=None, description="The same as `customer_id`.")
 
     @model_validator(mode="after")
     def _one_name(self) -> "NamesCustomer":
@@ -69,7 +70,7 @@ class NamesCustomer(Body):
 class NewCustomer(Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"external_id": "user_12345"}]})
 
-    external_id: str = Field(description="Your own id of the user.", examples=["user_12345"])
+    external_id: CustomerName = Field(description="Your own id of the user.", examples=["user_12345"])
     metadata: Metadata | None = None
 
 

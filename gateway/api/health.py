@@ -53,7 +53,7 @@ async def metrics(services: Here) -> Response:
 async def _database(services: Here) -> str:
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
-            await services.tenants.first_tenant()
+            await services.database.check()
             await services.ledger.wallet_view(NO_WALLET)
     except TimeoutError:
         return f"no answer within {READY_TIMEOUT_S:g} s"

@@ -1,15 +1,15 @@
 """What a chat request would cost, asked before it is sent."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Request
 from pydantic import Field
 
 from gateway.api.access import Proxier, app_of
+from gateway.api.chat import HEADERS
 from gateway.api.credits import wallet_now
 from gateway.api.route import read_body
 from gateway.api.services import Here
 from gateway.api.wire import Credits, Millicredits, View, amounts
+from gateway.proxy.exchange import only_value
 from gateway.proxy.payer import resolve_payer
 from gateway.proxy.request import parse_chat
 from ledger.model import Tags
@@ -42,15 +42,11 @@ class QuoteView(View):
                     "example": {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hello!"}]},
                 }
             },
-        }
+        },
+        "parameters": [HEADERS["X-Quota-User"], HEADERS["X-Quota-Action"]],
     },
 )
-async def quote(
-    request: Request,
-    principal: Proxier,
-    services: Here,
-    action: Annotated[str | None, Header(alias="X-Quota-Action", max_length=256)] = None,
-) -> QuoteView:
+async def quote(request: Request, principal: Proxier, services: Here) -> QuoteView:
     """What this chat request is expected to cost, and at most; nothing is sent or reserved.
 
     The body is that of `POST /v1/chat/completions`, and the same headers name the user and the action.
@@ -58,13 +54,16 @@ async def quote(
     body = await read_body(request, services.settings.body_bytes_max)
     app_of(principal)
     chat = parse_chat(body)
-    user = request.headers.get(services.settings.user_header)
+    user, action = (_header(request, name) for name in (services.settings.user_header, "X-Quota-Action"))
     payer = await resolve_payer(principal, services.customers, header=user, path=None)
     route = services.router.route(chat.model, mode=principal.mode, at_us=services.now_us())
     plan = await services.quoter.plan(chat, route, principal=principal, payer=payer, action=action)
     fixed = plan.tariff.action
     tags = Tags(app=principal.app_id, model=chat.model)
-    wallets = [await wallet_now(services.ledger, wallet, principal.asset, tags) for wallet in payer.wallets]
+    wallets = [
+        await wallet_now(services.ledger, wallet, principal.asset, tags, unfunded=payer.unfunded)
+        for wallet in payer.wallets
+    ]
     available = sum(wallet.effective_balance for wallet in wallets)
     at_most = plan.quote.worst.total if fixed is None else fixed.price
     return QuoteView(
@@ -80,3 +79,8 @@ async def quote(
             available=available,
         ),
     )
+
+
+def _header(request: Request, name: str) -> str | None:
+    """As the proxy reads it: the quote is for the user and the action that the request would be charged for."""
+    return only_value(name, [value.encode("latin-1") for value in request.headers.getlist(name)])

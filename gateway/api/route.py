@@ -5,13 +5,15 @@ fraction arrives as `Decimal`.
 """
 
 from collections.abc import Callable, Coroutine
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
 import msgspec
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from gateway.api.access import token_of
+from gateway.api.services import services_of
 from gateway.errors import invalid_request, request_too_large
 
 BODY_BYTES_MAX: Final = 2**20
@@ -45,12 +47,14 @@ def parse_json(body: bytes) -> Any:
     """*body* as JSON, its fractions as `Decimal`.
 
     Raises:
-        ApiError: 400 for what is not JSON in UTF-8, or is nested too deep.
+        ApiError: 400 for what is not JSON in UTF-8, is nested too deep, or has an exponent that no decimal can have.
     """
     try:
         return _JSON.decode(body)
     except RecursionError:
         raise invalid_request("The body is nested deeper than any request needs.") from None
+    except InvalidOperation:
+        raise invalid_request("The body has a number that is larger or smaller than any request needs.") from None
     except (msgspec.DecodeError, ValueError):
         raise invalid_request("The body is not valid JSON in UTF-8.") from None
 
@@ -71,7 +75,7 @@ class ExactRequest(Request):
 
 
 class ExactRoute(APIRoute):
-    """A route whose body arrives as `ExactRequest` reads it."""
+    """A route whose body arrives as `ExactRequest` reads it, once the key is known to be good."""
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
@@ -79,6 +83,8 @@ class ExactRoute(APIRoute):
         async def exact(request: Request) -> Response:
             if self.body_field is None:
                 return await handle(request)
+            # FastAPI would read the body first, of whoever sends one.
+            await services_of(request).principals.authenticate(token_of(request))
             return await handle(ExactRequest(request, await read_body(request, BODY_BYTES_MAX)))
 
         return exact

@@ -29,13 +29,12 @@ from gateway.errors import ApiError, invalid_request
 from gateway.identity.wallets import customer_wallet
 from ledger.commands import Grant
 from ledger.errors import InvalidAmount
-from ledger.model import Funding, Restriction, Scope
+from ledger.model import PRIORITY_MAX, Funding, Restriction, Scope
 from ledger.outcomes import Granted
 
 router = APIRouter(prefix="/v1", tags=["credits"], route_class=ExactRoute)
 
 OPERATION: Final = "topup.grant"
-PRIORITY_MAX: Final = 1_000_000
 RESTRICTIONS_MAX: Final = 100
 SOURCE_DEFAULT: Final = "topup"
 

@@ -12,7 +12,7 @@ import msgspec
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from gateway.errors import invalid_request
-from pricing.money import Asset
+from pricing.money import Asset, parse_decimal
 
 METADATA_BYTES_MAX: Final = 16 * 1024
 METADATA_DEPTH_MAX: Final = 16
@@ -107,12 +107,20 @@ def _exact_number(value: Any) -> Any:
     """A decimal as a JSON number or a string. It never was a binary float: see `gateway/api/route.py`."""
     if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
         raise ValueError("it must be a decimal number")
-    if isinstance(value, str) and not value.isascii():
-        raise ValueError("it must be a decimal number")
+    if isinstance(value, str):
+        parse_decimal(value)
     return value
 
 
-def _year_that_fits(value: datetime) -> datetime:
+def _written_out(value: Any) -> Any:
+    """Not a number, of which nobody knows whether it counts seconds or milliseconds."""
+    if not isinstance(value, str) or "-" not in value[1:]:
+        raise ValueError("it must be a time such as 2036-04-13T11:00:00Z")
+    return value
+
+
+def year_that_fits(value: datetime) -> datetime:
+    """Raises ValueError for a time that could not be shown in every time zone."""
     if not 1970 <= value.year <= 9000:
         raise ValueError("it must lie between the years 1970 and 9000")
     return value
@@ -158,7 +166,12 @@ ExactDecimal = Annotated[
     BeforeValidator(_exact_number),
     Field(json_schema_extra={"type": "number"}, allow_inf_nan=False, ge=0),
 ]
-FutureTime = Annotated[AwareDatetime, AfterValidator(_year_that_fits), Field(examples=["2026-04-13T11:00:00Z"])]
+FutureTime = Annotated[
+    AwareDatetime,
+    BeforeValidator(_written_out),
+    AfterValidator(year_that_fits),
+    Field(examples=["2026-04-13T11:00:00Z"]),
+]
 Metadata = Annotated[
     dict[str, Any],
     BeforeValidator(_metadata),

@@ -28,6 +28,7 @@ def serve(
     from gateway.migrations import migrate  # noqa: PLC0415
     from gateway.stores import require_supported  # noqa: PLC0415
 
+    supervisor.exit_on_sigterm()
     settings = settings_from(config, host=host, port=port, workers=workers)
     require_supported(settings.database_url)
     listener = supervisor.listen(settings.host, settings.port)
@@ -49,6 +50,7 @@ def demo(host: HostOption = None, port: PortOption = None, as_json: JsonOption =
     """
     from gateway import supervisor  # noqa: PLC0415
 
+    supervisor.exit_on_sigterm()
     with ExitStack() as stack:
         settings = _demo_settings(stack, host=host, port=port)
         listener = supervisor.listen(settings.host, settings.port)

@@ -83,10 +83,10 @@ def time_of(at_us: int) -> str:
 
 
 def time_us_of(text: str) -> int:
-    from gateway.api.wire import time_us  # noqa: PLC0415
+    from gateway.api.wire import time_us, year_that_fits  # noqa: PLC0415
 
     try:
-        at = datetime.fromisoformat(text)
+        at = year_that_fits(datetime.fromisoformat(text))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--expires-at") from None
     if at.tzinfo is None:

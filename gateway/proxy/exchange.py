@@ -1,7 +1,7 @@
 """One HTTP exchange on the hot path, over raw ASGI: what the request says, and how it is answered."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from time import monotonic
 from typing import Any, Final
 
@@ -29,6 +29,25 @@ JSON: Final = (b"content-type", b"application/json")
 
 class ClientGone(Exception):
     """The client closed the connection before its request had come in whole."""
+
+
+def only_value(name: str, values: Sequence[bytes]) -> str | None:
+    """The value of the header *name*, which stood in a request with *values*; None where it did not stand.
+
+    Raises:
+        ApiError: 400 when it stands twice, is too long, or has other than printable characters in UTF-8.
+    """
+    if not values:
+        return None
+    try:
+        value = values[0].decode()
+    except UnicodeDecodeError:
+        value = "\0"
+    if len(values) > 1 or len(value) > VALUE_LENGTH_MAX or not value.isprintable():
+        raise invalid_request(
+            f"{name} must stand once, with up to {VALUE_LENGTH_MAX} printable characters.", param=name
+        )
+    return value
 
 
 class Exchange:
@@ -76,18 +95,7 @@ class Exchange:
         Raises:
             ApiError: 400 when it stands twice, is too long, or has other than printable characters.
         """
-        values = self._headers.get(name.lower().encode())
-        if values is None:
-            return None
-        try:
-            value = values[0].decode()
-        except UnicodeDecodeError:
-            value = "\0"
-        if len(values) > 1 or len(value) > VALUE_LENGTH_MAX or not value.isprintable():
-            raise invalid_request(
-                f"{name} must stand once, with up to {VALUE_LENGTH_MAX} printable characters.", param=name
-            )
-        return value
+        return only_value(name, self._headers.get(name.lower().encode(), ()))
 
     def token(self) -> bytes:
         """The API key.

@@ -47,9 +47,6 @@ class Hold:
 
     Attributes:
         held: what each leg holds, in the asset's smallest unit.
-        covered: output tokens that it pays for in the worst case, the margin on the prompt's count included. A product
-            action's price covers any number of them.
-        covered_exactly: output tokens that it pays for at our own count, for the last stretch of a wallet.
         progress: the usage up to now, cheap to ask; None before anything has come.
         settled: nothing is held any more.
     """
@@ -91,11 +88,29 @@ class Hold:
 
     def _cover(self, held: tuple[int, ...]) -> None:
         self.held = held
-        if self.tariff.action is not None:
-            self.covered = self.covered_exactly = UNLIMITED_TOKENS
-            return
-        self.covered = self.tariff.output_within(held[0], prompt_tokens=self._prompt_tokens_max)
-        self.covered_exactly = self.tariff.plain_output_within(held[0], prompt_tokens=self.prompt_tokens)
+        self._covered: int | None = None
+        self._covered_exactly: int | None = None
+
+    @property
+    def covered(self) -> int:
+        """Output tokens that it pays for in the worst case, the margin on the prompt's count included.
+
+        A product action's price covers any number of them.
+        """
+        if self._covered is None:
+            self._covered = UNLIMITED_TOKENS
+            if self.tariff.action is None:
+                self._covered = self.tariff.output_within(self.held[0], prompt_tokens=self._prompt_tokens_max)
+        return self._covered
+
+    @property
+    def covered_exactly(self) -> int:
+        """Output tokens that it pays for at our own count, for the last stretch of a wallet."""
+        if self._covered_exactly is None:
+            self._covered_exactly = UNLIMITED_TOKENS
+            if self.tariff.action is None:
+                self._covered_exactly = self.tariff.plain_output_within(self.held[0], prompt_tokens=self.prompt_tokens)
+        return self._covered_exactly
 
     async def extend(self, tokens: int, *, ceiling: int) -> None:
         """Try to cover *tokens* of output and, up to *ceiling*, as many again; less is taken where there is less.

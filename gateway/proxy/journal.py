@@ -32,7 +32,7 @@ class SettlementJournal:
     """Settlements that wait for the ledger.
 
     Args:
-        folder: made when the first settlement has to be kept.
+        folder: where the files are; ``prepare`` makes it.
         name: of this process, for people. A file of that name which is there already is another's.
     """
 
@@ -44,6 +44,16 @@ class SettlementJournal:
         self._waiting: list[Kept] = []
         self._writing = asyncio.Lock()
         self._replaying = asyncio.Lock()
+
+    def prepare(self) -> None:
+        """Make the folder, at start: that the disk refuses should not show when the ledger is away as well.
+
+        Raises:
+            OSError: it cannot be made or written to.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self._folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"journal_dir {self._folder} cannot be written to")
 
     @property
     def waiting(self) -> int:
@@ -62,7 +72,7 @@ class SettlementJournal:
 
     def _append(self, command: Kept) -> None:
         if self._file is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.prepare()
             self._file = self._open()
             folder = os.open(self._folder, os.O_RDONLY)
             try:

@@ -19,8 +19,8 @@ from gateway.proxy.routing import Candidate, Route
 from gateway.proxy.tariff import Action, Tariff
 from gateway.settings import Settings
 from ledger.commands import ReserveLeg
-from pricing.charge import ChargeTooLarge
-from pricing.quote import Quote, affordable_ceiling, dearest, expected_output, prompt_with_margin, quote
+from pricing.charge import Charge, ChargeTooLarge
+from pricing.quote import Quote, affordable_ceiling, dearest, expected_output, prompt_with_margin, worst_charge
 from pricing.tokens import PromptCounter, RequestInvalid, needs_thread
 from pricing.usage import Usage
 
@@ -169,27 +169,27 @@ class Quoter:
         least_output = min(plan.ceiling, OUTPUT_TOKENS_LEAST * plan.request.choices)
         if plan.extends:
             first = min(plan.ceiling, self._settings.first_slice_tokens * plan.request.choices)
-            amount = self._quote(plan, first).worst.total
+            amount = self._worst(plan, first).total
             least = plan.tariff.total(Usage(input=plan.prompt_tokens, output=least_output))
             return (ReserveLeg(wallets=payer.wallets, amount=amount, minimum=min(least, amount)),)
         amount = plan.quote.worst.total
-        least = amount if not clamping else self._quote(plan, least_output).worst.total
+        least = amount if not clamping else self._worst(plan, least_output).total
         if plan.tariff.action is None:
             return (ReserveLeg(wallets=payer.wallets, amount=amount, minimum=min(least, amount)),)
         price = plan.tariff.action.price
         subsidy = max(0, plan.quote.worst.base - price)
-        subsidy_least = subsidy if not clamping else max(0, self._quote(plan, least_output).worst.base - price)
+        subsidy_least = subsidy if not clamping else max(0, self._worst(plan, least_output).base - price)
         return (
             ReserveLeg(wallets=payer.wallets, amount=price, minimum=price),
             ReserveLeg(wallets=(payer.developer_wallet,), amount=subsidy, minimum=min(subsidy_least, subsidy)),
         )
 
-    def _quote(self, plan: Plan, output: int) -> Quote:
-        """The quote for *output* tokens of all choices together."""
-        return quote(
+    def _worst(self, plan: Plan, output_tokens: int) -> Charge:
+        """The most that *output_tokens* of all choices together can cost."""
+        return worst_charge(
             plan.tariff.card,
             prompt_tokens=plan.prompt_tokens,
-            output_tokens_max=output,
+            output_tokens=output_tokens,
             markup_bps=plan.tariff.markup_bps,
             asset=plan.tariff.asset,
             margin_bps=self._settings.count_margin_bps,

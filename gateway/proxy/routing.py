@@ -1,6 +1,7 @@
 """Where a model's requests go, and at which price: the candidates in the order in which they are tried."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -48,6 +49,15 @@ def _ceiling(card: RateCard, prompt_tokens: int) -> int:
     return max(1, (card.context_window or CONTEXT_WINDOW_DEFAULT) - prompt_tokens)
 
 
+def _price_names(listed: ModelSettings) -> tuple[str, ...]:
+    """Where to look for a listed model's price: what the operator says of it stands under the name that clients use.
+
+    Otherwise what is served is charged, whatever clients call it; a name that only the upstream knows has no price.
+    """
+    there = listed.upstream_model or listed.name
+    return (listed.name, there) if listed.described else (there, listed.name)
+
+
 class Router:
     """Settings and price book, put together into routes.
 
@@ -72,41 +82,44 @@ class Router:
         if self._models and listed is None:
             raise model_not_found(model)
         candidates = tuple(
-            self._candidate(upstream, name, price_name, at_us)
-            for upstream, name, price_name in self._targets(model, listed, mode)
+            self._candidate(upstream, name, price_names, at_us)
+            for upstream, name, price_names in self._targets(model, listed, mode)
         )
         hidden = any(candidate.card.hidden_reasoning for candidate in candidates)
         return Route(model=model, candidates=candidates, hidden_reasoning=hidden)
 
     def models(self, at_us: int) -> dict[str, RateCard]:
         """What clients may ask for, by the name that they use. Takes a second at first: all prices are worked out."""
-        if not self._models:
-            upstream = self._settings.live_upstream
-            provider = self._provider(upstream) if upstream is not None else None
-            names = {card.model for card in self._book.models(at_us, provider=provider)}
-            cards = {name: self._priced(name, provider, at_us) for name in sorted(names)}
-            return {name: card for name, card in cards.items() if card is not None}
-        return {
-            name: self._card(name, self._provider(listed.upstream), at_us, otherwise=listed.upstream_model)
-            for name, listed in self._models.items()
-        }
+        live = self._settings.live_upstream
+        if self._models:
+            priced = {
+                name: self._priced(_price_names(listed), listed.upstream or live, at_us)
+                for name, listed in self._models.items()
+            }
+        else:
+            names = {card.model for card in self._book.models(at_us, provider=self._provider(live))}
+            priced = {name: self._priced((name,), live, at_us) for name in sorted(names)}
+        return {name: card for name, card in priced.items() if card is not None}
 
-    def _targets(self, model: str, listed: ModelSettings | None, mode: str) -> list[tuple[str, str, str]]:
-        """The upstream, the model's name there, and the name that its price stands under."""
+    def _targets(self, model: str, listed: ModelSettings | None, mode: str) -> list[tuple[str, str, tuple[str, ...]]]:
+        """The upstream, the model's name there, and the names that its price may stand under."""
         there = (listed and listed.upstream_model) or model
+        price_names = (model,) if listed is None else _price_names(listed)
         if mode == "test":
-            return [(self._settings.test_upstream, there, model)]
+            return [(self._settings.test_upstream, there, price_names)]
         first = (listed and listed.upstream) or self._settings.live_upstream
         if first is None:
             raise upstream_error("No upstream is set up for live traffic. The operator names one under [[upstreams]].")
-        targets = [(first, there, model)]
+        targets = [(first, there, price_names)]
         if listed is not None:
-            targets += [(fallback.upstream, fallback.model, fallback.model) for fallback in listed.fallbacks]
+            targets += [(fallback.upstream, fallback.model, (fallback.model,)) for fallback in listed.fallbacks]
         return targets
 
-    def _candidate(self, upstream: str, model: str, price_name: str, at_us: int) -> Candidate:
+    def _candidate(self, upstream: str, model: str, price_names: tuple[str, ...], at_us: int) -> Candidate:
         configured = self._configured.get(upstream)
-        card = self._card(price_name, self._provider(upstream), at_us, otherwise=model)
+        card = self._priced(price_names, upstream, at_us)
+        if card is None:
+            raise model_not_priced(price_names[0])
         if configured is None:
             return Candidate(upstream=self._upstreams[upstream], model=model, card=card)
         return Candidate(
@@ -125,16 +138,10 @@ class Router:
             return None
         return configured.provider
 
-    def _priced(self, name: str, provider: str | None, at_us: int) -> RateCard | None:
-        try:
-            return self._book.lookup(name, at_us, provider=provider)
-        except ModelNotPriced:
-            return None
-
-    def _card(self, name: str, provider: str | None, at_us: int, *, otherwise: str | None = None) -> RateCard:
-        card = self._priced(name, provider, at_us)
-        if card is None and otherwise is not None:
-            card = self._priced(otherwise, provider, at_us)
-        if card is None:
-            raise model_not_priced(name)
-        return card
+    def _priced(self, names: tuple[str, ...], upstream: str | None, at_us: int) -> RateCard | None:
+        """The price at *upstream* under the first of *names* that has one."""
+        provider = self._provider(upstream)
+        for name in names:
+            with suppress(ModelNotPriced):
+                return self._book.lookup(name, at_us, provider=provider)
+        return None

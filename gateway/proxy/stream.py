@@ -87,6 +87,8 @@ class StreamedAnswer:
         """
         meter, hold = self._meter, self._hold
         while True:
+            # An answer that is covered up to its own limit can cost no more than its texts' tokens: these are counted.
+            meter.exact = meter.exact or hold.covered >= self._plan.ceiling
             await self._write(await self._counting(meter.take))
             if not meter.waiting:
                 return True

@@ -7,9 +7,10 @@ import msgspec
 
 from ledger.model import Charge, Settlement, UsageRecord
 from pricing.book import RateCard
+from pricing.charge import Charge as Priced
 from pricing.charge import action_charge, charge
 from pricing.money import Asset
-from pricing.quote import affordable_ceiling, affordable_output, quote
+from pricing.quote import affordable_ceiling, affordable_output, worst_charge
 from pricing.usage import Usage
 
 
@@ -30,11 +31,13 @@ class Tariff(msgspec.Struct, frozen=True):
 
     def charges(self, usage: Usage) -> tuple[Charge, ...]:
         """What *usage* costs, a leg each."""
+        return tuple(Charge(base=leg.base, markup=leg.markup) for leg in self._priced(usage))
+
+    def _priced(self, usage: Usage) -> tuple[Priced, ...]:
+        """The charge of each leg; the provider's cost stands on the first."""
         if self.action is None:
-            amount = charge(usage, self.card, markup_bps=self.markup_bps, asset=self.asset)
-            return (Charge(base=amount.base, markup=amount.markup),)
-        pay, subsidy = action_charge(self.action.price, usage, self.card, asset=self.asset)
-        return (Charge(base=pay.base, markup=pay.markup), Charge(base=subsidy.base, markup=subsidy.markup))
+            return (charge(usage, self.card, markup_bps=self.markup_bps, asset=self.asset),)
+        return action_charge(self.action.price, usage, self.card, asset=self.asset)
 
     def total(self, usage: Usage) -> int:
         """What *usage* costs, all legs together."""
@@ -42,15 +45,15 @@ class Tariff(msgspec.Struct, frozen=True):
 
     def worst(self, *, prompt_tokens: int, output_tokens: int) -> int:
         """The most that so many tokens may cost, be they cached, written to a cache, or reasoning."""
-        return quote(
+        return worst_charge(
             self.card,
             prompt_tokens=prompt_tokens,
-            output_tokens_max=output_tokens,
+            output_tokens=output_tokens,
             markup_bps=self.markup_bps,
             asset=self.asset,
             margin_bps=0,
             margin_tokens=0,
-        ).worst.total
+        ).total
 
     def output_within(self, budget: int, *, prompt_tokens: int) -> int:
         """The most output tokens whose ``worst`` is within *budget*; -1 when it does not even pay the prompt."""
@@ -72,11 +75,11 @@ class Tariff(msgspec.Struct, frozen=True):
 
     def settlement(self, usage: Usage, record: UsageRecord) -> Settlement:
         """What to commit for *usage*; *record* holds the request's facts."""
-        cost = charge(usage, self.card, markup_bps=0, asset=self.asset)
+        legs = self._priced(usage)
         filled = msgspec.structs.replace(
             record,
             units=usage.as_dict(),
-            provider_cost_nanos=cost.provider_cost_nanos,
+            provider_cost_nanos=legs[0].provider_cost_nanos,
             price_version=self.card.version,
         )
-        return Settlement(charges=self.charges(usage), usage=filled)
+        return Settlement(charges=tuple(Charge(base=leg.base, markup=leg.markup) for leg in legs), usage=filled)

@@ -64,8 +64,9 @@ class SqliteStore:
         self._batches = batches
         self._writer = writer
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ledger-reader")
-        self._connections: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
-        self._reader_count = 0
+        self._connections: list[sqlite3.Connection] = []
+        self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        self._closed = False
 
     @classmethod
     async def open(cls, database_url: str, *, clock: Callable[[], int]) -> "SqliteStore":
@@ -88,13 +89,23 @@ class SqliteStore:
         return cls(path, batches, writer)
 
     async def close(self) -> None:
-        """Wait for the batch under way, then let go of the file."""
+        """Wait for the batch under way, then let go of the file. Repeatable.
+
+        Raises:
+            StoreUnavailable: another process holds the batch up; it will still be committed or not, as a whole.
+        """
+        if self._closed:
+            return
+        self._closed = True
         closing = self._writer.run(self._batches.close)
         self._writer.stop()
-        await asyncio.wait_for(closing, CLOSE_WAIT_S)
         self._readers.shutdown()
-        for _ in range(self._reader_count):
-            self._connections.get().close()
+        for connection in self._connections:
+            connection.close()
+        try:
+            await asyncio.wait_for(closing, CLOSE_WAIT_S)
+        except TimeoutError:
+            raise StoreUnavailable("a batch is still waiting for another process") from None
 
     async def run_batch(self, commands: Sequence[AnyCommand]) -> list[Outcome]:
         return await self._writer.run(lambda: self._batches.run(commands))
@@ -143,15 +154,17 @@ class SqliteStore:
         return await self._in_reader(lambda: self._in_transaction(query))
 
     async def _in_reader(self, work: Callable[[], T]) -> T:
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
         return await asyncio.get_running_loop().run_in_executor(self._readers, lambda: _translated(work))
 
     def _in_transaction(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Read at one moment. There are as many connections as threads, so one is always free."""
         try:
-            connection = self._connections.get_nowait()
+            connection = self._idle.get_nowait()
         except queue.Empty:
             connection = connect(self._path)
-            self._reader_count += 1
+            self._connections.append(connection)
         try:
             connection.execute("BEGIN")
             try:
@@ -159,7 +172,7 @@ class SqliteStore:
             finally:
                 connection.execute("ROLLBACK")
         finally:
-            self._connections.put(connection)
+            self._idle.put(connection)
 
 
 def _open(path: str, clock: Callable[[], int]) -> BatchConnection:
@@ -195,10 +208,13 @@ class _Worker:
     """One thread that does one thing after the other. It is a daemon: a stuck lock does not keep the process alive."""
 
     def __init__(self) -> None:
+        self._stopped = False
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="ledger-writer", daemon=True).start()
 
     def run(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        if self._stopped:
+            raise StoreUnavailable("the store is closed")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 
@@ -225,6 +241,7 @@ class _Worker:
 
     def stop(self) -> None:
         """After what was asked for before."""
+        self._stopped = True
         self._work.put(None)
 
     def _serve(self) -> None:

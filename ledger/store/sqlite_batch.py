@@ -25,7 +25,7 @@ from ledger.model import Reservation, ReservationState, Scope, WalletRef
 from ledger.outcomes import Outcome
 from ledger.state import State
 from ledger.store import statements
-from ledger.store.lock import TurnLock
+from ledger.store.lock import ProcessLock
 from ledger.store.rows import (
     block_from,
     block_row,
@@ -43,7 +43,12 @@ from ledger.store.rows import (
 )
 
 WALLETS_KEPT_MAX = 10_000
+BLOCKS_KEPT_MAX = 50_000
 RESERVATIONS_KEPT_MAX = 20_000
+
+CHECKPOINT_PAGES = 8_000
+"""How long the log may grow (32 MB) before it is copied into the file: a batch writes the same few pages again and
+again, and the copy has two syncs of its own."""
 
 BUSY_TIMEOUT_S = 5.0
 """How long to wait for a writer that is not a ledger: other tables live in the same file."""
@@ -105,6 +110,7 @@ def connect(path: str) -> sqlite3.Connection:
     )
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
 
@@ -114,7 +120,7 @@ class BatchConnection:
 
     def __init__(self, path: str, clock: Callable[[], int]) -> None:
         self._clock = clock
-        self._lock = TurnLock(path)
+        self._lock = ProcessLock(path)
         self._connection = connect(path)
         self._state = State()
         self._seq = 0
@@ -171,7 +177,11 @@ class BatchConnection:
     def _trim(self, named: Needs, writes: Writes) -> None:
         """Let go of what later batches hardly need: keys, settled reservations, blocks with nothing left."""
         state = self._state
-        if len(state.wallets) > WALLETS_KEPT_MAX or len(state.reservations) > RESERVATIONS_KEPT_MAX:
+        if (
+            len(state.wallets) > WALLETS_KEPT_MAX
+            or len(state.reservations) > RESERVATIONS_KEPT_MAX
+            or sum(map(len, state.blocks.values())) > BLOCKS_KEPT_MAX
+        ):
             self._state = State()
             return
         state.keys.clear()

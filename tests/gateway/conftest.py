@@ -1,14 +1,19 @@
 """A database of the gateway's own tables, and clocks that a test sets."""
 
-from collections.abc import AsyncIterator
+import io
+import logging
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import structlog
 from sqlmodel import SQLModel
 
 from gateway.database import Database
 from gateway.tables import ApiKey, App, AssetVersion, Customer, Tenant
+from gateway.telemetry import configure_logging
+from tests.gateway.office import Office, open_office
 
 OURS = [table.__table__ for table in (Tenant, AssetVersion, App, ApiKey, Customer)]  # type: ignore[attr-defined]
 
@@ -47,3 +52,21 @@ async def database(database_url: str) -> AsyncIterator[Database]:
         await connection.run_sync(SQLModel.metadata.create_all, tables=OURS)
     yield database
     await database.close()
+
+
+@pytest.fixture
+async def office(tmp_path: Path) -> AsyncIterator[Office]:
+    async with open_office(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """What is logged, as JSON lines."""
+    root, written = logging.getLogger(), io.StringIO()
+    handlers, level = root.handlers, root.level
+    configure_logging("info", stream=written)
+    yield written
+    structlog.reset_defaults()
+    root.handlers = handlers
+    root.setLevel(level)

@@ -4,17 +4,20 @@ import re
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 from sqlmodel import SQLModel
 
 import gateway.tables  # noqa: F401  (fills the metadata)
 import ledger.store.tables  # noqa: F401  (fills the metadata)
-from gateway.migrations import migrate
+from gateway.migrations import HEAD, configuration, migrate
+from ledger.store.protocol import StoreUnavailable
 
 
 def url_of(path: Path) -> str:
@@ -67,7 +70,7 @@ def test_migrating_twice_changes_nothing(tmp_path: Path) -> None:
 
 def test_processes_that_start_at_once_migrate_once(tmp_path: Path) -> None:
     path = tmp_path / "farebox.db"
-    code = f"from gateway.migrations import migrate; migrate({url_of(path)!r})"
+    code = f"from gateway.migrations import HEAD, configuration, migrate; migrate({url_of(path)!r})"
     processes = [
         subprocess.Popen([sys.executable, "-W", "error", "-c", code], stderr=subprocess.PIPE, cwd=Path.cwd())
         for _ in range(3)
@@ -106,3 +109,25 @@ def test_the_journal_refuses_edits(tmp_path: Path, table: str, verb: str) -> Non
         with pytest.raises(sqlite3.IntegrityError, match="append-only"):
             connection.execute(verb.format(table))
     connection.close()
+
+
+def test_the_schema_that_the_code_is_written_for_is_the_end_of_the_history() -> None:
+    assert ScriptDirectory.from_config(configuration()).get_current_head() == HEAD
+
+
+def test_a_file_that_cannot_be_used_is_said_to_be_so(tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("Not a database. " * 100)
+    for path, reason in ((note, "not a database"), (note / "farebox.db", "exists"), (tmp_path, "unable")):
+        with pytest.raises(StoreUnavailable, match=reason):
+            migrate(url_of(path))
+    assert note.read_text() == "Not a database. " * 100
+
+
+def test_a_database_of_a_newer_farebox_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "farebox.db"
+    migrate(url_of(path))
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(StoreUnavailable, match="newer"):
+        migrate(url_of(path))

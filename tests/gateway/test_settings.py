@@ -194,6 +194,7 @@ def test_a_mistake_in_the_environment_names_the_variable(monkeypatch: pytest.Mon
 def test_all_mistakes_are_told_at_once(tmp_path: Path):
     said = problems(tmp_path, 'port = -1\nhost = 5\n[[upstreams]]\nname = "x"')
     assert all(place in said for place in ("port:", "host:", "upstreams[0].base_url"))
+    assert "factory" not in said
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):

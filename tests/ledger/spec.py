@@ -88,7 +88,13 @@ LONG_US = 1_000_000
 """The life of a reservation that names none."""
 
 _ANSWER = StoredResponse(status=200, headers=(), body=b"{}")
-_RESULT_WORDS = {Granted: "granted", Reserved: "reserved", Revoked: "revoked", Expired: "expired", Changed: "changed"}
+RESULT_WORDS: dict[Any, str] = {
+    Granted: "granted",
+    Reserved: "reserved",
+    Revoked: "revoked",
+    Expired: "expired",
+    Changed: "changed",
+}
 _SECONDS = {"s": 1, "h": 3600}
 
 
@@ -419,7 +425,7 @@ def _describe(outcome: Outcome) -> dict[str, Any]:
     if isinstance(outcome, Rejected):
         return {**_fields(outcome), "": outcome.reason.value}
     result = outcome.result
-    word = result.state.value if isinstance(result, Settled) else _RESULT_WORDS[type(result)]
+    word = result.state.value if isinstance(result, Settled) else RESULT_WORDS[type(result)]
     return {**_fields(result), "": word, "replayed": outcome.replayed, "answers": outcome.answers}
 
 

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from ledger import granting
 from ledger.model import AMOUNT_MAX, Block, Funding
 from tests.ledger.spec import check, wallet_ref
 
@@ -46,6 +47,7 @@ def test_what_makes_no_sense_is_refused():
         grant w1 b1 {AMOUNT_MAX + 1}             -> invalid_amount
         grant w1 b1 5 expires=100                -> invalid_amount
         grant w1 b1 5 effective=200 expires=200  -> invalid_amount
+        grant w1 b1 5 effective=50 expires=80    -> invalid_amount
         grant w1 b1 5 expires=101                -> granted
         grant w1 b1 7                            -> already_exists
         grant w1 b2 7 asset=gold                 -> asset_mismatch
@@ -85,10 +87,10 @@ def test_the_next_grant_repays_the_receivable_first():
     check("""
         overdraft w1 100
         debit  w1 r1 70        -> committed balance=-70
-        grant  w1 b1 50        -> granted balance_before=-70 balance_after=-20
+        grant  w1 b1 50        -> granted balance_before=-70 balance_after=-20 repaid=50
         wallet w1 receivable=20 available=0
         block  w1 b1 granted=50 consumed=50 remaining=0
-        grant  w1 b2 50        -> granted balance_after=30
+        grant  w1 b2 50        -> granted balance_after=30 repaid=20
         wallet w1 receivable=0 available=30
         account wallet:w1 = 30
     """)
@@ -274,6 +276,28 @@ def test_revoking_takes_only_what_is_free():
     """)
 
 
+def test_a_wallet_has_a_bounded_number_of_blocks_but_what_was_paid_for_comes_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every charge looks at every block that has something left, and all wallets share the batches."""
+    monkeypatch.setattr(granting, "BLOCKS_LIVE_MAX", 3)
+    check("""
+        grant pool p1 100
+        grant w1 b1 10 funding=external priority=1
+        grant w1 b2 10 funding=external
+        grant w1 b3 10 funding=external
+        grant w1 b4 10 funding=external                    -> too_many_blocks
+        grant w1 b4 10 funding=promotional                 -> too_many_blocks
+        grant w1 b4 10 funding=developer_grant from=pool   -> too_many_blocks
+        grant w1 b4 10 from=pool                           -> too_many_blocks
+        grant w1 b4 10                                     -> granted balance_after=40
+        debit w1 r1 10
+        grant w1 b5 10 funding=external                    -> too_many_blocks
+        debit w1 r2 10
+        grant w1 b5 10 funding=external                    -> granted
+    """)
+
+
 def test_a_clawback_takes_what_is_free_and_the_spent_part_is_owed():
     check("""
         grant  w1 b1 100
@@ -316,6 +340,45 @@ def test_what_is_reserved_is_clawed_back_as_if_it_were_spent():
         clawback w1 b1 100  -> revoked amount=40 owed=60 balance=0
         commit r1 60        -> committed balance=-60
         wallet w1 receivable=60
+    """)
+
+
+def test_what_was_clawed_back_while_it_was_reserved_is_not_taken_again_when_it_is_released():
+    check("""
+        grant    w1 b1 100
+        reserve  w1 r1 50
+        clawback w1 b1 100  -> revoked amount=50 owed=50 receivable=50
+        release  r1
+        clawback w1 b1 60   -> revoked amount=0 owed=0 receivable=0 balance=0
+        revoke   w1 b1 60   -> revoked amount=0 owed=0
+        block    w1 b1 revoked=100 clawed=0 remaining=0
+        account  clearing = 0
+    """)
+
+
+def test_what_was_clawed_back_while_it_was_reserved_is_taken_when_it_is_released():
+    """Or else who never used it would owe for what has lapsed."""
+    check("""
+        grant    w1 b1 100 expires=50
+        reserve  w1 r1 50
+        clawback w1 b1 100
+        commit   r1 20      -> committed balance=-20
+        wallet   w1 receivable=20
+        at 50
+        expire   w1         -> expired amount=0
+        grant    w1 b2 20   -> granted balance_after=0
+    """)
+
+
+def test_a_debt_that_was_repaid_meanwhile_is_not_collected_again():
+    check("""
+        grant    w1 b1 100
+        reserve  w1 r1 50
+        clawback w1 b1 100
+        grant    w1 b2 50   -> granted repaid=50
+        release  r1
+        wallet   w1 balance=50 available=50 receivable=0
+        clawback w1 b1 100  -> revoked amount=0 owed=0
     """)
 
 

@@ -2,7 +2,14 @@
 
 import pytest
 
+from ledger.commands import Key
 from tests.ledger.spec import check
+
+
+def test_a_key_with_a_zero_character_is_none():
+    """SQLite does not find it again, so that it would grant twice."""
+    with pytest.raises(ValueError, match="zero character"):
+        Key(operation="grant", key="a\0b", digest="same")
 
 
 def test_the_same_key_answers_with_the_first_result():
@@ -49,6 +56,15 @@ def test_keys_belong_to_a_tenant_a_mode_and_an_operation():
         grant w1@t1/test b1 10 key=k1    -> granted
         grant w1 b2 10 key=k1 operation=topup -> granted
         wallet w1 balance=20
+    """)
+
+
+def test_a_repetition_does_not_take_another_key():
+    check("""
+        grant   w1 b1 100
+        reserve w1 r1 10 request=q1 key=k1
+        reserve w1 r1 10 request=q1 key=k2  -> reserved replayed
+        key     reserve k2 = free
     """)
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from ledger import granting
 from ledger.core import decide
 from ledger.outcomes import Reason, Rejected, Settled
 from tests.ledger.spec import Case, check, command
@@ -21,7 +22,16 @@ SETUP = """
     clawback owing o1 10
     grant   cold c1 10
     freeze  cold
+    grant   full f1 10 funding=external
+    grant   full f2 10
+    grant   full f3 10
 """
+
+
+@pytest.fixture(autouse=True)
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(granting, "BLOCKS_LIVE_MAX", 3)
+
 
 REFUSALS = {
     Reason.KEY_REUSED: "reserve w1 r1 10 key=k1 digest=other",
@@ -29,6 +39,7 @@ REFUSALS = {
     Reason.NOT_FOUND: "commit nowhere 5",
     Reason.ALREADY_EXISTS: "reserve w1 done 10",
     Reason.ASSET_MISMATCH: "reserve w1 r1 10 asset=gold",
+    Reason.TOO_MANY_BLOCKS: "grant full f4 10 funding=external",
     Reason.RESERVATION_SETTLED: "commit done 5",
     Reason.WALLET_FROZEN: "reserve cold r1 5",
     Reason.RECEIVABLE_OUTSTANDING: "reserve owing r1 5",
@@ -52,6 +63,8 @@ BOTH_APPLY = [
     (Reason.ALREADY_EXISTS, "reserve w1 done 10 asset=gold"),
     (Reason.ASSET_MISMATCH, "reserve cold r1 5 asset=gold"),
     (Reason.ASSET_MISMATCH, "grant w1 b9 500 from=gold"),
+    (Reason.ASSET_MISMATCH, "grant full f4 10 funding=external asset=gold"),
+    (Reason.TOO_MANY_BLOCKS, "grant full f4 10 from=cold"),
     (Reason.WALLET_FROZEN, "reserve cold,owing r1 5 limits=day"),
     (Reason.WALLET_FROZEN, "grant w1 b9 500 from=cold"),
     (Reason.RECEIVABLE_OUTSTANDING, "reserve owing,w1 r1 500"),

@@ -198,6 +198,29 @@ def test_two_legs_of_one_wallet_do_not_hold_the_same_credits():
     """)
 
 
+def test_two_legs_do_not_hold_the_same_overdraft():
+    check("""
+        overdraft w1 50
+        reserve w1|w1 r1 30|30  -> insufficient_credits needed=30 available=20
+        reserve w1|w1 r1 30|20  -> reserved held=30|20
+    """)
+
+
+def test_a_receivable_within_the_overdraft_is_no_obstacle():
+    check("""
+        grant   w1 b1 50
+        debit   w1 r1 50
+        grant   w1 b2 30
+        overdraft w1 50
+        clawback w1 b1 50        -> revoked owed=50
+        reserve w1 r2 31         -> insufficient_credits needed=31 available=30
+        reserve w1 r2 30         -> reserved
+        overdraft w1 49
+        reserve w1 r3 0..0       -> reserved held=0
+        reserve w1 r4 1          -> receivable_outstanding needed=1 available=0
+    """)
+
+
 # Limits.
 
 
@@ -352,6 +375,48 @@ def test_an_extension_holds_more_and_lives_longer():
         heartbeat r1 ttl=100        -> reserved expires_at_us=300
         heartbeat r1 ttl=500        -> reserved expires_at_us=550
         reservation r1 slices=w1/b1:50,w1/b2:50
+    """)
+
+
+def test_what_was_pinned_first_is_used_first():
+    """Lapse order is collection order: an extension does not reorder what is held already."""
+    check("""
+        grant   w1 old 50
+        reserve w1 r1 30
+        grant   w1 new 20 priority=1
+        extend  r1 30
+        reservation r1 slices=w1/old:40,w1/new:20
+        commit  r1 45
+        reservation r1 payments=w1/old:40+0,w1/new:5+0
+    """)
+
+
+def test_a_reservation_remembers_the_most_that_it_held():
+    check("""
+        grant   w1 b1 100
+        reserve w1 r1 60
+        reservation r1 reserved=60
+        commit  r1 50 partial
+        extend  r1 20
+        reservation r1 reserved=60 held=30
+        extend  r1 20..0
+        extend  r1 100..0
+        reservation r1 reserved=60 held=50
+        commit  r1 50
+        reservation r1 reserved=60 balance=0
+    """)
+
+
+def test_a_wallets_last_fact_is_never_earlier_than_the_one_before():
+    check("""
+        at 50
+        grant   w1 b1 100
+        at 40
+        grant   w1 b2 100
+        wallet  w1 last_fact_us=50
+        at 60
+        grant   w1 b3 100
+        wallet  w1 last_fact_us=60
     """)
 
 

@@ -433,6 +433,15 @@ def test_markup_returns_into_a_pool_that_pays_itself():
     """)
 
 
+def test_what_a_charge_returns_to_a_pool_does_not_pay_for_the_same_charge():
+    check("""
+        grant   pool p1 40
+        grant   u1 g1 40 from=pool funding=developer_grant
+        debit   u1,pool|u1,pool r1 20+20|20 hold=0|0  -> committed charged=20+20|0+0 shortfall=20
+        debit   u1,pool|u1,pool r2 10|15 hold=0|0     -> committed charged=10+0|10+0 shortfall=5
+    """)
+
+
 def test_the_operators_wallet_pays_in_its_own_scope():
     """A universal wallet in a tenant's chain: each wallet's entries stand in its own scope, and each balances."""
     case = check("""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from ledger import errors
+from ledger import ledger as ledger_module
 from ledger.commands import AnyCommand, StoredResponse
 from ledger.errors import (
     AlreadyExists,
@@ -17,7 +18,7 @@ from ledger.errors import (
     error_of,
 )
 from ledger.ledger import SWEEP_PAGE, Ledger
-from ledger.model import Charge, ReservationState, Restriction, Settlement, Tags, Wallet
+from ledger.model import Charge, Funding, ReservationState, Restriction, Settlement, Tags, Wallet
 from ledger.outcomes import Outcome, Reason, Rejected, Settled
 from ledger.store.protocol import StoreUnavailable
 from ledger.store.sqlite import SqliteStore
@@ -163,6 +164,20 @@ async def test_a_cursor_that_is_not_ours_is_refused(ledger: Ledger, cursor: str)
         await ledger.transactions(wallet("a"), cursor)
 
 
+async def test_the_view_knows_the_line_for_what_the_operator_was_not_paid_for(ledger: Ledger, say: Say) -> None:
+    """It promises no more than a reservation that names the line would get."""
+    await ledger.execute(say.grant("a", "paid", 10))
+    await ledger.execute(say.grant("a", "external", 100, funding=Funding.EXTERNAL))
+    await ledger.execute(say.grant("line", "l", 30))
+    for line, effective in ((None, 110), (wallet("line"), 40), (wallet("no_line"), 10)):
+        view = await ledger.wallet_view(wallet("a"), unfunded=line)
+        assert view is not None
+        assert (view.balance, view.effective_balance) == (110, effective)
+    with pytest.raises(errors.LimitReached):
+        await ledger.execute(say.reserve("a", "41", 41, unfunded=wallet("line")))
+    await ledger.execute(say.reserve("a", "40", 40, unfunded=wallet("line")))
+
+
 # The sweep.
 
 
@@ -201,26 +216,30 @@ async def test_a_sweep_goes_through_all_pages(ledger: Ledger, say: Say, clock: C
     assert (await ledger.sweep(clock.us)).reservations == count
 
 
-async def test_one_candidate_that_fails_stops_no_other(
-    sqlite_store: SqliteStore, say: Say, clock: Clock, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", [2, 3, 200])
+async def test_candidates_that_fail_stop_no_other(
+    sqlite_store: SqliteStore, say: Say, clock: Clock, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
+    """Not even when they fill the first page."""
     ledger = await Ledger.open(sqlite_store, clock=clock, new_command_id=say.id)
     await ledger.execute(say.grant("a", "1", 100))
-    for name in ("1", "poisoned", "3"):
+    for name in ("poisoned", "poisoned_too", "1", "2", "3"):
         await ledger.execute(say.reserve("a", name, 10, ttl_us=1))
     clock.us += 1
     run_batch = sqlite_store.run_batch
+    bad = (reservation("poisoned"), reservation("poisoned_too"))
 
     async def poisoned(commands: Sequence[AnyCommand]) -> list[Outcome]:
-        if any(getattr(command, "reservation", None) == reservation("poisoned") for command in commands):
+        if any(getattr(command, "reservation", None) in bad for command in commands):
             raise ValueError("cannot be settled")
         return await run_batch(commands)
 
     monkeypatch.setattr(sqlite_store, "run_batch", poisoned)
+    monkeypatch.setattr(ledger_module, "SWEEP_PAGE", page)
     failing = await Ledger.open(sqlite_store, clock=clock, new_command_id=say.id)
     swept = await failing.sweep(clock.us)
-    assert swept.reservations == 2
-    assert [type(failure) for failure in swept.failures] == [ValueError]
+    assert swept.reservations == 3
+    assert [type(failure) for failure in swept.failures] == [ValueError] * 2
 
 
 async def test_a_store_that_cannot_be_read_is_an_unavailable_ledger(

@@ -94,6 +94,18 @@ async def test_what_is_kept_has_a_bound(sqlite_store: SqliteStore, say: Say, mon
     assert [outcome.result.balance for outcome in outcomes] == [9] * 20  # type: ignore[union-attr]
 
 
+async def test_the_blocks_that_are_kept_have_a_bound(
+    sqlite_store: SqliteStore, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few wallets may have very many."""
+    monkeypatch.setattr(sqlite_batch, "BLOCKS_KEPT_MAX", 5)
+    for number in range(20):
+        await sqlite_store.run_batch([say.grant("a", f"{number}", 10)])
+        assert len(sqlite_store._batches._state.blocks.get(wallet("a"), {})) <= 5
+    (outcome,) = await sqlite_store.run_batch([say.debit("a", "1", 195)])
+    assert outcome.result.balance == 5  # type: ignore[union-attr]
+
+
 async def test_a_batch_whose_caller_has_gone_is_committed_all_the_same(sqlite_store: SqliteStore, say: Say) -> None:
     task = asyncio.ensure_future(sqlite_store.run_batch([say.grant("a", "1", 100)]))
     await asyncio.sleep(0)
@@ -101,6 +113,18 @@ async def test_a_batch_whose_caller_has_gone_is_committed_all_the_same(sqlite_st
     await asyncio.wait((task,))
     await sqlite_store.run_batch([])
     assert await sqlite_store.wallet(wallet("a")) is not None
+
+
+async def test_a_closed_store_says_so_and_may_be_closed_again(sqlite_store: SqliteStore, say: Say) -> None:
+    batch = asyncio.ensure_future(sqlite_store.run_batch([say.grant("a", "1", 100)]))
+    await asyncio.sleep(0)
+    await sqlite_store.close()
+    assert len(await batch) == 1, "closing waits for the batch under way"
+    await sqlite_store.close()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await sqlite_store.run_batch([say.grant("a", "2", 100)])
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await sqlite_store.wallet(wallet("a"))
 
 
 # Plans. A scan of a table that grows for ever would be seen only in a year.

@@ -34,6 +34,10 @@ async def damage(ledger: Ledger, sqlite_store: SqliteStore, database_path: Path,
     await ledger.execute(say.reserve("a", "done", 20, key=key("k")))
     await ledger.execute(say.commit("done", 10, 5))
     await ledger.execute(say.debit("b", "over", 15))
+    await ledger.execute(say.grant("c", "c", 10))
+    await ledger.execute(say.reserve("c", "short", 10))
+    await ledger.execute(say.commit("short", 12))
+    await ledger.execute(say.revoke("c", "c", 5, clawback=True))
     assert (await verify(sqlite_store)).violations == ()
 
     async def do(sql: str) -> Verified:
@@ -115,6 +119,20 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
         ),
         ("UPDATE ledger_transfer SET amount = -amount WHERE credit = 'revenue'", "an entry must move something"),
         (
+            "UPDATE ledger_transfer SET credit = 'tenant_margin' WHERE credit = 'revenue'",
+            "a charge is booked as its reservation tells it",
+        ),
+        (
+            "UPDATE ledger_transfer SET block = 'blk_other' WHERE credit = 'revenue'",
+            "a charge is booked as its reservation tells it",
+        ),
+        (
+            "UPDATE ledger_transfer SET amount = amount + 1 WHERE debit = 'meter_shortfall'",
+            "a charge is booked as its reservation tells it",
+        ),
+        ("UPDATE ledger_block SET clawed = -1 WHERE id = 'blk_1'", "a block is stored otherwise"),
+        (in_facts("revoke", '"clawed":5', '"clawed":-5'), "a block's amounts are not negative"),
+        (
             "UPDATE ledger_transfer SET asset = 'EUR' WHERE credit = 'wallet:customer:a'",
             "an entry is in another asset than its wallet",
         ),
@@ -137,7 +155,7 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
         ),
         (
             "INSERT INTO ledger_command SELECT tenant, mode, 'cmd_again', 1000, kind, at_us, 0, facts, result"
-            " FROM ledger_command WHERE kind = 'commit'",
+            " FROM ledger_command WHERE kind = 'commit' LIMIT 1",
             "a settled reservation stays settled",
         ),
         (

@@ -73,6 +73,24 @@ def test_a_name_that_several_providers_share_must_be_qualified(book: PriceBook) 
 
 
 @pytest.mark.parametrize(
+    ("name", "dearer"),
+    [
+        ("claude-opus-4.8-fast", "github-copilot"),
+        ("anthropic/claude-opus-4.6-fast", "openrouter"),
+        ("deepseek-r1-distill-llama-70b", "groq"),
+        ("openai/gpt-oss-20b", "huggingface_groq"),
+    ],
+)
+def test_a_bare_name_never_gets_a_cheaper_price_than_whoever_lists_it_asks(
+    book: PriceBook, name: str, dearer: str
+) -> None:
+    with pytest.raises(ModelNotPriced) as refused:
+        book.lookup(name, AT_US)
+    assert dearer in refused.value.candidates
+    assert book.lookup(name, AT_US, dearer).provider == dearer
+
+
+@pytest.mark.parametrize(
     ("name", "provider"),
     [("no-such-model", None), ("gpt-4o-mini", "no-such-provider"), ("tts-1", None), ("gpt-4o", "zai")],
 )

@@ -6,6 +6,7 @@ requests of one connection are answered one after the other. When the client lea
 
 import asyncio
 import zlib
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final, cast
 
@@ -18,11 +19,19 @@ HEAD_BYTES_MAX: Final = 64 * 1024
 BODY_BYTES_MAX: Final = 64 * 1024 * 1024
 _HEAD_END: Final = b"\r\n\r\n"
 
+Witness = Callable[[str, str], None]
+"""Told "received" when a request is there and "sent" when its whole answer has left, and its `X-Client-Request-Id`."""
+
+
+def _nobody(event: str, request_id: str) -> None:
+    """The witness where none is wanted."""
+
 
 class SimulatedServer:
     """The running server. `url` is what an OpenAI client wants as its base URL."""
 
-    def __init__(self) -> None:
+    def __init__(self, witness: Witness = _nobody) -> None:
+        self.tell = witness
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
         self.requests_count = 0
@@ -69,9 +78,9 @@ class SimulatedServer:
         self._connections.discard(connection)
 
 
-async def serve_simulated(host: str = "127.0.0.1", port: int = 0) -> SimulatedServer:
+async def serve_simulated(host: str = "127.0.0.1", port: int = 0, *, witness: Witness = _nobody) -> SimulatedServer:
     """Start the server; port 0 takes a free one. The caller closes it."""
-    server = SimulatedServer()
+    server = SimulatedServer(witness)
     await server.start(host, port)
     return server
 
@@ -80,6 +89,7 @@ class _Head(msgspec.Struct, frozen=True):
     method: str
     path: str
     body_length: int
+    request_id: str
     keep_alive: bool
     expects_continue: bool
 
@@ -144,15 +154,16 @@ class _Connection(asyncio.Protocol):
             del self._buffer[: head.body_length]
             self._head = None
             self._server.requests_count += 1
+            self._server.tell("received", head.request_id)
             script = respond(head.method, head.path, body)
-            self._playing = asyncio.get_running_loop().create_task(self._play(script, keep_alive=head.keep_alive))
+            self._playing = asyncio.get_running_loop().create_task(self._play(script, head))
 
     def _refuse(self, status: int) -> None:
         self._transport.write(_status_line(status) + b"content-length: 0\r\nconnection: close\r\n\r\n")
         self._transport.close()
 
-    async def _play(self, script: Script, *, keep_alive: bool) -> None:
-        framing = _Framing(script, keep_alive=keep_alive)
+    async def _play(self, script: Script, head: _Head) -> None:
+        framing = _Framing(script, keep_alive=head.keep_alive)
         for step in script.steps:
             if isinstance(step, Send):
                 self._transport.write(framing.piece(step.data))
@@ -168,8 +179,9 @@ class _Connection(asyncio.Protocol):
                 await self.gone.wait()
         self._transport.write(framing.end())
         await self._writable.wait()
+        self._server.tell("sent", head.request_id)
         self._playing = None
-        if keep_alive:
+        if head.keep_alive:
             self._advance()
         else:
             self._transport.close()
@@ -236,6 +248,7 @@ def _parse_head(head: bytes) -> _Head | int:
         method=words[0],
         path=words[1],
         body_length=int(length),
+        request_id=headers.get(b"x-client-request-id", b"-").decode("latin-1"),
         keep_alive=connection == b"keep-alive" if words[2] == "HTTP/1.0" else connection != b"close",
         expects_continue=headers.get(b"expect", b"").lower() == b"100-continue",
     )

@@ -1,0 +1,203 @@
+"""Clients of a gateway that remember what they saw of each request, however it ended."""
+
+import asyncio
+import json
+import random
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from tests.e2e.farebox import CREDIT_UNITS
+
+CHAT: Final = "/chat/completions"
+DONE: Final = b"data: [DONE]\n\n"
+NARROW_BYTES: Final = 4096
+ANSWER_S: Final = 120
+
+
+@dataclass(slots=True)
+class Seen:
+    """One request as its client saw it.
+
+    Attributes:
+        status: 0 while no response has begun.
+        complete: the whole body came, or the stream's `[DONE]`.
+    """
+
+    model: str
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    complete: bool = False
+
+    @property
+    def request_id(self) -> str | None:
+        return self.headers.get("x-request-id")
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def usage(self) -> dict[str, Any] | None:
+        """What the answer or the stream says of its usage."""
+        if not self.complete or self.status != 200:
+            return None
+        if not self.body.startswith(b"data: "):
+            usage: dict[str, Any] = self.json["usage"]
+            return usage
+        events = [json.loads(event[6:]) for event in self.body.split(b"\n\n") if event.startswith(b"data: {")]
+        return next((event["usage"] for event in reversed(events) if event.get("usage")), None)
+
+
+def units(credits: str) -> int:
+    """Decimal credits in the smallest unit."""
+    whole, _, part = credits.partition(".")
+    return int(whole) * CREDIT_UNITS + int(part.ljust(9, "0"))
+
+
+def chat(model: str, *, prompt: str = "Hello", simulate: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    """The body of a chat request."""
+    messages = [{"role": "user", "content": prompt}]
+    return {"model": model, "messages": messages, "simulate": simulate or {}, **fields}
+
+
+def session() -> aiohttp.ClientSession:
+    """As many connections as are wanted."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=ANSWER_S), read_bufsize=2**20
+    )
+
+
+async def ask(
+    client: aiohttp.ClientSession,
+    base_url: str,
+    headers: dict[str, str],
+    body: dict[str, Any],
+    *,
+    seen: Seen | None = None,
+) -> Seen:
+    """Send a chat request and read its answer as far as it comes."""
+    seen = seen or Seen(model=body["model"])
+    try:
+        async with client.post(f"{base_url}{CHAT}", headers=headers, json=body) as response:
+            seen.status = response.status
+            seen.headers = {name.lower(): value for name, value in response.headers.items()}
+            async for part in response.content.iter_any():
+                seen.body += part
+        seen.complete = not body.get("stream") or response.status != 200 or seen.body.endswith(DONE)
+    except (aiohttp.ClientError, ConnectionError):
+        # The stream is complete for its client when [DONE] has come, whatever becomes of the connection then.
+        seen.complete = seen.body.endswith(DONE)
+    return seen
+
+
+async def ask_without_reading(
+    base_url: str, headers: dict[str, str], body: dict[str, Any], read_now: asyncio.Event
+) -> Seen:
+    """Send a request and read nothing of its answer, which no socket's buffer holds, before *read_now*."""
+    seen = Seen(model=body["model"])
+    place = urlsplit(base_url)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NARROW_BYTES)
+    connection.setblocking(False)
+    loop = asyncio.get_running_loop()
+    try:
+        await loop.sock_connect(connection, (place.hostname, place.port))
+        content = json.dumps(body).encode()
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join(
+            [f"POST {place.path}{CHAT} HTTP/1.1", "Host: gateway", *lines, f"Content-Length: {len(content)}"]
+        )
+        await loop.sock_sendall(connection, head.encode() + b"\r\n\r\n" + content)
+        await read_now.wait()
+        await _read_all(connection, seen)
+    except ConnectionError:
+        pass
+    finally:
+        connection.close()
+    return seen
+
+
+async def _read_all(connection: socket.socket, seen: Seen) -> None:
+    loop = asyncio.get_running_loop()
+    received = b""
+    while b"\r\n\r\n" not in received:
+        part = await loop.sock_recv(connection, 2**16)
+        if not part:
+            return
+        received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    seen.status = int(status.split()[1])
+    seen.headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    parts = [body]
+    missing = int(seen.headers["content-length"]) - len(body)
+    while missing > 0:
+        part = await loop.sock_recv(connection, 2**20)
+        if not part:
+            break
+        parts.append(part)
+        missing -= len(part)
+    seen.body = b"".join(parts)
+    seen.complete = missing == 0
+
+
+class Traffic:
+    """Clients that ask without a pause, each with what *next_body* gives, until they are stopped or nobody answers.
+
+    Attributes:
+        seen: every request, as soon as it is sent.
+        in_flight: requests sent and not answered in full.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        users: list[dict[str, str]],
+        next_body: Callable[[random.Random], dict[str, Any]],
+        rng: random.Random,
+    ) -> None:
+        """*users* are the headers that the requests carry, in turn."""
+        self._base_url = base_url
+        self._users = users
+        self._next_body = next_body
+        self._rng = rng
+        self._stopped = False
+        self._read_now = asyncio.Event()
+        self.seen: list[Seen] = []
+        self.in_flight = 0
+
+    async def run(self, *, clients: int, not_reading: tuple[dict[str, Any], ...] = ()) -> list[Seen]:
+        """Run *clients* until all have ended, and one more for each body in *not_reading*."""
+        async with session() as client:
+            late = [self._late(body) for body in not_reading]
+            await asyncio.gather(*(self._ask(client, number) for number in range(clients)), *late)
+        return self.seen
+
+    def stop(self) -> None:
+        """Let each client finish what it asked, and no more; those who do not read begin to."""
+        self._stopped = True
+        self._read_now.set()
+
+    async def _ask(self, client: aiohttp.ClientSession, number: int) -> None:
+        headers = self._users[number % len(self._users)]
+        while not self._stopped:
+            body = self._next_body(self._rng)
+            seen = Seen(model=body["model"])
+            self.seen.append(seen)
+            self.in_flight += 1
+            await ask(client, self._base_url, headers, body, seen=seen)
+            if not seen.complete:
+                return
+            self.in_flight -= 1
+
+    async def _late(self, body: dict[str, Any]) -> None:
+        self.in_flight += 1
+        seen = await ask_without_reading(self._base_url, self._users[0], body, self._read_now)
+        self.seen.append(seen)
+        self.in_flight -= seen.complete

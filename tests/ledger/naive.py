@@ -1,0 +1,512 @@
+"""The ledger once more, as simply as it can be written: dictionaries, loops and no thought of speed.
+
+It predicts for every command what the core must answer and what every balance is afterwards. It shares nothing with the
+core but the commands. Slow, and meant to be read beside the rules: what is free is always computed anew from
+what is left and what is pinned.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+from ledger.commands import (
+    AnyCommand,
+    Commit,
+    Debit,
+    Expire,
+    Extend,
+    Freeze,
+    Grant,
+    Lapse,
+    Release,
+    Reserve,
+    ReserveLeg,
+    Revoke,
+    SetOverdraft,
+)
+from ledger.model import Charge, Settlement, Tags, WalletRef
+
+DAY_US = 24 * 3600 * 1_000_000
+FROM = {"paid": "clearing", "external": "external", "promotional": "promo", "plan": "plan"}
+Prediction = dict[str, Any]
+Pin = tuple[int, WalletRef, str | None, int]
+"""Leg, wallet, block (or the overdraft), amount."""
+
+
+class Naive:
+    """Wallets are dictionaries with a list of blocks, blocks too; pins say which reservation holds what of which."""
+
+    def __init__(self) -> None:
+        self.wallets: dict[WalletRef, dict[str, Any]] = {}
+        self.reservations: dict[Any, dict[str, Any]] = {}
+        self.keys: dict[Any, tuple[str, Prediction]] = {}
+        self.accounts: dict[tuple[str, str, str], int] = defaultdict(int)
+        self.now = 0
+
+    # What anybody may ask.
+
+    def balance(self, ref: WalletRef) -> int:
+        wallet = self.wallets[ref]
+        return int(sum(block["left"] for block in wallet["blocks"] if not self._over(block)) - wallet["owed"])
+
+    def journal_balance(self, ref: WalletRef) -> int:
+        wallet = self.wallets[ref]
+        return int(sum(block["left"] for block in wallet["blocks"]) - wallet["owed"])
+
+    def pinned(self, ref: WalletRef, name: str | None) -> int:
+        pins = [pin for reservation in self.reservations.values() for pin in reservation["pins"]]
+        return sum(amount for _, wallet, block, amount in pins if (wallet, block) == (ref, name))
+
+    # Commands.
+
+    def predict(self, command: AnyCommand, now: int) -> Prediction:
+        """What the command must come to, done here at once."""
+        self.now = now
+        key = None
+        if command.key is not None:
+            key = (command.scope, command.key.operation, command.key.key)
+            if key in self.keys:
+                digest, answer = self.keys[key]
+                return answer if digest == command.key.digest else {"word": "key_reused"}
+        answer = self._do(command)
+        if key is not None and command.key is not None and not answer.get("refused") and not answer.get("again"):
+            self.keys[key] = (command.key.digest, answer)
+        return answer
+
+    def _do(self, command: AnyCommand) -> Prediction:
+        name = type(command).__name__.lower()
+        return getattr(self, f"_{name}")(command)  # type: ignore[no-any-return]
+
+    def _setoverdraft(self, command: SetOverdraft) -> Prediction:
+        self._open(command.wallet)["overdraft"] = command.limit
+        return {"word": "changed"}
+
+    def _grant(self, command: Grant) -> Prediction:
+        start = command.effective_at_us if command.effective_at_us is not None else self.now
+        if command.expires_at_us is not None and command.expires_at_us <= max(start, self.now):
+            return _no("invalid_amount")
+        taken = {block["name"] for block in self.wallets.get(command.wallet, {"blocks": []})["blocks"]}
+        if command.block_id in taken or command.block_id + "_2" in taken:
+            return _no("already_exists")
+        paid = command.operator_paid and command.funding != "external"
+        lots = {paid: command.amount}
+        if command.from_wallet is not None:
+            refused, lots = self._take(command.from_wallet, command.amount)
+            if refused:
+                return _no(refused)
+        else:
+            self._book(command.wallet, FROM[command.funding], -command.amount)
+        wallet = self._open(command.wallet)
+        names = iter((command.block_id, command.block_id + "_2"))
+        for lot_paid in (True, False):
+            amount = lots.get(lot_paid, 0)
+            if amount == 0:
+                continue
+            repaid = min(amount, wallet["owed"])
+            wallet["owed"] -= repaid
+            self._add_block(
+                wallet, next(names), amount, prio=command.priority, start=start, end=command.expires_at_us,
+                apps=command.restriction.apps, paid=lot_paid, funding=str(command.funding), pool=command.from_wallet,
+            )  # fmt: skip
+            wallet["blocks"][-1]["left"] -= repaid
+            wallet["blocks"][-1]["used"] += repaid
+        return {"word": "granted", "balance_after": self.balance(command.wallet)}
+
+    def _take(self, ref: WalletRef, amount: int) -> tuple[str, dict[bool, int]]:
+        giver = self.wallets.get(ref)
+        if giver is None:
+            return "insufficient_credits", {}
+        if giver["frozen"]:
+            return "wallet_frozen", {}
+        if giver["owed"]:
+            return "receivable_outstanding", {}
+        there = self._payable(ref, Tags())
+        if sum(self._free(ref, block) for block in there) < amount:
+            return "insufficient_credits", {}
+        lots = {True: 0, False: 0}
+        for block in there:
+            part = min(amount, self._free(ref, block))
+            block["left"] -= part
+            block["used"] += part
+            lots[block["paid"]] += part
+            amount -= part
+        return "", lots
+
+    def _reserve(self, command: Reserve) -> Prediction:
+        known = self.reservations.get(command.reservation)
+        if known is not None:
+            if known["state"] == "open" and known["request"] == command.request_id:
+                return {"word": "reserved", "held": self._held(known), "again": True}
+            return _no("already_exists")
+        answer = self._hold(command, command.request_id)
+        if not answer.get("refused"):
+            made = self.reservations[command.reservation]
+            made["until"] = self.now + min(command.ttl_us, DAY_US)
+            made["mark"] = command.mark
+        return answer
+
+    def _hold(self, command: Reserve | Debit, request: str | None) -> Prediction:
+        legs = [tuple(dict.fromkeys(leg.wallets)) for leg in command.legs]
+        made = {
+            "state": "open",
+            "legs": legs,
+            "limits": tuple(dict.fromkeys(command.limits)),
+            "line": command.unfunded,
+            "tags": command.tags,
+            "developer": command.developer,
+            "request": request,
+            "key": command.key and (command.scope, command.key.operation, command.key.key),
+            "pins": [],
+            "mark": None,
+            "born": self.now,
+            "until": self.now,
+            "charged": [Charge()] * len(legs),
+            "lost": 0,
+            "commits": 0,
+        }
+        self.reservations[command.reservation] = made
+        for number, leg in enumerate(command.legs):
+            refused = self._hold_leg(made, number, leg)
+            if refused:
+                del self.reservations[command.reservation]
+                return refused
+        self._open(legs[0][0])
+        return {"word": "reserved", "held": self._held(made)}
+
+    def _hold_leg(self, made: dict[str, Any], number: int, leg: ReserveLeg) -> Prediction | None:
+        """Pin the leg's credits one by one: each credit to the first source that may give it."""
+        wallets = made["legs"][number]
+        bound = min([leg.amount, *(self._all_free(ref) for ref in made["limits"] if number == 0)])
+        line = self._all_free(made["line"]) if made["line"] is not None else None
+        usable = [ref for ref in wallets if ref in self.wallets and not self._barred(ref)]
+        sources = self._sources(usable, made["tags"])
+        pins: list[Pin] = []
+        unpaid = 0
+        for ref, name, paid, amount in sources:
+            part = min(amount, bound - sum(pin[3] for pin in pins))
+            if line is not None and not paid:
+                part = min(part, line - unpaid)
+            if part > 0:
+                pins.append((number, ref, name, part))
+                unpaid += 0 if paid else part
+        held = sum(pin[3] for pin in pins)
+        if held < leg.minimum:
+            if sum(amount for *_, amount in sources) >= leg.minimum:
+                return _no("limit_reached", needed=leg.minimum, available=held)
+            known = [self.wallets[ref] for ref in wallets if ref in self.wallets]
+            if any(wallet["frozen"] for wallet in known):
+                return _no("wallet_frozen", needed=leg.minimum, available=held)
+            if any(wallet["owed"] > wallet["overdraft"] for wallet in known):
+                return _no("receivable_outstanding", needed=leg.minimum, available=held)
+            return _no("insufficient_credits", needed=leg.minimum, available=held)
+        if number == 0:
+            for ref in made["limits"]:
+                pins += self._pins_of(ref, held, leg=-1)
+        if line is not None:
+            pins += self._pins_of(made["line"], unpaid, leg=-2)
+        for *what, amount in pins:
+            same = [i for i, pin in enumerate(made["pins"]) if list(pin[:3]) == what]
+            if same:
+                made["pins"][same[0]] = (*what, made["pins"][same[0]][3] + amount)
+            else:
+                made["pins"].append((*what, amount))
+        return None
+
+    def _pins_of(self, ref: WalletRef, amount: int, *, leg: int) -> list[Pin]:
+        pins: list[Pin] = []
+        for block in self._payable(ref, Tags()):
+            part = min(amount - sum(pin[3] for pin in pins), self._free(ref, block))
+            if part > 0:
+                pins.append((leg, ref, block["name"], part))
+        return pins
+
+    def _extend(self, command: Extend) -> Prediction:
+        known = self.reservations.get(command.reservation)
+        if known is None:
+            return _no("not_found")
+        if known["state"] != "open":
+            return _no("reservation_settled")
+        if command.amount:
+            leg = ReserveLeg(known["legs"][0], command.amount, command.minimum)
+            before = len(known["pins"])
+            refused = self._hold_leg(known, 0, leg)
+            if refused:
+                assert len(known["pins"]) == before
+                return refused
+        if command.ttl_us is not None:
+            known["until"] = max(known["until"], min(self.now + command.ttl_us, known["born"] + DAY_US))
+        known["mark"] = command.mark or known["mark"]
+        return {"word": "reserved", "held": self._held(known)}
+
+    def _debit(self, command: Debit) -> Prediction:
+        if command.reservation in self.reservations:
+            return _no("already_exists")
+        answer = self._hold(command, None)
+        if answer.get("refused"):
+            return answer
+        made = self.reservations[command.reservation]
+        self._charge(command.reservation, command.settlement, final=True)
+        return self._end(made, "committed")
+
+    def _commit(self, command: Commit) -> Prediction:
+        known = self.reservations.get(command.reservation)
+        if known is None:
+            return _no("not_found")
+        if known["state"] in ("committed", "released"):
+            return _no("reservation_settled")
+        settlement = command.settlement
+        late = known["state"] == "expired"
+        if late and known["mark"] is not None:
+            charges = []
+            for actual, marked in zip(settlement.charges, known["mark"].charges, strict=True):
+                missing = max(0, actual.base + actual.markup - marked.base - marked.markup)
+                base = min(missing, max(0, actual.base - marked.base))
+                charges.append(Charge(base, missing - base))
+            settlement = Settlement(tuple(charges))
+        self._charge(command.reservation, settlement, final=late or command.final)
+        if late or command.final:
+            return self._end(known, "committed")
+        known["mark"] = None
+        return self._told(known, "open")
+
+    def _release(self, command: Release) -> Prediction:
+        known = self.reservations.get(command.reservation)
+        if known is None:
+            return _no("not_found")
+        if known["state"] == "released":
+            return {**self._told(known, "released"), "again": True}
+        if known["state"] != "open":
+            return _no("reservation_settled")
+        return self._end(known, "released")
+
+    def _lapse(self, command: Lapse) -> Prediction:
+        known = self.reservations.get(command.reservation)
+        if known is None:
+            return _no("not_found")
+        if known["state"] != "open" or self.now < known["until"]:
+            return {"word": "changed"}
+        mark = known["mark"]
+        if mark is not None:
+            self._charge(command.reservation, mark, final=True)
+        answer = self._end(known, "expired")
+        known["mark"] = mark
+        return answer
+
+    def _end(self, known: dict[str, Any], state: str) -> Prediction:
+        pinned = [(ref, name) for _, ref, name, _ in known.pop("freed", known["pins"]) if name is not None]
+        known["state"], known["pins"], known["mark"] = state, [], None
+        for ref, name in dict.fromkeys(pinned):
+            self._collect(ref, name)
+        if state != "committed" and known["commits"] == 0 and known["key"]:
+            del self.keys[known["key"]]
+            known["key"] = None
+        return self._told(known, state)
+
+    def _collect(self, ref: WalletRef, name: str) -> None:
+        """What was clawed back while it was pinned is taken when it is free: the debt goes with it."""
+        wallet, block = self.wallets[ref], self._block(ref, name)
+        unspent = block["clawed"] - block["used"] - self.pinned(ref, name)
+        taken = max(0, min(unspent, self._free(ref, block), wallet["owed"]))
+        block["left"] -= taken
+        block["revoked"] += taken
+        block["clawed"] -= taken
+        wallet["owed"] -= taken
+
+    def _told(self, known: dict[str, Any], state: str) -> Prediction:
+        return {"word": state, "charged": tuple(known["charged"]), "shortfall": known["lost"]}
+
+    def _charge(self, ref: Any, settlement: Settlement, *, final: bool) -> None:
+        """Every leg from its own pins; then, the rest of the pins freed, from whatever is free; then nobody pays."""
+        known = self.reservations[ref]
+        known["commits"] += 1
+        if final:
+            known["freed"] = list(known["pins"])
+        parts: list[list[tuple[WalletRef, str | None, int]]] = []
+        for leg, charge in enumerate(settlement.charges):
+            parts.append(self._use_pins(known, leg, None, charge.base + charge.markup))
+        if final:
+            known["pins"] = [pin for pin in known["pins"] if pin[0] < 0]
+        for leg, charge in enumerate(settlement.charges):
+            total = charge.base + charge.markup
+            missing = total - sum(part for *_, part in parts[leg])
+            wallets = [wallet for wallet in known["legs"][leg] if wallet in self.wallets]
+            for wallet, name, _, amount in self._sources(wallets, known["tags"]):
+                part = min(missing, amount)
+                if part > 0:
+                    self._use(wallet, name, part)
+                    parts[leg].append((wallet, name, part))
+                    missing -= part
+            known["lost"] += missing
+            self.accounts[ref.tenant, ref.mode, "meter_shortfall"] -= missing
+            self.accounts[ref.tenant, ref.mode, "revenue"] += missing
+        pairs = zip(settlement.charges, parts, strict=True)
+        burnt = sum(self._pay(known, leg, charge, paid) for leg, (charge, paid) in enumerate(pairs))
+        for limit in known["limits"]:
+            self._draw(known, -1, limit, sum(part for *_, part in parts[0]))
+        if known["line"] is not None:
+            self._draw(known, -2, known["line"], burnt)
+
+    def _pay(
+        self, known: dict[str, Any], leg: int, charge: Charge, parts: list[tuple[WalletRef, str | None, int]]
+    ) -> int:
+        """Split each part into base and markup, book both; the base cost that the operator was not paid for."""
+        covered = done = unfunded = 0
+        for ref, name, part in parts:
+            covered += part
+            base = charge.base * covered // (charge.base + charge.markup) - done
+            done += base
+            markup = part - base
+            block = self._block(ref, name) if name is not None else None
+            paid = block is None or block["paid"]
+            self._book(ref, "revenue" if paid else "tenant_due", base)
+            if block is None or not paid:
+                unfunded += base
+            if block is not None and block["funding"] == "developer_grant":
+                self._give_back(block, markup)
+            elif block is not None and block["funding"] == "paid" and known["developer"]:
+                self._book(ref, f"developer_payable:{known['developer']}", markup)
+            else:
+                self._book(ref, "tenant_margin", markup)
+            before = known["charged"][leg]
+            known["charged"][leg] = Charge(before.base + base, before.markup + markup)
+        return unfunded
+
+    def _use_pins(self, known: dict[str, Any], leg: int, only: WalletRef | None, amount: int) -> list[Any]:
+        parts, kept = [], []
+        for pin_leg, ref, name, held in known["pins"]:
+            part = min(amount, held) if pin_leg == leg and only in (None, ref) else 0
+            if part:
+                self._use(ref, name, part)
+                parts.append((ref, name, part))
+                amount -= part
+            if held > part:
+                kept.append((pin_leg, ref, name, held - part))
+        known["pins"] = kept
+        return parts
+
+    def _use(self, ref: WalletRef, name: str | None, amount: int) -> None:
+        if name is None:
+            self.wallets[ref]["owed"] += amount
+        else:
+            self._block(ref, name)["left"] -= amount
+            self._block(ref, name)["used"] += amount
+
+    def _draw(self, known: dict[str, Any], leg: int, ref: WalletRef, amount: int) -> None:
+        used = sum(part for *_, part in self._use_pins(known, leg, ref, amount))
+        for block in self._payable(ref, Tags()) if ref in self.wallets else []:
+            part = min(amount - used, self._free(ref, block))
+            self._use(ref, block["name"], part)
+            used += part
+        self._book(ref, "limit", used)
+
+    def _give_back(self, block: dict[str, Any], amount: int) -> None:
+        pool = self._open(block["pool"])
+        name = "blk_returns_paid" if block["paid"] else "blk_returns_unpaid"
+        if amount and all(other["name"] != name for other in pool["blocks"]):
+            self._add_block(
+                pool, name, 0, prio=0, start=self.now, end=None, apps=(), paid=block["paid"], pool=None,
+                funding="paid" if block["paid"] else "external",
+            )  # fmt: skip
+        if amount:
+            self._block(block["pool"], name)["left"] += amount
+
+    def _revoke(self, command: Revoke) -> Prediction:
+        wallet = self.wallets.get(command.wallet)
+        block = wallet and self._block(command.wallet, command.block_id)
+        if not wallet or not block:
+            return _no("not_found")
+        if command.amount > block["left"] + block["used"] + block["lapsed"] + block["revoked"]:
+            return _no("invalid_amount")
+        still = max(0, block["left"] + block["used"] - block["clawed"])
+        free = min(command.amount, self._free(command.wallet, block), still)
+        owed = 0
+        if command.clawback and block["pool"] is None:
+            owed = min(command.amount, still) - free
+        block["left"] -= free
+        block["revoked"] += free
+        block["clawed"] += owed
+        wallet["owed"] += owed
+        if block["pool"] is not None:
+            self._give_back(block, free)
+        else:
+            self._book(command.wallet, FROM[block["funding"]], free + owed)
+        return {"word": "revoked", "amount": free, "owed": owed, "receivable": wallet["owed"]}
+
+    def _expire(self, command: Expire) -> Prediction:
+        if command.wallet not in self.wallets:
+            return _no("not_found")
+        lapsed = 0
+        for block in self.wallets[command.wallet]["blocks"]:
+            if self._over(block):
+                free = self._free(command.wallet, block)
+                block["left"] -= free
+                block["lapsed"] += free
+                lapsed += free
+        self._book(command.wallet, "breakage", lapsed)
+        return {"word": "expired", "amount": lapsed}
+
+    def _freeze(self, command: Freeze) -> Prediction:
+        wallet = self.wallets.get(command.wallet)
+        target = wallet if command.block_id is None or not wallet else self._block(command.wallet, command.block_id)
+        if not target:
+            return _no("not_found")
+        target["frozen"] = command.frozen
+        return {"word": "changed"}
+
+    # Small things.
+
+    def _open(self, ref: WalletRef) -> dict[str, Any]:
+        return self.wallets.setdefault(ref, {"blocks": [], "owed": 0, "overdraft": 0, "frozen": False})
+
+    def _add_block(self, wallet: dict[str, Any], name: str, amount: int, **facts: Any) -> None:
+        age = len(wallet["blocks"])
+        empty = {"used": 0, "lapsed": 0, "revoked": 0, "clawed": 0, "frozen": False}
+        wallet["blocks"].append({"name": name, "left": amount, "age": age, **empty, **facts})
+
+    def _block(self, ref: WalletRef, name: str | None) -> dict[str, Any]:
+        return next((block for block in self.wallets[ref]["blocks"] if block["name"] == name), {})
+
+    def _over(self, block: dict[str, Any]) -> bool:
+        return block["end"] is not None and block["end"] <= self.now
+
+    def _barred(self, ref: WalletRef) -> bool:
+        wallet = self.wallets[ref]
+        return bool(wallet["frozen"] or wallet["owed"] > wallet["overdraft"])
+
+    def _free(self, ref: WalletRef, block: dict[str, Any]) -> int:
+        return int(block["left"] - self.pinned(ref, block["name"]))
+
+    def _all_free(self, ref: WalletRef) -> int:
+        return sum(self._free(ref, block) for block in self._payable(ref, Tags()))
+
+    def _payable(self, ref: WalletRef, tags: Tags) -> list[dict[str, Any]]:
+        blocks = self.wallets[ref]["blocks"] if ref in self.wallets else []
+        able = [
+            block
+            for block in blocks
+            if not block["frozen"]
+            and block["start"] <= self.now
+            and not self._over(block)
+            and (not block["apps"] or tags.app in block["apps"])
+        ]
+        forever = 10**30
+        return sorted(able, key=lambda block: (-block["prio"], block["end"] or forever, block["age"]))
+
+    def _sources(self, wallets: list[WalletRef], tags: Tags) -> list[tuple[WalletRef, str | None, bool, int]]:
+        found: list[tuple[WalletRef, str | None, bool, int]] = []
+        for ref in wallets:
+            found += [(ref, block["name"], block["paid"], self._free(ref, block)) for block in self._payable(ref, tags)]
+        for ref in wallets:
+            wallet = self.wallets[ref]
+            found.append((ref, None, False, wallet["overdraft"] - wallet["owed"] - self.pinned(ref, None)))
+        return [source for source in found if source[3] > 0]
+
+    def _held(self, known: dict[str, Any]) -> tuple[int, ...]:
+        pins = known["pins"]
+        return tuple(sum(pin[3] for pin in pins if pin[0] == leg) for leg in range(len(known["legs"])))
+
+    def _book(self, ref: WalletRef, account: str, amount: int) -> None:
+        self.accounts[ref.tenant, ref.mode, account] += amount
+
+
+def _no(word: str, **facts: int) -> Prediction:
+    return {"word": word, "refused": True, **facts}
