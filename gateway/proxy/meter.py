@@ -187,12 +187,11 @@ class StreamMeter:
 
     def _fits(self, event: Waiting, covered: int) -> bool:
         tally = self._tally
-        if self.exact:
-            return tally.bound + event.size <= covered or self._tokens_with(event) <= covered
-        if tally.bound + tally.overhead + event.size <= covered:
+        room = covered - self._beside
+        if tally.bound + event.size <= room:
             return True
         tally.tighten()
-        return self.needed <= covered
+        return tally.bound + event.size <= room or self.needed <= covered
 
     def _tokens_with(self, event: Waiting) -> int:
         if event.tokens is None:
@@ -203,11 +202,13 @@ class StreamMeter:
     def needed(self) -> int:
         """Output tokens that have to be covered for the next event to pass."""
         event = self._queue[0]
-        if self.exact:
-            return self._tokens_with(event)
-        if event.size < LARGE_BYTES:
-            return self._tally.bound + self._tally.overhead + event.size
-        return self._tokens_with(event) + self._tally.overhead
+        worth_counting = self.exact or event.size >= LARGE_BYTES
+        return self._beside + (self._tokens_with(event) if worth_counting else self._tally.bound + event.size)
+
+    @property
+    def _beside(self) -> int:
+        """Room for what the upstream may count beside the texts."""
+        return 0 if self.exact else self._tally.overhead
 
     def cut(self, covered: int) -> bytes:
         """As much of the next event as is covered, to the token. The rest is forgotten: not delivered, not charged."""

@@ -15,6 +15,7 @@ from ledger.commands import AnyCommand, Commit, Extend, Release, Reserve
 from ledger.model import ReservationRef, ReservationState, Scope
 from ledger.store.protocol import StoreUnavailable
 from pricing.encodings import count_text
+from pricing.usage import Usage
 from tests.gateway.rig import GatedUpstream, Rig, has, nothing, running
 
 USAGE = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
@@ -296,7 +297,8 @@ async def test_a_heartbeat_keeps_a_long_request_alive(tmp_path: Path) -> None:
         assert [part.record.source for part in receipt.usage] == ["provider"]
 
 
-async def test_a_heartbeat_is_not_stopped_by_one_hold_that_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["the ledger's", "ours"])
+async def test_a_heartbeat_is_not_stopped_by_one_hold_that_fails(tmp_path: Path, fault: str) -> None:
     gate = GatedUpstream()
     async with gated(tmp_path, gate) as rig:
         await rig.grant("1")
@@ -304,7 +306,10 @@ async def test_a_heartbeat_is_not_stopped_by_one_hold_that_fails(tmp_path: Path)
         while len(rig.live) < 3:  # noqa: ASYNC110 - until all have begun
             await asyncio.sleep(0.001)
         first = next(iter(rig.live._holds.values()))
-        rig.store.away = lambda command: isinstance(command, Extend) and command.reservation == first.reservation
+        if fault == "ours":
+            first.progress = lambda: Usage(input=-1)
+        else:
+            rig.store.away = lambda command: isinstance(command, Extend) and command.reservation == first.reservation
         rig.clock.pass_s(100)
         await rig.live.heartbeat()
         rig.store.away = lambda command: False

@@ -366,6 +366,24 @@ def test_a_large_chunk_is_encoded_before_it_is_said_to_be_uncovered() -> None:
     assert counting.take(counting.needed) == said("word " * 2_000)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_text_is_encoded_seldom_until_the_cover_is_nearly_used_up(exact: bool) -> None:
+    encoded = 0
+
+    class Watched(TextCounter):
+        def exact_with(self, text: str) -> int:
+            nonlocal encoded
+            encoded += 1
+            return super().exact_with(text)
+
+    counting = StreamMeter(Watched, wants_usage=False, hidden_reasoning=False)
+    counting.exact = exact
+    for _ in range(2_000):
+        counting.feed(said(" word"))
+        assert counting.take(2_100)
+    assert encoded == 0
+
+
 def test_much_text_is_heavy_until_it_has_passed() -> None:
     counting = meter()
     counting.feed(said("word " * 10_000))
