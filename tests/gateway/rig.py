@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from sqlalchemy import create_engine
 from sqlmodel import SQLModel
 
 from gateway.clock import now_us
@@ -308,7 +311,12 @@ class Rig:
         pool = pool_wallet(self.tenant, "live", self.app)
         await self._grant(pool, "live", credits, {})
         restriction = Restriction(apps=(self.app,))
-        given = {"funding": Funding.DEVELOPER_GRANT, "from_wallet": pool, "restriction": restriction, "priority": 100}
+        given: dict[str, Any] = {
+            "funding": Funding.DEVELOPER_GRANT,
+            "from_wallet": pool,
+            "restriction": restriction,
+            "priority": 100,
+        }
         await self.grant(credits, user=user, **given)
 
     async def fund_developer(self, credits: str, *, mode: str = "live") -> None:
@@ -345,6 +353,20 @@ def _streaming(body: dict[str, Any]) -> bytes:
     return json.dumps({**body, "stream": body.get("stream", True)}).encode()
 
 
+@functools.cache
+def empty_database() -> bytes:
+    """A file with all tables, made once: to make them takes longer than most tests."""
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection:
+        SQLModel.metadata.create_all(connection)
+        connection.commit()
+        made = connection.connection.driver_connection
+        assert isinstance(made, sqlite3.Connection)
+        content = made.serialize()
+    engine.dispose()
+    return content
+
+
 @contextlib.asynccontextmanager
 async def running(
     folder: Path,
@@ -362,10 +384,9 @@ async def running(
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: unseen.append(context))
     clock = Clock()
     settings = settings or Settings(default_upstream="simulated", rate_limit_per_minute=0, journal_dir=folder / "kept")
+    (folder / "farebox.db").write_bytes(empty_database())
     url = f"sqlite:///{folder / 'farebox.db'}"
     database = Database(url)
-    async with database.write() as connection:
-        await connection.run_sync(SQLModel.metadata.create_all)
     journal = SettlementJournal(settings.journal_dir, name="rig", report=lambda message: None)
     store = FragileStore(await SqliteStore.open(url, clock=clock.now_us))
     ledger = await Ledger.open(
@@ -419,11 +440,11 @@ async def running(
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     config = uvicorn.Config(asgi, lifespan="off", log_level="error", ws="none", date_header=False, server_header=False)
+    config.load()
     server = uvicorn.Server(config)
-    serving = asyncio.create_task(server._serve([listener]))
-    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-        await asyncio.sleep(0)
-    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup([listener])  # Not `serve`, which looks only every tenth of a second whether to end.
+    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, verify=False)
     try:
         yield Rig(
             base_url=f"http://127.0.0.1:{port}/v1",
@@ -443,8 +464,7 @@ async def running(
         )
     finally:
         await client.aclose()
-        server.should_exit = True
-        await serving
+        await server.shutdown([listener])
         await shield.drain()
         await upkeep.stop()
         for upstream in served.values():
