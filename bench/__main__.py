@@ -1,6 +1,6 @@
 """Measure the gateway beside the mock alone and the bare pass-through, and write the table.
 
-    python -m bench                 about six minutes; prints the tables
+    python -m bench                 about five minutes; prints the tables
     python -m bench --write         ... and puts them into docs/benchmarks.md
     python -m bench --quick         one short round, to see that it runs
     python -m bench --only JSON     some of the loads alone
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--only", metavar="LOAD", help="measure only the loads whose name begins so, and nothing else")
     options = parser.parse_args()
-    rounds, seconds = (1, 1.0) if options.quick else (3, 4.0)
+    rounds, seconds = (1, 1.0) if options.quick else (3, 2.0)
     if options.only is not None:
         works = [work for work in LOADS if work.name.startswith(options.only)]
         print("\n".join(measure_loads(works, rounds=rounds, seconds=seconds)))
