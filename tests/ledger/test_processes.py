@@ -43,8 +43,14 @@ def read(process: "subprocess.Popen[str]", count: int) -> Lines:
 
 
 def rest_of(process: "subprocess.Popen[str]") -> Lines:
-    """What it still says until it ends. A line that it was killed in the middle of says nothing."""
-    output, _ = process.communicate(timeout=120)
+    """What it still says until it ends. A line that it was killed in the middle of says nothing.
+
+    Read from the same buffer as before: ``communicate`` with a timeout would pass over what stands in it.
+    """
+    assert process.stdout is not None
+    with process.stdout as pipe:
+        output = pipe.read()
+    process.wait(120)
     return [line.split() for line in output.splitlines(keepends=True) if line.endswith("\n")]
 
 
