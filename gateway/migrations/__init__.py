@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
+from ledger.store.lock import ProcessLock
 from ledger.store.protocol import StoreUnavailable
 from ledger.store.sqlite import database_path
 
@@ -49,6 +50,8 @@ def _upgrade(database_url: str) -> None:
     # Alembic takes a third of a second to import, which a start on a current schema need not wait for.
     from alembic import command  # noqa: PLC0415
 
+    if make_url(database_url).get_backend_name() == "sqlite":
+        _use_write_ahead_log(Path(database_path(database_url)))
     engine = _engine(database_url)
     try:
         with engine.begin() as connection:
@@ -59,6 +62,20 @@ def _upgrade(database_url: str) -> None:
             command.upgrade(config, "head")
     finally:
         engine.dispose()
+
+
+def _use_write_ahead_log(path: Path) -> None:
+    """Make the file one with a write-ahead log, for good: before anybody else opens it, and one process at a time.
+
+    SQLite answers «locked» at once, rather than wait, where two connections switch the mode together.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = ProcessLock(str(path))
+    try:
+        with lock, closing(sqlite3.connect(path, timeout=LOCK_WAIT_S)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+    finally:
+        lock.close()
 
 
 def _revision(database_url: str) -> str | None:
@@ -88,8 +105,7 @@ def configuration() -> "Config":
 def _engine(database_url: str) -> Engine:
     if make_url(database_url).get_backend_name() != "sqlite":
         return create_engine(database_url)
-    path = Path(database_path(database_url))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = database_path(database_url)
     engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": LOCK_WAIT_S, "isolation_level": None})
     event.listen(engine, "begin", _begin_immediate)
     return engine

@@ -131,3 +131,10 @@ def test_a_database_of_a_newer_farebox_is_left_alone(tmp_path: Path) -> None:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(StoreUnavailable, match="newer"):
         migrate(url_of(path))
+
+
+def test_a_migrated_file_has_its_write_ahead_log_before_anybody_opens_it(tmp_path: Path) -> None:
+    path = tmp_path / "farebox.db"
+    migrate(f"sqlite:///{path}")
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
