@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ledger.commands import AnyCommand, Commit, Debit, Extend, Freeze, Grant, Hold, Lapse, Release, Reserve, Revoke
 from ledger.core import decide
+from ledger.draft import RETURN_BLOCKS
 from ledger.model import Block, Reservation, ReservationRef, Scope, Wallet, WalletRef
 from ledger.outcomes import (
     Applied,
@@ -36,9 +37,6 @@ from ledger.store.rows import Row, response_row
 
 RESPONSE_LIFE_US = 24 * 3600 * 1_000_000
 """How long a stored response is replayed."""
-
-RETURN_BLOCKS = ("blk_returns_paid", "blk_returns_unpaid")
-"""The blocks of a pool that take what comes back to it. They are loaded even when nothing is left in them."""
 
 BlockRef = tuple[WalletRef, str]
 CommandRef = tuple[Scope, str]
@@ -113,7 +111,7 @@ def pools(state: State, commands: Sequence[AnyCommand]) -> set[WalletRef]:
 
 
 def return_blocks(pool_wallets: Iterable[WalletRef]) -> set[BlockRef]:
-    return {(pool, block_id) for pool in pool_wallets for block_id in RETURN_BLOCKS}
+    return {(pool, block_id) for pool in pool_wallets for block_id in RETURN_BLOCKS.values()}
 
 
 def _wallets_named(command: Hold | Grant) -> set[WalletRef]:

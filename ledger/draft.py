@@ -28,6 +28,11 @@ from ledger.state import State, changed_block
 
 BlockRef = tuple[WalletRef, str]
 
+RETURN_BLOCKS = {True: "blk_returns_paid", False: "blk_returns_unpaid"}
+"""The blocks of a pool that take what comes back to it, by whether the operator was paid for it.
+
+A store loads them even when nothing is left in them."""
+
 NO_TAGS = Tags()
 """The tags of what is not a charge: only unrestricted blocks serve."""
 
@@ -272,7 +277,7 @@ class Draft:
             return
         pool = self.open_wallet(block.pool, source.wallet.asset)
         self.spend(source, amount, account=pool.account, reference=reference)
-        block_id = "blk_returns_paid" if block.operator_paid else "blk_returns_unpaid"
+        block_id = RETURN_BLOCKS[block.operator_paid]
         returns = self._blocks_opened.get((pool.ref, block_id)) or self.state.blocks.get(pool.ref, {}).get(block_id)
         if returns is None:
             returns = Block(
