@@ -90,6 +90,23 @@ class Snapshot(Protocol):
     def usage(self) -> AsyncIterator[UsageRecorded]: ...
 
 
+class WalletVersion(NamedTuple):
+    wallet: WalletRef
+    version: int
+
+
+class Watcher(Protocol):
+    """Is told of wallets on both sides of a commit, so that what is cached of them is never older than an answer."""
+
+    async def changing(self, versions: Sequence[WalletVersion]) -> None:
+        """Before the commit that brings wallets to these versions, or does not. It never raises, and is quick."""
+        ...
+
+    def changed(self, wallets: Sequence[WalletBlocks]) -> None:
+        """After the commit, before its answers. It returns at once."""
+        ...
+
+
 class Store(Protocol):
     """A durable ledger. Every method may raise :class:`StoreUnavailable`."""
 
@@ -101,6 +118,10 @@ class Store(Protocol):
         ...
 
     async def wallet(self, ref: WalletRef) -> WalletBlocks | None: ...
+
+    async def wallet_version(self, ref: WalletRef) -> int | None:
+        """The wallet's version: it rises with every change of the wallet, its blocks or what they hold for others."""
+        ...
 
     async def reservation(self, ref: ReservationRef) -> Reservation | None: ...
 

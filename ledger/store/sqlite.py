@@ -116,6 +116,9 @@ class SqliteStore:
     async def wallet(self, ref: WalletRef) -> WalletBlocks | None:
         return await self._read(lambda connection: reads.wallet(connection, ref))
 
+    async def wallet_version(self, ref: WalletRef) -> int | None:
+        return await self._read(lambda connection: reads.wallet_version(connection, ref))
+
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await self._read(lambda connection: reads.reservation(connection, ref))
 

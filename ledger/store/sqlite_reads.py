@@ -43,6 +43,7 @@ def _select(table: str, rest: str) -> str:
 
 
 _WALLET = _select("ledger_wallet", "WHERE tenant = ? AND mode = ? AND wallet = ?")
+_WALLET_VERSION = "SELECT version FROM ledger_wallet WHERE tenant = ? AND mode = ? AND wallet = ?"
 _LIVE_BLOCKS = _select("ledger_block", "WHERE tenant = ? AND mode = ? AND wallet = ? AND live ORDER BY sequence")
 _RESERVATION = "SELECT body FROM ledger_reservation WHERE tenant = ? AND mode = ? AND reservation = ?"
 _RESERVATIONS_OF_REQUEST = "SELECT body FROM ledger_reservation WHERE tenant = ? AND mode = ? AND request_id = ?"
@@ -85,6 +86,11 @@ def wallet(connection: sqlite3.Connection, ref: WalletRef) -> WalletBlocks | Non
     if row is None:
         return None
     return WalletBlocks(wallet_from(row), tuple(map(block_from, connection.execute(_LIVE_BLOCKS, ref))))
+
+
+def wallet_version(connection: sqlite3.Connection, ref: WalletRef) -> int | None:
+    row = connection.execute(_WALLET_VERSION, ref).fetchone()
+    return None if row is None else int(row[0])
 
 
 def reservation(connection: sqlite3.Connection, ref: ReservationRef) -> Reservation | None:

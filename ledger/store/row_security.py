@@ -1,0 +1,34 @@
+"""Which rows of PostgreSQL a transaction may see and write: those of the scopes that it names first.
+
+Every tenant table has a policy against two settings of the transaction, which are lists with commas between:
+``farebox.scopes`` of ``tenant/mode``, and ``farebox.tenants`` of tenants for rows that belong to both modes. A
+transaction that names none sees nothing.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from ledger.model import Scope
+
+GATEWAY_ROLE: Final = "farebox_gateway"
+"""The role that the gateway works as: it owns no table and bypasses no policy. ``farebox migrate`` makes it."""
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+def naming(scopes: Iterable[Scope]) -> str:
+    """The statement that opens *scopes* to the rest of the transaction.
+
+    It has its values in its text, so that it can share a round trip with BEGIN.
+
+    Raises:
+        ValueError: a tenant or mode that could be read as something else.
+    """
+    named = sorted(set(scopes))
+    for part in {part for scope in named for part in scope}:
+        if not _NAME.fullmatch(part):
+            raise ValueError(f"{part!r} is no name of a tenant or a mode")
+    pairs = ",".join(f"{scope.tenant}/{scope.mode}" for scope in named)
+    tenants = ",".join(sorted({scope.tenant for scope in named}))
+    return f"SELECT set_config('farebox.scopes', '{pairs}', true), set_config('farebox.tenants', '{tenants}', true)"
