@@ -6,7 +6,8 @@ from typing import Any, Final, Literal
 Availability = Literal["closed", "open"]
 
 OPEN_ALLOWANCE_DEFAULT: Final = 0
-"""What each process may serve without the ledger unless the tenant's settings say otherwise: nothing, so it is closed."""
+"""What each process may serve without the ledger unless the tenant's settings say otherwise: nothing, which is closed.
+"""
 
 _CHOICE: Final = "when_ledger_is_down"
 _ALLOWANCE: Final = "open_allowance"

@@ -68,7 +68,7 @@ from ledger.model import (
     UsageRecord,
 )
 from ledger.model import Scope as LedgerScope
-from ledger.outcomes import Reserved, Settled
+from ledger.outcomes import Applied, Reserved, Settled
 from pricing.usage import Usage
 
 OPERATION: Final = "chat"
@@ -77,6 +77,10 @@ OPERATION: Final = "chat"
 KEY_LENGTH_MAX: Final = 255
 ANSWER_BYTES_MAX: Final = 64 * 2**20
 ERROR_BYTES_MAX: Final = 2**20
+
+WAITING_BYTES_MAX: Final = 512 * 2**20
+"""The bodies of all requests that wait for their reservation, together. More are turned away: when the ledger hangs,
+what waits for it must not fill the memory."""
 
 RETRY_WAIT_S: Final = 0.05
 TRIED_AGAIN: Final = frozenset({502, 503, 504})
@@ -128,6 +132,7 @@ class ChatProxy:
         self._new_id = new_id
         self._now_us = now_us
         self._shield = shield
+        self._waiting_bytes = 0
         self._open = OpenServing(ledger=ledger, journal=journal, shield=shield, new_id=new_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, *, path_user: str | None = None) -> None:
@@ -170,7 +175,7 @@ class ChatProxy:
             max_cost=exchange.header("X-Quota-Max-Cost"),
         )
         key = _idempotency_key(exchange, payer, body)
-        hold = await self._reserve(exchange, plan, principal, payer, key=key, began_us=began_us)
+        hold = await self._reserve(exchange, plan, principal, payer, key=key, began_us=began_us, size=len(body))
         if hold is None:
             return
         async with self._held(hold):
@@ -206,7 +211,15 @@ class ChatProxy:
     # Reserve.
 
     async def _reserve(
-        self, exchange: Exchange, plan: Plan, principal: Principal, payer: Payer, *, key: Key | None, began_us: int
+        self,
+        exchange: Exchange,
+        plan: Plan,
+        principal: Principal,
+        payer: Payer,
+        *,
+        key: Key | None,
+        began_us: int,
+        size: int,
     ) -> Hold | None:
         """Set the plan's credits aside. None when the request's key had an earlier answer, which has been given."""
         tenant, mode, asset = principal.tenant_id, principal.mode, principal.asset
@@ -240,7 +253,7 @@ class ChatProxy:
             ),
         )
         try:
-            applied = await self._ledger.execute(command)
+            applied = await self._asked(command, size)
         except LedgerUnavailable as error:
             return await self._reserve_open(exchange, plan, principal, command, record=record, unavailable=error)
         except _UNAFFORDABLE as error:
@@ -267,6 +280,16 @@ class ChatProxy:
             held=reserved.held,
             ttl_us=ttl_us,
         )
+
+    async def _asked(self, command: Reserve, size: int) -> Applied:
+        """Have the ledger do *command* for a request of so many bytes, within the bound on what waits."""
+        if self._waiting_bytes + size > WAITING_BYTES_MAX:
+            raise LedgerUnavailable(f"requests of {WAITING_BYTES_MAX} bytes wait already")
+        self._waiting_bytes += size
+        try:
+            return await self._ledger.execute(command)
+        finally:
+            self._waiting_bytes -= size
 
     async def _reserve_open(
         self,
