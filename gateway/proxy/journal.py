@@ -10,6 +10,7 @@ its reservation and its command. A process adopts the files whose lock nobody ho
 import asyncio
 import fcntl
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final, NamedTuple
@@ -61,6 +62,7 @@ class SettlementJournal:
         self._unwritten: set[ReservationRef] = set()
         self._told: dict[ReservationRef, Callable[[], None]] = {}
         self._adopted: list[_Adopted] = []
+        self._adopted_charges: Counter[Scope] = Counter()
         self._replaying = asyncio.Lock()
 
     def prepare(self) -> None:
@@ -78,12 +80,7 @@ class SettlementJournal:
 
     def adopted_charges(self, scope: Scope) -> int:
         """What dead processes served to *scope* while the ledger was away, and this one has yet to tell."""
-        return sum(
-            _total(command)
-            for adopted in self._adopted
-            for command in adopted.commands.values()
-            if isinstance(command, Debit) and command.scope == scope
-        )
+        return self._adopted_charges[scope]
 
     async def intend(self, debit: Debit) -> None:
         """Write durably what to charge for a request if this process dies before it is settled.
@@ -187,11 +184,13 @@ class SettlementJournal:
                 adopted = await asyncio.to_thread(self._take_over, path)
                 if adopted is not None:
                     self._adopted.append(adopted)
+                    for command in adopted.commands.values():
+                        self._adopted_charges[command.scope] += _charge_of(command)
         told = 0
         for adopted in list(self._adopted):
             told += await self._tell_adopted(ledger, adopted)
             if adopted.commands:
-                break  # The ledger is away.
+                continue  # The ledger is away, or refuses one of them for a fault of ours.
             adopted.path.unlink(missing_ok=True)
             adopted.file.close()
             self._adopted.remove(adopted)
@@ -205,6 +204,7 @@ class SettlementJournal:
             for command, known in zip(page, answered, strict=True):
                 if known:
                     del adopted.commands[command.reservation]
+                    self._adopted_charges[command.scope] -= _charge_of(command)
             told += sum(answered)
             if not all(answered):
                 break
@@ -278,5 +278,6 @@ def _without_response(command: Kept) -> Kept:
     return command if isinstance(command, Release) else msgspec.structs.replace(command, response=None)
 
 
-def _total(debit: Debit) -> int:
-    return sum(charge.total for charge in debit.settlement.charges)
+def _charge_of(command: Kept) -> int:
+    """What was spent of an allowance."""
+    return sum(charge.total for charge in command.settlement.charges) if isinstance(command, Debit) else 0
