@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import ClassVar, Final
 
-from ledger.store.protocol import Store
+from ledger.store.protocol import Store, Watcher
 from ledger.store.sqlite import SqliteStore
 
 SQLITE: Final = "sqlite:"
@@ -24,8 +24,8 @@ def require_supported(database_url: str) -> None:
         )
 
 
-async def open_store(database_url: str, *, clock: Callable[[], int]) -> Store:
-    """The store behind *database_url*, open.
+async def open_store(database_url: str, *, clock: Callable[[], int], watcher: Watcher | None = None) -> Store:
+    """The store behind *database_url*, open. SQLite tells no *watcher*: what is cached of it asks for the version.
 
     Raises:
         StoreUnsupported: there is none for this kind of database.
