@@ -137,7 +137,7 @@ async def test_a_customer_whom_this_process_does_not_know_is_refused(
         await opened(rig)
         assert (await rig.chat(body())).status_code == 200
 
-        def away(self: Database) -> Any:
+        def away(self: Database, *_: object) -> Any:
             raise DatabaseUnavailable("the test took the database away")
 
         monkeypatch.setattr(Database, "read", away)
