@@ -5,7 +5,6 @@ limit: a server that hangs makes the store unavailable, and nobody waits for it 
 """
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final, TypeVar
@@ -15,7 +14,7 @@ from ledger.model import Reservation, ReservationRef, Scope, WalletRef
 from ledger.outcomes import Outcome, UsageRecorded
 from ledger.store import postgres_reads as reads
 from ledger.store.postgres_batch import BATCH_S, Batches
-from ledger.store.postgres_connection import CONNECT_ALL_S, Connection, Connections, connect, translated
+from ledger.store.postgres_connection import CONNECT_ALL_S, Connection, Connections, connect, server_url, translated
 from ledger.store.protocol import (
     PAGE_MAX,
     Position,
@@ -67,7 +66,7 @@ class PostgresStore:
             SchemaMissing: there is no ledger in it yet.
             StoreUnavailable: it cannot be reached.
         """
-        url = re.sub(r"^postgres(ql)?(\+\w+)?:", "postgresql:", database_url)
+        url = server_url(database_url)
         store = cls(url, Batches(clock=clock, watcher=watcher))
         store._connection = await connect(url)
         return store
