@@ -19,8 +19,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+import asyncpg
 from sqlalchemy import Column, LargeBinary, Row, RowMapping, Table, event, insert, select, text
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -28,8 +28,7 @@ from sqlmodel import SQLModel
 
 import gateway.tables  # noqa: F401  (fills the metadata)
 import ledger.store.tables  # noqa: F401  (fills the metadata)
-from gateway.database import DRIVERS
-from gateway.migrations import HEAD, migrate
+from gateway.migrations import CONNECT_TIMEOUT_S, HEAD, migrate, revision
 from ledger.model import Scope
 from ledger.store.row_security import naming
 from ledger.store.sqlite import database_path
@@ -38,7 +37,7 @@ PAGE_ROWS: Final = 1_000
 PAGE_ROWS_OF_BODIES: Final = 16
 """A page of a table that keeps whole answers, each of which may be megabytes long."""
 
-SOURCE_WAIT_MS: Final = 2_000
+SOURCE_WAIT_MS: Final = 500
 """How long the source may be busy with something that passes, such as a backup that ends."""
 
 DIGEST_BYTES: Final = 16
@@ -74,11 +73,16 @@ def copy_installation(source_url: str, target_url: str, *, progress: Progress) -
         CannotCopy: the source is in use or behind, the target is not empty, or what arrived is not what was sent.
         StoreUnavailable: the target cannot be migrated.
     """
-    source, target = make_url(source_url), make_url(target_url)
-    if source.get_backend_name() == "sqlite" and not Path(database_path(source_url)).exists():
-        raise CannotCopy(f"There is no file {source.database} to copy.")
-    if source == target:
+    if _is_sqlite(source_url) and not Path(path := database_path(source_url)).exists():
+        raise CannotCopy(f"There is no file {path} to copy.")
+    if source_url == target_url:
         raise CannotCopy("The source and the target are the same database.")
+    found = revision(source_url)
+    if found != HEAD:
+        raise CannotCopy(
+            f"The source's schema is {found or 'not there'}, and this Farebox's is {HEAD}: "
+            "run `farebox migrate` on it first."
+        )
     migrate(target_url)
     return asyncio.run(_copied(source_url, target_url, progress))
 
@@ -111,7 +115,7 @@ async def _reading(url: str) -> AsyncIterator[AsyncConnection]:
     """The source at one moment, with nobody else who writes to it.
 
     Raises:
-        CannotCopy: it is in use, or its schema is not of this version.
+        CannotCopy: it is in use.
     """
     try:
         async with _connected(url, "BEGIN") as connection:
@@ -119,12 +123,8 @@ async def _reading(url: str) -> AsyncIterator[AsyncConnection]:
                 names = ", ".join(table.name for table in _tables())
                 await connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
                 await connection.exec_driver_sql(f"LOCK TABLE {names} IN SHARE MODE")
-            revision = (await connection.execute(text("SELECT version_num FROM alembic_version"))).scalar()
-            if revision != HEAD:
-                raise CannotCopy(
-                    f"The source's schema is {revision}, and this Farebox's is {HEAD}: "
-                    "run `farebox migrate` on it first."
-                )
+            else:
+                await connection.exec_driver_sql("SELECT version_num FROM alembic_version")
             yield connection
     except DBAPIError as error:
         if "database is locked" in str(error.orig):
@@ -156,12 +156,20 @@ async def _connected(url: str, begin: str) -> AsyncIterator[AsyncConnection]:
 
 
 def _engine(url: str, begin: str) -> AsyncEngine:
-    parsed = make_url(url)
-    engine = create_async_engine(parsed.set(drivername=DRIVERS[parsed.get_backend_name()]), poolclass=NullPool)
-    if engine.dialect.name == "sqlite":
-        event.listen(engine.sync_engine, "connect", _have_alone)
-        event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+    if not _is_sqlite(url):
+
+        async def connect() -> asyncpg.Connection:
+            return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_S)
+
+        return create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+    engine = create_async_engine(f"sqlite+aiosqlite:///{database_path(url)}", poolclass=NullPool)
+    event.listen(engine.sync_engine, "connect", _have_alone)
+    event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql(begin))
     return engine
+
+
+def _is_sqlite(url: str) -> bool:
+    return url.startswith("sqlite:")
 
 
 def _have_alone(connection: Any, _record: object) -> None:
