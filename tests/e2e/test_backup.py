@@ -1,16 +1,22 @@
 """The restore drill of `docs/operations.md`: a backup that is taken under load, restored, and verified."""
 
 import asyncio
+import os
 import random
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg
+import pytest
+
+from ledger.store.row_security import GATEWAY_ROLE
 from tests.e2e.conftest import Install
-from tests.e2e.farebox import Farebox, until_async
+from tests.e2e.farebox import Farebox, until, until_async
 from tests.e2e.load import Seen, Traffic, chat
+from tests.servers.postgres import DURABLE, NOBODY, PostgresServer, database_of
 
 USERS = 3
 CLIENTS = 8
@@ -30,8 +36,8 @@ def charged(seen: list[Seen]) -> set[str]:
     return {one.request_id for one in seen if one.complete and one.status == 200 and one.request_id}
 
 
-async def backed_up_under_load(farebox: Farebox, back_up: Callable[[], None]) -> tuple[set[str], set[str]]:
-    """Take a backup while clients ask; what was charged before it began, and in the end."""
+async def backed_up_under_load(farebox: Farebox, *back_up: Callable[[], None]) -> tuple[list[set[str]], set[str]]:
+    """Do each step of a backup while clients ask; what was charged before each began, and in the end."""
     gateway = farebox.serve()
     for user in range(USERS):
         farebox.top_up(gateway, f"user-{user}", millicredits=10**9)
@@ -39,15 +45,18 @@ async def backed_up_under_load(farebox: Farebox, back_up: Callable[[], None]) ->
     traffic = Traffic(gateway.base_url, users, next_body, random.Random(3))
     running = asyncio.create_task(traffic.run(clients=CLIENTS))
 
-    async def more(wanted: int) -> None:
+    async def more() -> None:
+        wanted = len(charged(traffic.seen)) + BEFORE
         await until_async(
             lambda: running.done() or len(charged(traffic.seen)) >= wanted, within_s=WITHIN_S, what="load"
         )
 
-    await more(BEFORE)
-    before = charged(traffic.seen)
-    await asyncio.to_thread(back_up)
-    await more(len(charged(traffic.seen)) + BEFORE)
+    await more()
+    before = []
+    for step in back_up:
+        before.append(charged(traffic.seen))
+        await asyncio.to_thread(step)
+        await more()
     traffic.stop()
     seen = await running
     assert {one.status for one in seen} == {200}
@@ -55,14 +64,30 @@ async def backed_up_under_load(farebox: Farebox, back_up: Callable[[], None]) ->
     return before, charged(seen)
 
 
-def settled(database: Path) -> set[str]:
-    with closing(sqlite3.connect(database)) as connection:
-        query = "SELECT request_id FROM ledger_reservation WHERE state = 'committed'"
-        return {request_id for (request_id,) in connection.execute(query)}
+def settled(url: str) -> set[str]:
+    """Requests that are charged, as an auditor reads them."""
+    query = "SELECT request_id FROM ledger_reservation WHERE state = 'committed'"
+    if url.startswith("sqlite:///"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as file:
+            return {request_id for (request_id,) in file.execute(query)}
+    with psycopg.connect(url) as server:
+        return {request_id for (request_id,) in server.execute(query)}
+
+
+def whole(farebox: Farebox, url: str) -> None:
+    """What was restored is a ledger in which everything holds, and which works on."""
+    verified = farebox.run("verify", FAREBOX_DATABASE_URL=url)
+    assert verified.code == 0, verified.out + verified.err
+    assert "everything holds" in verified.out
+    granted = farebox.run("grant", "user-0", "5", FAREBOX_DATABASE_URL=url)
+    assert granted.code == 0, granted.err
+
+
+# SQLite.
 
 
 async def test_a_backup_of_sqlite_under_load_is_whole(install: Install, tmp_path: Path) -> None:
-    """SQLite's own backup, which is what `.backup` and `VACUUM INTO` of its shell do, too."""
+    """SQLite's own backup, which is what `.backup` of its shell does, too."""
     farebox = install()
     backup = tmp_path / "backup.db"
 
@@ -73,13 +98,116 @@ async def test_a_backup_of_sqlite_under_load_is_whole(install: Install, tmp_path
         ):
             there.backup(here)
 
-    before, after = await backed_up_under_load(farebox, back_up)
-    kept = settled(backup)
+    (before,), after = await backed_up_under_load(farebox, back_up)
+    url = f"sqlite:///{backup}"
+    kept = settled(url)
     assert before <= kept
     assert after - kept, "the backup was taken while requests went on"
-    assert after <= settled(farebox.database)
-    url = f"sqlite:///{backup}"
-    verified = farebox.run("verify", FAREBOX_DATABASE_URL=url)
-    assert verified.code == 0, verified.out + verified.err
-    assert "everything holds" in verified.out
-    assert farebox.run("grant", "user-0", "5", FAREBOX_DATABASE_URL=url).code == 0
+    whole(farebox, url)
+
+
+# PostgreSQL.
+
+
+@pytest.fixture(scope="module")
+def primary() -> Iterator[PostgresServer]:
+    """A durable server that archives its log."""
+    server = PostgresServer(settings=DURABLE)
+    archive = server.folder / "archive"
+    archive.mkdir()
+    if os.geteuid() == 0:
+        os.chown(archive, NOBODY, NOBODY)
+    server.settings |= {"archive_mode": "on", "archive_command": f"cp %p {archive}/%f"}
+    server.create().start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def other() -> Iterator[PostgresServer]:
+    """A server that a backup is restored to: it has no data yet."""
+    server = PostgresServer(settings=DURABLE)
+    yield server
+    server.close()
+
+
+def base_backup(primary: PostgresServer, other: PostgresServer) -> None:
+    primary.program(
+        "pg_basebackup",
+        *("--host=127.0.0.1", f"--port={primary.port}", "--username=postgres"),
+        *("--checkpoint=fast", "--wal-method=stream", f"--pgdata={other.data}"),
+    )
+
+
+async def test_a_dump_under_load_is_whole(install: Install, primary: PostgresServer) -> None:
+    url, restored = primary.create_database(), primary.create_database()
+    farebox = install(database_url=url)
+    dump = f"--file={primary.folder / 'farebox.sql'}"
+
+    def back_up() -> None:
+        primary.program("pg_dump", dump, url)
+
+    (before,), after = await backed_up_under_load(farebox, back_up)
+    primary.program("psql", "--quiet", "--set=ON_ERROR_STOP=1", dump, restored)
+    kept = settled(restored)
+    assert before <= kept
+    assert after - kept, "the dump was taken while requests went on"
+    whole(farebox, restored)
+
+
+async def test_a_base_backup_under_load_is_whole(
+    install: Install, primary: PostgresServer, other: PostgresServer
+) -> None:
+    url = primary.create_database()
+    farebox = install(database_url=url)
+    (before,), after = await backed_up_under_load(farebox, lambda: base_backup(primary, other))
+    other.start()
+    restored = other.url_of(database_of(url))
+    kept = settled(restored)
+    assert before <= kept
+    assert after - kept, "the backup was taken while requests went on"
+    whole(farebox, restored)
+
+
+async def test_a_ledger_can_be_restored_to_a_moment(
+    install: Install, primary: PostgresServer, other: PostgresServer
+) -> None:
+    """From a base backup and the archived log, up to a point that was named under load."""
+    url = primary.create_database()
+    farebox = install(database_url=url)
+
+    def name_the_moment() -> None:
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("SELECT pg_create_restore_point('before the mistake')")
+
+    (_, before), after = await backed_up_under_load(farebox, lambda: base_backup(primary, other), name_the_moment)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SELECT pg_switch_wal()")
+    other.settings |= {
+        "restore_command": f"cp {primary.folder}/archive/%f %p",
+        "recovery_target_name": "before the mistake",
+        "recovery_target_action": "promote",
+    }
+    (other.data / "recovery.signal").touch()
+    other.start()
+    restored = other.url_of(database_of(url))
+    until(lambda: has_recovered(restored), within_s=WITHIN_S, what="end of the recovery")
+    kept = settled(restored)
+    assert before <= kept
+    assert after - kept, "what came after the moment is not there"
+    whole(farebox, restored)
+
+
+def test_a_role_that_is_held_to_the_policies_cannot_dump(install: Install, primary: PostgresServer) -> None:
+    """It would get an empty dump, and believe that it had a backup: PostgreSQL refuses."""
+    url = primary.create_database()
+    install(database_url=url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE held LOGIN IN ROLE {GATEWAY_ROLE}")
+    with pytest.raises(AssertionError, match="row-level security"):
+        primary.program("pg_dump", "--data-only", "--table=ledger_wallet", url.replace("//postgres@", "//held@"))
+
+
+def has_recovered(url: str) -> bool:
+    with psycopg.connect(url) as connection:
+        return connection.execute("SELECT pg_is_in_recovery()").fetchone() == (False,)
