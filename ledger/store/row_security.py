@@ -42,9 +42,17 @@ def naming(scopes: Iterable[Scope]) -> str:
         ValueError: a tenant or mode that could be read as something else.
     """
     named = sorted(set(scopes))
-    for part in {part for scope in named for part in scope}:
-        if not _NAME.fullmatch(part):
-            raise ValueError(f"{part!r} is no name of a tenant or a mode")
-    pairs = ",".join(f"{scope.tenant}/{scope.mode}" for scope in named)
+    pairs = ",".join(f"{checked(scope.tenant)}/{checked(scope.mode)}" for scope in named)
     tenants = ",".join(sorted({scope.tenant for scope in named}))
     return f"SELECT set_config('farebox.scopes', '{pairs}', true), set_config('farebox.tenants', '{tenants}', true)"
+
+
+def checked(name: str) -> str:
+    """The name of a tenant or a mode, which can be read as nothing else.
+
+    Raises:
+        ValueError
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a tenant or a mode")
+    return name
