@@ -126,8 +126,8 @@ async def _reading(url: str) -> AsyncIterator[AsyncConnection]:
             else:
                 await connection.exec_driver_sql("SELECT version_num FROM alembic_version")
             yield connection
-    except DBAPIError as error:
-        if "database is locked" in str(error.orig):
+    except (DBAPIError, OSError) as error:
+        if "database is locked" in _said(error):
             raise CannotCopy("The source is in use: stop the gateways that serve it, then copy again.") from None
         raise CannotCopy(f"The source cannot be read: {_said(error)}.") from None
 
@@ -140,8 +140,14 @@ async def _writing(url: str) -> AsyncIterator[AsyncConnection]:
             if connection.dialect.name == "postgresql":
                 await connection.exec_driver_sql("LOCK TABLE tenants IN SHARE ROW EXCLUSIVE MODE")
             yield connection
-            await connection.commit()
-    except DBAPIError as error:
+            try:
+                await connection.commit()
+            except (DBAPIError, OSError) as error:
+                raise CannotCopy(
+                    f"The target was lost at the very end: {_said(error)}. It has all of the copy or nothing: "
+                    "`farebox verify` tells."
+                ) from None
+    except (DBAPIError, OSError) as error:
         raise CannotCopy(f"The copy failed, and nothing was kept of it: {_said(error)}.") from None
 
 
@@ -241,6 +247,6 @@ async def _continue_sequences(connection: AsyncConnection) -> None:
     """Let numbers that the database gives begin behind those that were copied."""
 
 
-def _said(error: DBAPIError) -> str:
+def _said(error: DBAPIError | OSError) -> str:
     """The driver's sentence, without the statement and its values, which may be anybody's."""
-    return str(error.orig).partition("\n")[0]
+    return str(error.orig if isinstance(error, DBAPIError) else error).partition("\n")[0]

@@ -199,6 +199,21 @@ def test_a_copy_that_fails_leaves_the_target_empty_and_can_be_made_again(source:
     assert quietly(source, target)["customers"] == count(source, "customers")
 
 
+def test_a_connection_that_is_cut_leaves_the_target_empty(source: str, postgres_url: str) -> None:
+    def cut(table: str, rows: int) -> None:
+        if table == "ledger_wallet":
+            with psycopg.connect(postgres_url, autocommit=True) as connection:
+                connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+
+    with pytest.raises(CannotCopy, match="nothing was kept of it"):
+        copy_installation(source, postgres_url, progress=cut)
+    assert count(postgres_url, "ledger_command") == 0
+    assert quietly(source, postgres_url)["ledger_command"] == count(source, "ledger_command")
+
+
 def test_a_copy_that_arrives_otherwise_is_not_kept(source: str, file: str) -> None:
     """As if the target had stored a number otherwise than it was told to."""
     migrate(file)
