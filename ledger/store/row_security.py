@@ -7,7 +7,7 @@ transaction that names none sees nothing.
 
 import re
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from ledger.model import Scope
 
@@ -33,17 +33,33 @@ BYPASSES: Final = "SELECT NOT coalesce(row_security_active(to_regclass('ledger_c
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
-def naming(scopes: Iterable[Scope]) -> str:
-    """The statement that opens *scopes* to the rest of the transaction.
+class Names(NamedTuple):
+    """The values of the two settings."""
 
-    It has its values in its text, so that it can share a round trip with BEGIN.
+    scopes: str
+    tenants: str
+
+
+def names(scopes: Iterable[Scope]) -> Names:
+    """What a transaction on *scopes* sets.
 
     Raises:
         ValueError: a tenant or mode that could be read as something else.
     """
     named = sorted(set(scopes))
     pairs = ",".join(f"{checked(scope.tenant)}/{checked(scope.mode)}" for scope in named)
-    tenants = ",".join(sorted({scope.tenant for scope in named}))
+    return Names(pairs, ",".join(sorted({scope.tenant for scope in named})))
+
+
+def naming(scopes: Iterable[Scope]) -> str:
+    """The statement that opens *scopes* to the rest of the transaction.
+
+    It has its values in its text, so that it can share a round trip with BEGIN.
+
+    Raises:
+        ValueError: as :func:`names`.
+    """
+    pairs, tenants = names(scopes)
     return f"SELECT set_config('farebox.scopes', '{pairs}', true), set_config('farebox.tenants', '{tenants}', true)"
 
 
