@@ -93,8 +93,8 @@ async def _copied(source_url: str, target_url: str, progress: Progress) -> dict[
             raise CannotCopy("The target has tenants or a ledger in it already: copy into an empty database.")
         await _name(source, await _scopes(source))
         sent = {table.name: await _send(table, source, target, progress) for table in _tables()}
-        await _continue_sequences(target)
         await _name(target, await _scopes(target))
+        await _continue_numbers(target)
         for table in _tables():
             arrived = await _tally(table, target)
             if arrived != sent[table.name]:
@@ -243,8 +243,12 @@ def _scope_of(row: RowMapping) -> Scope:
     return Scope(tenant, row.get("mode", MODES[0]))
 
 
-async def _continue_sequences(connection: AsyncConnection) -> None:
-    """Let numbers that the database gives begin behind those that were copied."""
+async def _continue_numbers(connection: AsyncConnection) -> None:
+    """Let the journal's numbers go on behind those that were copied. SQLite's store looks for the last one itself."""
+    if connection.dialect.name == "postgresql":
+        await connection.exec_driver_sql(
+            "SELECT setval('farebox_journal', coalesce(max(seq), 1), max(seq) IS NOT NULL) FROM ledger_command"
+        )
 
 
 def _said(error: DBAPIError | OSError) -> str:
