@@ -20,7 +20,7 @@ from tests.servers.postgres import DURABLE, NOBODY, PostgresServer, database_of
 
 USERS = 3
 CLIENTS = 8
-BEFORE = 60
+BEFORE = 40
 """Answers that have come before a backup begins; as many come after it has ended."""
 
 WITHIN_S = 60
@@ -124,78 +124,61 @@ def primary() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture
-def other() -> Iterator[PostgresServer]:
-    """A server that a backup is restored to: it has no data yet."""
-    server = PostgresServer(settings=DURABLE)
-    yield server
-    server.close()
+def others() -> Iterator[list[PostgresServer]]:
+    """Servers that backups are restored to: they have no data yet."""
+    servers = [PostgresServer(settings=DURABLE) for _ in range(2)]
+    yield servers
+    for server in servers:
+        server.close()
 
 
-def base_backup(primary: PostgresServer, other: PostgresServer) -> None:
-    primary.program(
-        "pg_basebackup",
-        *("--host=127.0.0.1", f"--port={primary.port}", "--username=postgres"),
-        *("--checkpoint=fast", "--wal-method=stream", f"--pgdata={other.data}"),
-    )
-
-
-async def test_a_dump_under_load_is_whole(install: Install, primary: PostgresServer) -> None:
-    url, restored = primary.create_database(), primary.create_database()
+async def test_backups_of_postgresql_under_load_are_whole(
+    install: Install, primary: PostgresServer, others: list[PostgresServer]
+) -> None:
+    """A dump, a base backup by itself, and one with the archived log up to a moment that was named under load."""
+    url, from_dump = primary.create_database(), primary.create_database()
     farebox = install(database_url=url)
     dump = f"--file={primary.folder / 'farebox.sql'}"
+    at_its_end, at_the_moment = others
 
-    def back_up() -> None:
+    def dump_it() -> None:
         primary.program("pg_dump", dump, url)
 
-    (before,), after = await backed_up_under_load(farebox, back_up)
-    primary.program("psql", "--quiet", "--set=ON_ERROR_STOP=1", dump, restored)
-    kept = settled(restored)
-    assert before <= kept
-    assert after - kept, "the dump was taken while requests went on"
-    whole(farebox, restored)
-
-
-async def test_a_base_backup_under_load_is_whole(
-    install: Install, primary: PostgresServer, other: PostgresServer
-) -> None:
-    url = primary.create_database()
-    farebox = install(database_url=url)
-    (before,), after = await backed_up_under_load(farebox, lambda: base_backup(primary, other))
-    other.start()
-    restored = other.url_of(database_of(url))
-    kept = settled(restored)
-    assert before <= kept
-    assert after - kept, "the backup was taken while requests went on"
-    whole(farebox, restored)
-
-
-async def test_a_ledger_can_be_restored_to_a_moment(
-    install: Install, primary: PostgresServer, other: PostgresServer
-) -> None:
-    """From a base backup and the archived log, up to a point that was named under load."""
-    url = primary.create_database()
-    farebox = install(database_url=url)
+    def copy_its_files() -> None:
+        for other in others:
+            primary.program(
+                "pg_basebackup",
+                *("--host=127.0.0.1", f"--port={primary.port}", "--username=postgres"),
+                *("--checkpoint=fast", "--wal-method=stream", f"--pgdata={other.data}"),
+            )
 
     def name_the_moment() -> None:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("SELECT pg_create_restore_point('before the mistake')")
 
-    (_, before), after = await backed_up_under_load(farebox, lambda: base_backup(primary, other), name_the_moment)
+    before, after = await backed_up_under_load(farebox, dump_it, copy_its_files, name_the_moment)
+
+    primary.program("psql", "--quiet", "--set=ON_ERROR_STOP=1", dump, from_dump)
+    at_its_end.start()
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("SELECT pg_switch_wal()")
-    other.settings |= {
+    at_the_moment.settings |= {
         "restore_command": f"cp {primary.folder}/archive/%f %p",
         "recovery_target_name": "before the mistake",
         "recovery_target_action": "promote",
     }
-    (other.data / "recovery.signal").touch()
-    other.start()
-    restored = other.url_of(database_of(url))
-    until(lambda: has_recovered(restored), within_s=WITHIN_S, what="end of the recovery")
-    kept = settled(restored)
-    assert before <= kept
-    assert after - kept, "what came after the moment is not there"
-    whole(farebox, restored)
+    (at_the_moment.data / "recovery.signal").touch()
+    at_the_moment.start()
+    name = database_of(url)
+    until(lambda: has_recovered(at_the_moment.url_of(name)), within_s=WITHIN_S, what="end of the recovery")
+
+    for answered, restored in zip(
+        before, (from_dump, at_its_end.url_of(name), at_the_moment.url_of(name)), strict=True
+    ):
+        kept = settled(restored)
+        assert answered <= kept
+        assert after - kept, "the backup was taken while requests went on"
+        whole(farebox, restored)
 
 
 def test_a_role_that_is_held_to_the_policies_cannot_dump(install: Install, primary: PostgresServer) -> None:
