@@ -25,7 +25,7 @@ import yaml
 from gateway.cli import cli as command_line
 from gateway.settings import Settings, load
 from ledger.store.row_security import GATEWAY_ROLE
-from tests.servers.postgres import QUICK, PostgresServer
+from tests.servers.postgres import QUICK, PostgresServer, database_of
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = typer.main.get_command(command_line).commands  # type: ignore[attr-defined]
@@ -294,20 +294,15 @@ def test_no_secret_stands_in_the_file_and_none_has_a_default() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[PostgresServer]:
-    """A server of its own: roles belong to all databases of one."""
+    """A server of its own, because roles belong to all databases of one; with the roles that compose makes."""
     server = PostgresServer(settings=QUICK).create().start()
-    yield server
-    server.close()
-
-
-def test_the_roles_are_those_that_the_gateway_needs(cluster: PostgresServer) -> None:
     script = next(mount.split(":")[0] for mount in SERVICES["postgres"]["volumes"] if mount.startswith("./"))
     done = subprocess.run(
         ["sh", ROOT / script],
         env={
-            "PATH": f"{cluster.programs}:{os.environ['PATH']}",
+            "PATH": f"{server.programs}:{os.environ['PATH']}",
             "PGHOST": "127.0.0.1",
-            "PGPORT": str(cluster.port),
+            "PGPORT": str(server.port),
             "POSTGRES_USER": "postgres",
             "POSTGRES_DB": "postgres",
             "GATEWAY_PASSWORD": "it's-$ecret",
@@ -318,6 +313,23 @@ def test_the_roles_are_those_that_the_gateway_needs(cluster: PostgresServer) -> 
     )
     assert done.returncode == 0, done.stderr
     assert "ecret" not in done.stdout + done.stderr
+    yield server
+    server.close()
+
+
+def farebox(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one of our commands on a database, as a container would."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("FAREBOX_", "OPENAI_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "gateway.cli", *arguments],
+        env={**environ, "PYTHONPATH": str(ROOT), "FAREBOX_DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_roles_are_those_that_the_gateway_needs(cluster: PostgresServer) -> None:
     with psycopg.connect(cluster.url) as connection:
         found = connection.execute(
             "SELECT rolname, rolcanlogin, rolsuper OR rolcreatedb OR rolcreaterole OR rolreplication OR rolbypassrls,"
@@ -325,3 +337,28 @@ def test_the_roles_are_those_that_the_gateway_needs(cluster: PostgresServer) -> 
             [GATEWAY_ROLE],
         ).fetchall()
     assert found == [("farebox_app", True, False, True), (GATEWAY_ROLE, False, False, True)]
+
+
+def test_the_owner_migrates_and_the_gateways_login_does_the_rest(cluster: PostgresServer) -> None:
+    """The order of the compose file: the migration as the owner, then `init` as the gateway, which sees no rows
+    before it names them, and edits no journal whatever it names."""
+    owner = cluster.create_database()
+    gateway = cluster.url_of(database_of(owner), user="farebox_app")
+    assert "permission denied" in farebox(gateway, "init").stderr
+    assert farebox(owner, "migrate").returncode == 0
+    installed = farebox(gateway, "init", "--json")
+    assert installed.returncode == 0, installed.stderr
+    verified = farebox(gateway, "verify")
+    assert "everything holds" in verified.stdout, verified.stderr
+    with psycopg.connect(gateway, autocommit=True) as connection:
+        for table in ("tenants", "api_keys", "ledger_wallet", "ledger_command"):
+            assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), table
+        connection.execute("SELECT set_config('farebox.scopes', %s, false)", [f"{installed_tenant(installed)}/live"])
+        assert connection.execute("SELECT count(*) > 0 FROM ledger_command").fetchone() == (True,)
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute("DELETE FROM ledger_command")
+
+
+def installed_tenant(installed: subprocess.CompletedProcess[str]) -> str:
+    tenant: str = json.loads(installed.stdout)["tenant_id"]
+    return tenant
