@@ -70,21 +70,26 @@ def test_every_reference_stays_with_its_tenant(name: str) -> None:
         assert first.column.name == distribution_column(first.column.table.name)
 
 
-def test_the_migrated_database_has_no_other_keys(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'farebox.db'}"
+@pytest.fixture(params=["sqlite", "postgres"])
+def migrated(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Inspector]:
+    sqlite = request.param == "sqlite"
+    url: str = f"sqlite:///{tmp_path / 'farebox.db'}" if sqlite else request.getfixturevalue("postgres_url")
     migrate(url)
-    engine = create_engine(url)
-    try:
-        inspector = inspect(engine)
-        others = set()
-        for table in set(inspector.get_table_names()) - {"alembic_version"}:
-            column = distribution_column(table)
-            others |= {key for key, columns in keys_in(inspector, table) if columns[:1] != [column]}
-            for key in inspector.get_foreign_keys(table):
-                assert key["constrained_columns"][0] == column, table
-                assert key["referred_columns"][0] == distribution_column(key["referred_table"]), table
-    finally:
-        engine.dispose()
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    yield inspect(engine)
+    engine.dispose()
+
+
+def test_a_migrated_database_has_no_other_keys(migrated: Inspector) -> None:
+    others = set()
+    tables = set(migrated.get_table_names()) - {"alembic_version"}
+    assert tables == set(TABLES)
+    for table in tables:
+        column = distribution_column(table)
+        others |= {key for key, columns in keys_in(migrated, table) if columns[:1] != [column]}
+        for key in migrated.get_foreign_keys(table):
+            assert key["constrained_columns"][0] == column, table
+            assert key["referred_columns"][0] == distribution_column(key["referred_table"]), table
     assert others == EXCEPTIONS.keys()
 
 
