@@ -30,7 +30,7 @@ from gateway.proxy.chat import ChatProxy
 from gateway.proxy.hold import LiveHolds
 from gateway.proxy.journal import SettlementJournal
 from gateway.proxy.quoting import Quoter
-from gateway.proxy.rate_limit import ProcessRateLimit
+from gateway.proxy.rate_limit import ProcessRateLimit, RateLimit
 from gateway.proxy.routing import Router
 from gateway.proxy.shield import Shield
 from gateway.proxy.simulated import SimulatedUpstream
@@ -38,7 +38,12 @@ from gateway.proxy.upkeep import Upkeep
 from gateway.proxy.upstream import HTTPUpstream, Upstream
 from gateway.refusals import REFUSALS
 from gateway.settings import SIMULATED, Settings
-from gateway.stores import open_store
+from gateway.shared.balances import Balances
+from gateway.shared.changes import Changes
+from gateway.shared.link import Link
+from gateway.shared.rate_limit import SharedRateLimit
+from gateway.shared.wallets import SharedWallets
+from gateway.stores import SQLITE, open_store
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
 from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
@@ -195,7 +200,11 @@ async def running_parts(
         journal = SettlementJournal(settings.journal_dir, name=_process_name(), report=log.warning)
         journal.prepare()
         stack.callback(journal.close)
-        store = await open_store(settings.database_url, clock=now_us)
+        link = None if settings.redis_url is None else await _linked(settings.redis_url, metrics, stack)
+        shared = None
+        if link is not None and not settings.database_url.startswith(SQLITE):
+            shared = SharedWallets(link, now_us=now_us)
+        store = await open_store(settings.database_url, clock=now_us, watcher=shared)
         ledger = await Ledger.open(
             store,
             clock=now_us,
@@ -203,11 +212,15 @@ async def running_parts(
             abandoned=journal.undo,
             wait_s=settings.ledger_timeout_s,
             applied=metrics.count_applied,
+            read_wallet=Balances(store, metrics, shared=shared).wallet,
         )
         stack.push_async_callback(ledger.close)
         principals = Principals(database, now_us=now_us)
         customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
-        rate_limit = ProcessRateLimit()
+        changes = Changes(principals.invalidate, url=settings.redis_url, link=link)
+        changes.start()
+        stack.push_async_callback(changes.stop)
+        rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
 
         upstreams = {**configured_upstreams(settings), **given}
         for upstream in upstreams.values():
@@ -241,6 +254,8 @@ async def running_parts(
             database=database,
             ledger=ledger,
             principals=principals,
+            changes=changes,
+            redis=None if link is None else link.describe,
             tenants=tenants,
             customers=customers,
             rate_limit=rate_limit,
@@ -275,6 +290,20 @@ def configured_upstreams(settings: Settings) -> dict[str, Upstream]:
             idle_timeout_s=upstream.idle_timeout_s,
         )
     return upstreams
+
+
+async def _linked(redis_url: str, metrics: Metrics, stack: AsyncExitStack) -> Link:
+    link = Link(redis_url, metrics)
+    await link.start()
+    stack.push_async_callback(link.stop)
+    return link
+
+
+async def _counting_together(link: Link, stack: AsyncExitStack) -> RateLimit:
+    rate_limit = SharedRateLimit(link)
+    rate_limit.start()
+    stack.push_async_callback(rate_limit.stop)
+    return rate_limit
 
 
 def _process_name() -> str:
