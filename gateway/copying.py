@@ -182,10 +182,10 @@ def _have_alone(connection: Any, _record: object) -> None:
     """Have the SQLite file to ourselves from the first read on: SQLite refuses that while anybody has it open."""
     connection.isolation_level = None
     cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={SOURCE_WAIT_MS}")
     cursor.execute("PRAGMA locking_mode=EXCLUSIVE")
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.execute(f"PRAGMA busy_timeout={SOURCE_WAIT_MS}")
     cursor.close()
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from gateway import postgres as own_tables
 from gateway.settings import Settings
 from ledger.store import postgres as ledger_store
+from ledger.store import postgres_batch as batches
+from ledger.store import postgres_connection as connections
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
@@ -31,6 +33,20 @@ def test_the_connections_are_those_of_the_code() -> None:
     assert [int(cell) for cell in row(SCALING, "connections, at most")] == [
         processes * (one + reads + own) for processes in PROCESSES.values()
     ]
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    limits = [
+        [connections.CONNECT_S, connections.CONNECT_ALL_S],
+        [batches.LOCK_WAIT_MS / 1000],
+        [batches.BATCH_S],
+        [ledger_store.READ_S],
+        [own_tables.CONNECT_TIMEOUT_S],
+        [connections.STATEMENT_MS / 1000, connections.ABANDONED_MS / 1000],
+    ]
+    assert own_tables.CONNECT_TIMEOUT_S == own_tables.ACQUIRE_TIMEOUT_S == own_tables.COMMAND_TIMEOUT_S
+    table = OPERATIONS.partition("| what | limit |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert [[float(number) for number in re.findall(r"(\d+) s", line)] for line in table] == limits
 
 
 def test_the_settings_that_are_explained_are_settings() -> None:

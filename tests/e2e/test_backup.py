@@ -86,24 +86,29 @@ def whole(farebox: Farebox, url: str) -> None:
 # SQLite.
 
 
-async def test_a_backup_of_sqlite_under_load_is_whole(install: Install, tmp_path: Path) -> None:
-    """SQLite's own backup, which is what `.backup` of its shell does, too."""
+async def test_backups_of_sqlite_under_load_are_whole(install: Install, tmp_path: Path) -> None:
+    """Both that read at one moment: VACUUM INTO, and SQLite's online backup in a single step."""
     farebox = install()
-    backup = tmp_path / "backup.db"
+    vacuumed, copied = tmp_path / "vacuumed.db", tmp_path / "copied.db"
 
-    def back_up() -> None:
+    def vacuum() -> None:
+        with closing(sqlite3.connect(farebox.database, timeout=WITHIN_S)) as there:
+            there.execute("VACUUM INTO ?", (str(vacuumed),))
+
+    def copy() -> None:
         with (
             closing(sqlite3.connect(farebox.database, timeout=WITHIN_S)) as there,
-            closing(sqlite3.connect(backup)) as here,
+            closing(sqlite3.connect(copied)) as here,
         ):
             there.backup(here)
 
-    (before,), after = await backed_up_under_load(farebox, back_up)
-    url = f"sqlite:///{backup}"
-    kept = settled(url)
-    assert before <= kept
-    assert after - kept, "the backup was taken while requests went on"
-    whole(farebox, url)
+    before, after = await backed_up_under_load(farebox, vacuum, copy)
+    for answered, backup in zip(before, (vacuumed, copied), strict=True):
+        url = f"sqlite:///{backup}"
+        kept = settled(url)
+        assert answered <= kept
+        assert after - kept, "the backup was taken while requests went on"
+        whole(farebox, url)
 
 
 # PostgreSQL.
