@@ -18,6 +18,7 @@ from ledger.store.postgres_connection import CONNECT_ALL_S, Connection, Connecti
 from ledger.store.protocol import (
     PAGE_MAX,
     Position,
+    SchemaMissing,
     Snapshot,
     StoreUnavailable,
     Transaction,
@@ -102,9 +103,9 @@ class PostgresStore:
         async with self._turn:
             if not commands:
                 return []
-            if self._connection is None or self._connection.is_closed():
-                self._connection = await connect(self._url)
             connection = self._connection
+            if connection is None or connection.is_closed():
+                connection = self._connection = await self._connect_again()
             try:
                 with translated():
                     return await self._batches.run(connection, commands)
@@ -114,6 +115,13 @@ class PostgresStore:
                     connection.terminate()
                     self._connection = None
                 raise
+
+    async def _connect_again(self) -> Connection:
+        """Where the ledger was once, it may be missing only for a while: the server may be about to be replaced."""
+        try:
+            return await connect(self._url)
+        except SchemaMissing as error:
+            raise StoreUnavailable(str(error)) from error
 
     async def wallet(self, ref: WalletRef) -> WalletBlocks | None:
         return await self._read(lambda connection: reads.wallet(connection, ref))
