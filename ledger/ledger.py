@@ -82,7 +82,7 @@ class Ledger:
         read_wallet: ReadWallet | None = None,
     ) -> None:
         self._store = store
-        self._read_wallet: ReadWallet = read_wallet or (lambda ref: store.wallet(ref))
+        self._read_wallet: ReadWallet = read_wallet or store.wallet
         self._applied = applied
         self._writer = writer
         self._clock = clock

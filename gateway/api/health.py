@@ -16,7 +16,7 @@ router = APIRouter(tags=["operations"])
 
 READY_TIMEOUT_S: Final = 2.0
 
-NO_WALLET: Final = WalletRef("", "live", "nobody")
+NO_WALLET: Final = WalletRef("nobody", "live", "nobody")
 """Asking for it reads the ledger's database, and finds nothing."""
 
 
