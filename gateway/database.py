@@ -48,7 +48,11 @@ class Database:
     def __init__(self, url: str) -> None:
         parsed = make_url(url)
         dialect = parsed.get_backend_name()
-        self.engine: AsyncEngine = create_async_engine(parsed.set(drivername=DRIVERS[dialect]))
+        self.engine: AsyncEngine = create_async_engine(
+            # What a failed statement carried may be anybody's data; it must not reach the log with the error.
+            parsed.set(drivername=DRIVERS[dialect]),
+            hide_parameters=True,
+        )
         self._writing = asyncio.Lock()
         self._path: str | None = None
         self._lock_path: str | None = None

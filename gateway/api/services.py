@@ -15,6 +15,7 @@ from gateway.prices import ServedModels
 from gateway.proxy.quoting import Quoter
 from gateway.proxy.rate_limit import RateLimit
 from gateway.proxy.routing import Router
+from gateway.readiness import Readiness
 from gateway.settings import Settings
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
@@ -36,7 +37,7 @@ class Services:
     metrics: Metrics
     now_us: Callable[[], int]
     new_id: Callable[[str], str]
-    draining: Callable[[], bool]
+    readiness: Readiness
 
 
 def services_of(request: Request) -> Services:

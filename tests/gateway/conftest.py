@@ -11,8 +11,8 @@ import structlog
 from sqlmodel import SQLModel
 
 from gateway.database import Database
+from gateway.logs import configure_logging
 from gateway.tables import ApiKey, App, AssetVersion, Customer, Tenant
-from gateway.telemetry import configure_logging
 from tests.gateway.office import Office, open_office
 
 OURS = [table.__table__ for table in (Tenant, AssetVersion, App, ApiKey, Customer)]  # type: ignore[attr-defined]

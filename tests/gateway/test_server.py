@@ -8,9 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
-from uvicorn.server import ServerState
 
-from gateway.server import HEAD_BYTES_MAX, Connection
+from gateway.server import HEAD_BYTES_MAX, Connection, State
 
 LEAST = b"GET / HTTP/1.1\r\nHost: farebox\r\n"
 ONE_READ = 2**18
@@ -29,7 +28,7 @@ async def hello(scope: Scope, receive: Receive, send: Send) -> None:
 async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     config = uvicorn.Config(hello, http=Connection, ws="none", lifespan="off", log_config=None)
     config.load()
-    state = ServerState()
+    state = State()
     server = await asyncio.get_running_loop().create_server(
         lambda: Connection(config=config, server_state=state, app_state={}), "127.0.0.1", 0
     )

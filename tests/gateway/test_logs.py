@@ -9,7 +9,7 @@ import structlog
 
 from gateway.identity.keys import generate
 from gateway.ids import new_id
-from gateway.telemetry import masked
+from gateway.logs import masked
 
 KEY = generate("live", new_id("key")).token
 
