@@ -17,7 +17,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Final
+from typing import Final, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -89,17 +89,19 @@ class Connection(HttpToolsProtocol):
         if self.server_state.draining and self._idle:
             self._linger()
 
-    def shutdown(self) -> None:
-        """End soon: at once where nothing is under way and nothing is likely to come, else after the response.
+    def drain(self) -> None:
+        """Ask the client to close the connection, in the response that is under way.
 
         A response that has begun has told its client that the connection stays open. It does, for a while.
         """
-        if self._in_head:
-            return
-        if self._idle:
-            self._linger()
-        elif not self.cycle.response_started:
+        if not self._idle and not self.cycle.response_started:
             self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """End soon: at once where nothing is under way and nothing is likely to come, else after the response."""
+        self.drain()
+        if self._idle and not self._in_head:
+            self._linger()
 
     @property
     def _idle(self) -> bool:
@@ -153,6 +155,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server_state.draining = True
+        for connection in self.server_state.connections:
+            cast(Connection, connection).drain()
         if not self._retiring:
             self._gateway.draining = True
             await self._let_balancers_notice()
