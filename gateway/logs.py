@@ -33,6 +33,12 @@ EVENT_LENGTH_MAX: Final = 2000
 SECRET_LENGTH_MIN: Final = 6
 """A shorter secret is no secret, and would be found in innocent words."""
 
+CHATTY: Final = (
+    *("uvicorn.error", "uvicorn", "asyncio", "alembic", "aiosqlite", "sqlalchemy"),
+    *("urllib3", "httpx", "httpx2", "httpcore"),
+)
+"""Libraries that tell at `info` what nobody asked for; some of them, the address of each request."""
+
 _SCHEMES: Final = r"[a-z][a-z0-9+.-]*"
 SECRETS: Final = re.compile(
     r"\b(fb_(?:live|test|admin)_[0-9a-z]{4})[0-9a-z_]+"
@@ -99,9 +105,8 @@ def configure_logging(level: str, *, stream: IO[str] | None = None, secrets: Ite
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    for chatty in (
-        "uvicorn.error", "uvicorn", "asyncio", "alembic", "aiosqlite", "sqlalchemy", "urllib3", "opentelemetry"
-    ):  # fmt: skip
+    logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # It warns of each attempt to reach a collector.
+    for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
 

@@ -17,7 +17,7 @@ from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
@@ -28,6 +28,9 @@ from gateway.proxy.journey import Attempt, Journey, Outcome
 
 TRACES_PATH: Final = "/v1/traces"
 EXPORT_TIMEOUT_S: Final = 5
+CLOSE_S: Final = 2.0
+"""How long spans that wait may take to be sent when the process ends."""
+
 OPERATION: Final = "chat"
 
 PROPAGATOR: Final = TraceContextTextMapPropagator()
@@ -44,11 +47,16 @@ _NAMED: Final = msgspec.json.Decoder(_Named)
 
 
 class Tracing:
-    """The way to a collector."""
+    """The way to a collector, or to wherever *exporter* sends spans."""
 
-    def __init__(self, provider: TracerProvider) -> None:
-        self._provider = provider
-        self._tracer = provider.get_tracer("farebox", __version__)
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self._provider = TracerProvider(
+            resource=Resource.create({"service.name": "farebox", "service.version": __version__}),
+            shutdown_on_exit=False,
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("farebox", __version__)
 
     def begin(self, scope: Scope) -> "ChatTrace":
         """The trace of a request: a new one, or the one that its `traceparent` names."""
@@ -58,18 +66,17 @@ class Tracing:
 
     async def close(self) -> None:
         """Send what waits, for a bounded time, and end."""
-        await asyncio.to_thread(self._provider.shutdown)
+        closing = asyncio.ensure_future(asyncio.to_thread(self._provider.shutdown))
+        try:
+            await asyncio.wait_for(asyncio.shield(closing), CLOSE_S)
+        except TimeoutError:
+            self._exporter.shutdown()  # It stops trying again: the collector is away, and a restart must not wait.
+            await closing
 
 
 def open_tracing(endpoint: str) -> Tracing:
     """Spans go to *endpoint*, the collector's base URL."""
-    provider = TracerProvider(
-        resource=Resource.create({"service.name": "farebox", "service.version": __version__}), shutdown_on_exit=False
-    )
-    provider.add_span_processor(
-        BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint + TRACES_PATH, timeout=EXPORT_TIMEOUT_S))
-    )
-    return Tracing(provider)
+    return Tracing(OTLPSpanExporter(endpoint=endpoint + TRACES_PATH, timeout=EXPORT_TIMEOUT_S))
 
 
 class ChatTrace:
