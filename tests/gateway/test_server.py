@@ -23,7 +23,9 @@ class Served:
     def __init__(self) -> None:
         self.state = State()
         self.go_on = asyncio.Event()
-        self._config = uvicorn.Config(self._app, http=Connection, ws="none", lifespan="off", log_config=None)
+        self._config = uvicorn.Config(
+            self._app, http=Connection, ws="none", lifespan="off", log_config=None, interface="asgi3"
+        )
         self._config.load()
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,7 +49,7 @@ class Served:
 
     async def heard(self, head: bytes) -> None:
         """Wait until so much of a head has come."""
-        while not any(connection._in_head and connection._head_bytes >= len(head) for connection in self.connections):
+        while not any(each._in_head and each._head_bytes >= len(head) for each in self.connections):  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     @contextlib.asynccontextmanager
