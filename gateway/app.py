@@ -26,13 +26,14 @@ from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
 from gateway.ids import new_id
+from gateway.logs import masked
 from gateway.prices import ServedModels, price_book
 from gateway.proxy.chat import ChatProxy
 from gateway.proxy.hold import LiveHolds
 from gateway.proxy.journal import SettlementJournal
 from gateway.proxy.journey import JOURNEY, UNTRACED, Journey, Trace
 from gateway.proxy.quoting import Quoter
-from gateway.proxy.rate_limit import ProcessRateLimit
+from gateway.proxy.rate_limit import ProcessRateLimit, RateLimit
 from gateway.proxy.routing import Router
 from gateway.proxy.shield import Shield
 from gateway.proxy.simulated import SimulatedUpstream
@@ -41,7 +42,12 @@ from gateway.proxy.upstream import HTTPUpstream, Upstream
 from gateway.readiness import OK, Readiness
 from gateway.refusals import REFUSALS
 from gateway.settings import SIMULATED, Settings
-from gateway.stores import open_store
+from gateway.shared.balances import Balances
+from gateway.shared.changes import Changes
+from gateway.shared.link import Link
+from gateway.shared.rate_limit import SharedRateLimit
+from gateway.shared.wallets import SharedWallets
+from gateway.stores import SQLITE, open_store
 from gateway.telemetry import PROXIED, Metrics
 from ledger.ledger import Ledger
 from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
@@ -230,7 +236,11 @@ async def running_parts(
         journal = SettlementJournal(settings.journal_dir, name=_process_name(), report=log.warning)
         journal.prepare()
         stack.callback(journal.close)
-        store = await open_store(settings.database_url, clock=now_us)
+        link = None if settings.redis_url is None else await _linked(settings.redis_url, metrics, stack)
+        shared = None
+        if link is not None and not settings.database_url.startswith(SQLITE):
+            shared = SharedWallets(link, now_us=now_us)
+        store = await open_store(settings.database_url, clock=now_us, watcher=shared)
         ledger = await Ledger.open(
             store,
             clock=now_us,
@@ -239,11 +249,15 @@ async def running_parts(
             wait_s=settings.ledger_timeout_s,
             applied=metrics.count_applied,
             observed=metrics.count_batch,
+            read_wallet=Balances(store, metrics, shared=shared).wallet,
         )
         stack.push_async_callback(ledger.close)
         principals = Principals(database, now_us=now_us, looked_up=metrics.cache("principals"))
         customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
-        rate_limit = ProcessRateLimit()
+        changes = Changes(principals.invalidate, url=settings.redis_url, link=link)
+        changes.start()
+        stack.push_async_callback(changes.stop)
+        rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
 
         upstreams = {**configured_upstreams(settings), **given}
         for upstream in upstreams.values():
@@ -284,7 +298,7 @@ async def running_parts(
             ledger=ledger,
             journal_dir=settings.journal_dir,
             draining=draining,
-            degraded=lambda: _degraded(journal),
+            degraded=lambda: _degraded(journal, link),
         )
         stack.push_async_callback(readiness.close)
         services = Services(
@@ -292,6 +306,7 @@ async def running_parts(
             database=database,
             ledger=ledger,
             principals=principals,
+            changes=changes,
             tenants=tenants,
             customers=customers,
             rate_limit=rate_limit,
@@ -336,16 +351,33 @@ def configured_upstreams(settings: Settings) -> dict[str, Upstream]:
     return upstreams
 
 
+async def _linked(redis_url: str, metrics: Metrics, stack: AsyncExitStack) -> Link:
+    link = Link(redis_url, metrics)
+    await link.start()
+    stack.push_async_callback(link.stop)
+    return link
+
+
+async def _counting_together(link: Link, stack: AsyncExitStack) -> RateLimit:
+    rate_limit = SharedRateLimit(link)
+    rate_limit.start()
+    stack.push_async_callback(rate_limit.stop)
+    return rate_limit
+
+
 def _process_name() -> str:
     """A name that no live process shares, also not one in another container on the same disk."""
     return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def _degraded(journal: SettlementJournal) -> dict[str, str]:
+def _degraded(journal: SettlementJournal, link: Link | None) -> dict[str, str]:
     """What works worse than it should, and is served all the same."""
-    if not journal.waiting:
-        return {}
-    return {"journal": f"{journal.waiting} settlements wait on local disk for the ledger"}
+    found = {}
+    if journal.waiting:
+        found["journal"] = f"{journal.waiting} settlements wait on local disk for the ledger"
+    if link is not None and not link.up:
+        found["redis"] = masked(link.describe())
+    return found
 
 
 async def _set_gauges(

@@ -18,7 +18,7 @@ from typing import Final
 import structlog
 from sqlalchemy import text
 
-from gateway.database import Database, DatabaseUnavailable
+from gateway.database import NOBODY, Database, DatabaseUnavailable
 from gateway.logs import masked
 from gateway.migrations import HEAD
 from ledger.errors import LedgerUnavailable
@@ -35,7 +35,7 @@ FREE_BYTES_MIN: Final = 16 * 2**20
 """What must be free on the journal's disk: room for the settlements of a long outage."""
 
 OK: Final = "ok"
-NO_WALLET: Final = WalletRef("", "live", "nobody")
+NO_WALLET: Final = WalletRef("nobody", "live", "nobody")
 """Asking for it reads the ledger's database, and finds nothing."""
 
 log = structlog.get_logger(__name__)
@@ -147,7 +147,7 @@ class Readiness:
 
     async def _schema(self) -> str:
         """Whether we may write, and the schema is one that this code knows. A newer one is: upgrades only add."""
-        async with self._database.write() as connection:
+        async with self._database.write(NOBODY) as connection:
             if connection.dialect.name == "postgresql":
                 read_only = await connection.scalar(text("SELECT current_setting('transaction_read_only')"))
                 if read_only == "on":

@@ -38,6 +38,9 @@ PREFIX: Final = "FAREBOX_"
 SIMULATED: Final = "simulated"
 """The name of the built-in upstream; no other may have it."""
 
+REDIS_OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
+"""What may stand behind the question mark of a Redis URL: files for TLS."""
+
 OPENAI_BASE_URL: Final = "https://api.openai.com/v1"
 DECIMAL_LENGTH_MAX: Final = 60
 MAX_TOKENS_OF_OPENAI: Final = ("api.openai.com", ".openai.azure.com")
@@ -261,6 +264,19 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what is passed in; `load` adds the environment and the file."""
         return (init_settings,)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_redis(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        if not re.match(r"rediss?://.", url):
+            raise ValueError("it must begin with redis:// or rediss://")
+        options = (option.partition("=")[0] for option in urlsplit(url).query.split("&"))
+        unknown = sorted({option for option in options if option} - REDIS_OPTIONS)
+        if unknown:
+            raise ValueError(f"it has options that are not known here: {', '.join(unknown)}")
+        return url
 
     @field_validator("database_url")
     @classmethod

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import ClassVar, Final
 
-from ledger.store.protocol import Store
+from ledger.store.postgres import PostgresStore
+from ledger.store.protocol import Store, Watcher
 from ledger.store.sqlite import SqliteStore
 
 SQLITE: Final = "sqlite:"
+POSTGRES: Final = ("postgresql:", "postgres:", "postgresql+asyncpg:")
 
 
 class StoreUnsupported(Exception):
@@ -17,19 +19,26 @@ class StoreUnsupported(Exception):
 
 def require_supported(database_url: str) -> None:
     """Raises StoreUnsupported."""
-    if not database_url.startswith(SQLITE):
+    if not database_url.startswith((SQLITE, *POSTGRES)):
         kind = database_url.partition(":")[0]
         raise StoreUnsupported(
-            f"This version keeps its books in SQLite: database_url must begin with sqlite:///, not {kind}:."
+            f"Farebox keeps its books in SQLite or PostgreSQL: database_url must begin with sqlite:/// or "
+            f"postgresql://, not {kind}:."
         )
 
 
-async def open_store(database_url: str, *, clock: Callable[[], int]) -> Store:
+async def open_store(database_url: str, *, clock: Callable[[], int], watcher: Watcher | None = None) -> Store:
     """The store behind *database_url*, open.
+
+    Args:
+        clock: tells the time of batches where the database is a file. A server has one, the same for all hosts.
+        watcher: is told of the wallets of every batch, where several processes can share the database's server.
 
     Raises:
         StoreUnsupported: there is none for this kind of database.
         SchemaMissing: it has no ledger in it yet. StoreUnavailable: it cannot be reached.
     """
     require_supported(database_url)
-    return await SqliteStore.open(database_url, clock=clock)
+    if database_url.startswith(SQLITE):
+        return await SqliteStore.open(database_url, clock=clock)
+    return await PostgresStore.open(database_url, watcher=watcher)

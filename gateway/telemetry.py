@@ -134,8 +134,15 @@ class Metrics:
 
     def _surroundings(self) -> None:
         self.database_up = self._gauge("database_up", "1 while the database answers in time.", mode="livemin")
-        self.cache_lookups = Children(
-            self._counter("cache_lookups", "Look-ups in a cache, by what they found.", ["cache", "result"])
+        self.redis_up = self._gauge(
+            "redis_up", "0 when a process does without the Redis that the settings name.", mode="livemin"
+        )
+        self.redis_up.set(1)
+        self.redis_failures = self._counter(
+            "redis_failures", "What Redis was asked, or would have been, and did not answer in time.", ["use"]
+        )
+        self.cache_looks = self._counter(
+            "cache_looks", "Looks into a cache: hit, or miss when the database was read.", ["cache", "result"]
         )
 
     # One proxied request, when it has ended.
@@ -198,7 +205,7 @@ class Metrics:
 
     def cache(self, name: str) -> Callable[[bool], None]:
         """What a cache of that name calls with each look-up: whether it had the answer."""
-        hits, misses = self.cache_lookups(name, "hit"), self.cache_lookups(name, "miss")
+        hits, misses = self.cache_looks.labels(name, "hit"), self.cache_looks.labels(name, "miss")
         return lambda hit: hits.inc() if hit else misses.inc()
 
     # What Prometheus reads.

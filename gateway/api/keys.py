@@ -113,7 +113,7 @@ async def revoke_key(
 
     key = key_of(request, None, "keys.revoke", about=key_id)
     answer = await once(request, response, services, principal, key=key, act=act, view=KeyView)
-    services.principals.invalidate()
+    services.changes.announce()
     return answer
 
 

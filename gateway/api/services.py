@@ -17,6 +17,7 @@ from gateway.proxy.rate_limit import RateLimit
 from gateway.proxy.routing import Router
 from gateway.readiness import Readiness
 from gateway.settings import Settings
+from gateway.shared.changes import Changes
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
 
@@ -27,6 +28,7 @@ class Services:
     database: Database
     ledger: Ledger
     principals: Principals
+    changes: Changes
     tenants: Tenants
     customers: Customers
     rate_limit: RateLimit

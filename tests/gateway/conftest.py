@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 import structlog
-from sqlmodel import SQLModel
 
 from gateway.database import Database
 from gateway.logs import configure_logging
-from gateway.tables import ApiKey, App, AssetVersion, Customer, Tenant
 from tests.gateway.office import Office, open_office
-
-OURS = [table.__table__ for table in (Tenant, AssetVersion, App, ApiKey, Customer)]  # type: ignore[attr-defined]
+from tests.gateway.rig import empty_database
 
 
 @dataclass
@@ -39,17 +36,19 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-def database_url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'farebox.db'}"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database with all tables, of each kind that there is."""
+    if request.param == "sqlite":
+        (tmp_path / "farebox.db").write_bytes(empty_database())
+        return f"sqlite:///{tmp_path / 'farebox.db'}"
+    url: str = request.getfixturevalue("gateway_url")
+    return url
 
 
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
-    """An empty SQLite file with the gateway's tables."""
     database = Database(database_url)
-    async with database.write() as connection:
-        await connection.run_sync(SQLModel.metadata.create_all, tables=OURS)
     yield database
     await database.close()
 

@@ -68,7 +68,7 @@ async def test_one_request_is_counted_once_everywhere(funded: Office):
         'farebox_upstream_requests_total{outcome="ok",upstream="simulated"}',
         'farebox_upstream_first_byte_seconds_count{upstream="simulated"}',
         'farebox_settlements_total{ending="finished",source="provider"}',
-        'farebox_cache_lookups_total{cache="principals",result="hit"}',
+        'farebox_cache_looks_total{cache="principals",result="hit"}',
     ):
         assert by(series) == 1, series
     assert by("farebox_ledger_batch_commands_sum") == 2, "one to reserve, one to commit"
