@@ -74,12 +74,20 @@ def _exact_decimal(value: Any) -> Any:
 
 
 def _secret(value: Any) -> Any:
-    """`env:NAME` stands for the content of the environment variable NAME."""
+    """`env:NAME` stands for the content of the environment variable NAME, and `file:PATH` for that of a file."""
     if isinstance(value, str) and value.startswith("env:"):
         name = value.removeprefix("env:")
         if not os.environ.get(name):
             raise ValueError(f"the environment variable {name} is not set")
         return os.environ[name]
+    if isinstance(value, str) and value.startswith("file:"):
+        path = Path(value.removeprefix("file:"))
+        try:
+            return path.read_text(encoding="utf-8").rstrip("\n")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not a text") from None
     return value
 
 
@@ -215,8 +223,8 @@ class Settings(BaseSettings):
         frozen=True, extra="forbid", hide_input_in_errors=True, env_prefix=PREFIX, validate_default=False
     )
 
-    database_url: str = Field(default="sqlite:///farebox.db", repr=False)
-    redis_url: str | None = Field(default=None, repr=False)
+    database_url: Annotated[str, BeforeValidator(_secret)] = Field(default="sqlite:///farebox.db", repr=False)
+    redis_url: Annotated[str | None, BeforeValidator(_secret)] = Field(default=None, repr=False)
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65_535)
     workers: int = Field(default=1, ge=1, le=256)
@@ -355,6 +363,18 @@ def load(config: Path | None = None) -> Settings:
     except ValidationError as error:
         source = {name: f"{PREFIX}{name.upper()}" for name in from_environment}
         raise SettingsInvalid(_sentences(error, source)) from None
+
+
+def database_url(value: str, *, source: str) -> str:
+    """A database's URL, read as the setting is; *source* is where it was given.
+
+    Raises:
+        SettingsInvalid
+    """
+    try:
+        return Settings(database_url=value).database_url
+    except ValidationError as error:
+        raise SettingsInvalid(_sentences(error, {"database_url": source})) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -126,6 +126,7 @@ async def test_every_priced_model_is_listed_where_none_is_named(office: Office):
     assert {"gpt-4o-mini", "gpt-4o", "claude-sonnet-4-5", "gemini-2.5-flash"} <= names
 
 
+@pytest.mark.sqlite
 async def test_a_database_that_is_gone_is_not_a_fault_of_ours(office: Office):
     path = office.gateway.services.settings.database_url.removeprefix("sqlite:///")
     with sqlite3.connect(path) as connection:

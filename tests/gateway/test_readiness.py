@@ -60,6 +60,7 @@ async def test_a_database_that_fails_is_told_without_its_details(office: Office,
     assert report.checks["database"] == "not usable: cannot reach postgresql://farebox:…@db/farebox"
 
 
+@pytest.mark.sqlite
 async def test_a_database_that_is_locked_for_writing_makes_it_unready_in_time(office: Office, tmp_path: Path):
     lock = ProcessLock(str(tmp_path / "farebox.db"))
     readiness = fresh(office)
@@ -110,6 +111,7 @@ async def test_an_answer_holds_for_a_while(office: Office, monkeypatch: pytest.M
     assert not (await readiness.report()).ready
 
 
+@pytest.mark.sqlite
 async def test_a_gateway_whose_file_was_removed_or_replaced_is_not_ready(office: Office, tmp_path: Path):
     readiness = fresh(office)
     path, kept = tmp_path / "farebox.db", tmp_path / "kept.db"
@@ -123,6 +125,7 @@ async def test_a_gateway_whose_file_was_removed_or_replaced_is_not_ready(office:
     assert (await readiness.report()).ready
 
 
+@pytest.mark.sqlite
 async def test_a_schema_that_is_behind_is_told(office: Office, tmp_path: Path):
     with closing(sqlite3.connect(tmp_path / "farebox.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
@@ -131,6 +134,7 @@ async def test_a_schema_that_is_behind_is_told(office: Office, tmp_path: Path):
     assert "farebox migrate" in found
 
 
+@pytest.mark.sqlite
 async def test_a_newer_schema_is_served(office: Office, tmp_path: Path):
     with closing(sqlite3.connect(tmp_path / "farebox.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
