@@ -13,6 +13,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 from ledger.commands import AnyCommand
 from ledger.errors import LedgerUnavailable
@@ -34,14 +35,33 @@ RETRY_WAITS_S = (0.02, 0.1, 0.5)
 PROBE_S = 0.25
 """During an outage, the pause before another batch tries whether it is over."""
 
+
+@dataclass(frozen=True, slots=True)
+class BatchRun:
+    """One attempt to write a batch, for those who watch the ledger.
+
+    Attributes:
+        outcomes: None when it failed as a whole.
+        waited_s: how long the command that came first had waited.
+        took_s: until it was durable, or had failed.
+    """
+
+    commands: Sequence[AnyCommand]
+    outcomes: Sequence[Outcome] | None
+    waited_s: float
+    took_s: float
+
+
 RunBatch = Callable[[Sequence[AnyCommand]], Awaitable[list[Outcome]]]
 Abandoned = Callable[[AnyCommand, Outcome], None]
+Observed = Callable[[BatchRun], None]
 
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
     command: AnyCommand
     answer: asyncio.Future[Outcome]
+    since_s: float
 
 
 class Writer:
@@ -49,6 +69,7 @@ class Writer:
 
     Args:
         abandoned: gets the outcome of a command whose caller had stopped waiting when its batch was under way already.
+        observed: is told of each attempt to write a batch; it must not fail.
     """
 
     def __init__(
@@ -56,6 +77,7 @@ class Writer:
         run_batch: RunBatch,
         *,
         abandoned: Abandoned | None = None,
+        observed: Observed | None = None,
         batch_max: int = BATCH_MAX,
         queue_max: int = QUEUE_MAX,
         wait_s: float = WAIT_S,
@@ -63,6 +85,7 @@ class Writer:
     ) -> None:
         self._run_batch = run_batch
         self._abandoned = abandoned
+        self._observed = observed
         self._batch_max = batch_max
         self._queue_max = queue_max
         self._wait_s = wait_s
@@ -97,7 +120,7 @@ class Writer:
             raise LedgerUnavailable(f"the store has not answered for {self._wait_s} s")
         if len(self._queue) >= self._queue_max:
             raise LedgerUnavailable(f"{self._queue_max} commands wait already")
-        waiting = _Waiting(command, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(command, asyncio.get_running_loop().create_future(), monotonic())
         self._queue[waiting] = None
         if self._working is None:
             self._working = asyncio.create_task(self._work(), name="ledger-writer")
@@ -187,13 +210,17 @@ class Writer:
         if not batch:
             return None
         self._running_since_s = asyncio.get_running_loop().time()
+        commands = [waiting.command for waiting in batch]
+        began_s = monotonic()
         try:
-            outcomes = await self._run_batch([waiting.command for waiting in batch])
+            outcomes = await self._run_batch(commands)
         except Exception as failure:
+            self._observe(batch, commands, None, began_s)
             return failure
         finally:
             self._running_since_s = None
         self._away = False
+        self._observe(batch, commands, outcomes, began_s)
         abandoned = []
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if waiting.answer.done():
@@ -202,6 +229,12 @@ class Writer:
                 waiting.answer.set_result(outcome)
         self._abandon(abandoned)
         return None
+
+    def _observe(
+        self, batch: list[_Waiting], commands: list[AnyCommand], outcomes: list[Outcome] | None, began_s: float
+    ) -> None:
+        if self._observed is not None:
+            self._observed(BatchRun(commands, outcomes, began_s - batch[0].since_s, monotonic() - began_s))
 
     def _abandon(self, outcomes: list[tuple[AnyCommand, Outcome]]) -> None:
         if self._abandoned is not None:
