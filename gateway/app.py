@@ -43,7 +43,7 @@ from gateway.shared.changes import Changes
 from gateway.shared.link import Link
 from gateway.shared.rate_limit import SharedRateLimit
 from gateway.shared.wallets import SharedWallets
-from gateway.stores import SQLITE, open_store
+from gateway.stores import SQLITE, OpenStore, open_store
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
 from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
@@ -81,8 +81,10 @@ class Gateway:
         metrics: Metrics | None = None,
         upstreams: Mapping[str, Upstream] | None = None,
         now_us: Callable[[], int] = now_us,
+        open_store: OpenStore = open_store,
     ) -> None:
         """*upstreams* come before those of the settings, by their names."""
+        self._open_store = open_store
         self._now_us = now_us
         self._settings = settings
         self._metrics = metrics or Metrics()
@@ -103,7 +105,12 @@ class Gateway:
         """Open everything; or nothing, and raise."""
         self._parts = await self._stack.enter_async_context(
             running_parts(
-                self._settings, self._metrics, self._given, draining=lambda: self.draining, now_us=self._now_us
+                self._settings,
+                self._metrics,
+                self._given,
+                draining=lambda: self.draining,
+                now_us=self._now_us,
+                open_store=self._open_store,
             )
         )
 
@@ -192,6 +199,7 @@ async def running_parts(
     *,
     draining: Callable[[], bool],
     now_us: Callable[[], int],
+    open_store: OpenStore,
 ) -> AsyncIterator[Parts]:
     """Everything that a gateway needs, open until the block ends, then closed in reverse."""
     async with AsyncExitStack() as stack:

@@ -22,13 +22,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlmodel import SQLModel
 
-from gateway.postgres import CONNECTIONS_MAX, cut, open_engine, unavailable
+from gateway.postgres import ACQUIRE_TIMEOUT_S, CONNECTIONS_MAX, TRANSACTION_TIMEOUT_S, open_engine, unavailable
 from ledger.store.row_security import checked
 
 BUSY_TIMEOUT_MS: Final = 5_000
 TURN_TIMEOUT_S: Final = 10
-IDLE_TIMEOUT_MS: Final = 10_000
-"""How long a transaction may do nothing on PostgreSQL: a process that stands still may hold up others no longer."""
 
 
 class Rows(NamedTuple):
@@ -73,16 +71,12 @@ class _Opening(NamedTuple):
     values: Mapping[str, str]
 
 
-_IDLE = f"set_config('idle_in_transaction_session_timeout', '{IDLE_TIMEOUT_MS}', true)"
 _NAMED: Final = text(
-    "SELECT set_config('farebox.scopes', :scopes, true), set_config('farebox.tenants', :tenants, true), " + _IDLE
+    "SELECT set_config('farebox.scopes', :scopes, true), set_config('farebox.tenants', :tenants, true)"
 )
-_OF_KEY: Final = text(
-    "SELECT set_config('farebox.tenants', coalesce(farebox_tenant_of_key(:key_id), ''), true), " + _IDLE
-)
+_OF_KEY: Final = text("SELECT set_config('farebox.tenants', coalesce(farebox_tenant_of_key(:key_id), ''), true)")
 _EVERY_TENANT: Final = text(
-    "SELECT set_config('farebox.tenants', coalesce(string_agg(tenant, ','), ''), true), "  # noqa: S608
-    f"{_IDLE} FROM farebox_tenants()"
+    "SELECT set_config('farebox.tenants', coalesce(string_agg(tenant, ','), ''), true) FROM farebox_tenants()"
 )
 
 
@@ -100,7 +94,9 @@ class Database:
         if url.startswith("sqlite:"):
             parsed = make_url(url)
             self._path = parsed.database
-            self.engine: AsyncEngine = create_async_engine(parsed.set(drivername="sqlite+aiosqlite"))
+            self.engine: AsyncEngine = create_async_engine(
+                parsed.set(drivername="sqlite+aiosqlite"), hide_parameters=True
+            )
             event.listen(self.engine.sync_engine, "connect", self._connected)
             event.listen(self.engine.sync_engine, "begin", _begin_sqlite)
         else:
@@ -154,7 +150,7 @@ class Database:
     @asynccontextmanager
     async def _transaction(self, opening: _Opening) -> AsyncIterator[AsyncConnection]:
         """A transaction on PostgreSQL that has begun. A connection that may be of no use any more is thrown away."""
-        connection = await self._opened(opening)
+        connection, timer = await self._opened(opening)
         try:
             yield connection
         except BaseException as error:
@@ -162,22 +158,30 @@ class Database:
                 await connection.invalidate()
             raise
         finally:
+            timer.cancel()
             await asyncio.shield(connection.close())
 
-    async def _opened(self, opening: _Opening) -> AsyncConnection:
+    async def _opened(self, opening: _Opening) -> tuple[AsyncConnection, asyncio.TimerHandle]:
+        """A connection that has named its rows, and the timer that will drop it."""
         # As often as there may be connections in the pool that the server knows nothing of.
         for left in reversed(range(CONNECTIONS_MAX + 1)):
-            connection = await self.engine.connect()
+            async with asyncio.timeout(ACQUIRE_TIMEOUT_S):
+                connection = await self.engine.connect()
+            driver = (await connection.get_raw_connection()).driver_connection
+            assert driver is not None
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(TRANSACTION_TIMEOUT_S, driver.terminate)
             try:
                 await connection.execute(*opening)
             except BaseException as error:
+                timer.cancel()
                 if unavailable(error):
                     await connection.invalidate()
                 await asyncio.shield(connection.close())
-                if not (left and cut(error)):
+                if not left or not unavailable(error) or loop.time() >= timer.when():
                     raise
             else:
-                return connection
+                return connection, timer
         raise AssertionError("unreachable")
 
     async def check(self) -> None:

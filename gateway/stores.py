@@ -1,7 +1,7 @@
 """Which store keeps the ledger, by the database's URL: the seam for another one."""
 
 from collections.abc import Callable
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Protocol
 
 from ledger.store.postgres import PostgresStore
 from ledger.store.postgres_connection import connect, translated
@@ -10,6 +10,14 @@ from ledger.store.sqlite import SqliteStore, database_path
 
 SQLITE: Final = "sqlite:"
 POSTGRES: Final = ("postgresql:", "postgres:", "postgresql+asyncpg:")
+
+
+class OpenStore(Protocol):
+    """What opens the store behind a URL, as `open_store` does."""
+
+    async def __call__(
+        self, database_url: str, *, clock: Callable[[], int], watcher: Watcher | None = None
+    ) -> Store: ...
 
 
 class StoreUnsupported(Exception):

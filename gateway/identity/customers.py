@@ -112,6 +112,8 @@ class Customers:
         Raises:
             ApiError: 404.
         """
+        if "\x00" in reference:  # PostgreSQL keeps no such text, nor looks for it.
+            raise errors.not_found("this customer")
         by_id = reference.startswith(CUSTOMER_PREFIX)
         column = col(Customer.id) if by_id else col(Customer.external_id)
         async with self._database.read(of(tenant_id, mode)) as connection:

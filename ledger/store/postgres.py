@@ -5,7 +5,6 @@ limit: a server that hangs makes the store unavailable, and nobody waits for it 
 """
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final, TypeVar
@@ -15,10 +14,11 @@ from ledger.model import Reservation, ReservationRef, Scope, WalletRef
 from ledger.outcomes import Outcome, UsageRecorded
 from ledger.store import postgres_reads as reads
 from ledger.store.postgres_batch import BATCH_S, Batches
-from ledger.store.postgres_connection import CONNECT_ALL_S, Connection, Connections, connect, translated
+from ledger.store.postgres_connection import CONNECT_ALL_S, Connection, Connections, connect, server_url, translated
 from ledger.store.protocol import (
     PAGE_MAX,
     Position,
+    SchemaMissing,
     Snapshot,
     StoreUnavailable,
     Transaction,
@@ -67,7 +67,7 @@ class PostgresStore:
             SchemaMissing: there is no ledger in it yet.
             StoreUnavailable: it cannot be reached.
         """
-        url = re.sub(r"^postgres(ql)?(\+\w+)?:", "postgresql:", database_url)
+        url = server_url(database_url)
         store = cls(url, Batches(clock=clock, watcher=watcher))
         store._connection = await connect(url)
         return store
@@ -103,9 +103,9 @@ class PostgresStore:
         async with self._turn:
             if not commands:
                 return []
-            if self._connection is None or self._connection.is_closed():
-                self._connection = await connect(self._url)
             connection = self._connection
+            if connection is None or connection.is_closed():
+                connection = self._connection = await self._connect_again()
             try:
                 with translated():
                     return await self._batches.run(connection, commands)
@@ -115,6 +115,13 @@ class PostgresStore:
                     connection.terminate()
                     self._connection = None
                 raise
+
+    async def _connect_again(self) -> Connection:
+        """Where the ledger was once, it may be missing only for a while: the server may be about to be replaced."""
+        try:
+            return await connect(self._url)
+        except SchemaMissing as error:
+            raise StoreUnavailable(str(error)) from error
 
     async def wallet(self, ref: WalletRef) -> WalletBlocks | None:
         return await self._read(lambda connection: reads.wallet(connection, ref))

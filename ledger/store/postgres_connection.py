@@ -6,6 +6,7 @@ server has limits of its own for what a client leaves behind.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Final
@@ -44,6 +45,11 @@ if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 else:
     Connection = asyncpg.Connection
+
+
+def server_url(database_url: str) -> str:
+    """The URL as asyncpg wants it: without the name of a driver."""
+    return re.sub(r"^postgres(ql)?(\+\w+)?:", "postgresql:", database_url)
 
 
 @contextmanager

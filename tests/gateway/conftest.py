@@ -12,7 +12,10 @@ import structlog
 from gateway.database import Database
 from gateway.telemetry import configure_logging
 from tests.gateway.office import Office, open_office
-from tests.gateway.rig import empty_database
+from tests.gateway.rig import empty_database, name_database
+
+STORES = ("sqlite", "postgresql")
+ON_EVERY_STORE = ("test_journey_", "test_api_", "test_isolation")
 
 
 @dataclass
@@ -51,6 +54,21 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     database = Database(database_url)
     yield database
     await database.close()
+
+
+@pytest.fixture(autouse=True)
+def store(request: pytest.FixtureRequest) -> None:
+    """The kind of database that the gateways of this test have: that of its folder."""
+    if getattr(request, "param", "sqlite") == "postgresql":
+        name_database(request.getfixturevalue("tmp_path"), request.getfixturevalue("gateway_url"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Whatever a gateway does that a user can see, it does on every kind of database: all journeys and the API."""
+    everywhere = metafunc.module.__name__.rpartition(".")[2].startswith(ON_EVERY_STORE)
+    alone = any(mark.name == "sqlite" for mark in metafunc.definition.iter_markers())
+    if everywhere and not alone and "tmp_path" in metafunc.fixturenames:
+        metafunc.parametrize("store", STORES, indirect=True)
 
 
 @pytest.fixture
