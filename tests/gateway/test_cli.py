@@ -149,11 +149,16 @@ def test_demo_serves_what_it_prints_and_leaves_nothing(tmp_path: Path, run: Run)
         assert installed.keys() == INSTALLED
         for key in ("live_key", "test_key"):
             answer = httpx.post(
-                f"{installed['base_url']}/chat/completions", json=QUESTION, headers=headers(installed, key)
+                f"{installed['base_url']}/chat/completions",
+                json=QUESTION,
+                headers=headers(installed, key),
+                timeout=WAIT_S,
             )
             assert answer.status_code == 200, answer.text
             assert float(answer.json()["usage"]["balance"]) > 999
-            developer = httpx.get(f"{installed['base_url']}/funding", headers=headers(installed, key)).json()
+            developer = httpx.get(
+                f"{installed['base_url']}/funding", headers=headers(installed, key), timeout=WAIT_S
+            ).json()
             assert developer["developer"]["balance_decimal"] == "1000"
         assert not [name for name in answer.headers if name.startswith("x-ratelimit")]
         port = installed["base_url"].rpartition(":")[2].removesuffix("/v1")
@@ -175,7 +180,9 @@ def test_a_second_demo_on_the_same_database_prints_keys_that_work(tmp_path: Path
     for _ in range(2):
         with started(tmp_path, "demo", "--port", "0", "--json", line="base_url", **shared) as (process, line):
             installed = json.loads(line)
-            answer = httpx.post(f"{installed['base_url']}/chat/completions", json=QUESTION, headers=headers(installed))
+            answer = httpx.post(
+                f"{installed['base_url']}/chat/completions", json=QUESTION, headers=headers(installed), timeout=WAIT_S
+            )
             assert answer.status_code == 200
             users.append((installed["tenant_id"], installed["app_id"], answer.json()["usage"]["balance"]))
             assert stop(process) == 0
@@ -196,7 +203,7 @@ def test_sigterm_lets_a_stream_finish_and_turns_new_requests_away(tmp_path: Path
             process.send_signal(signal.SIGTERM)
             rest = [text for text in lines if text]
             with pytest.raises(httpx.ConnectError):
-                httpx.get(f"{installed['base_url']}/models", headers=headers(installed))
+                httpx.get(f"{installed['base_url']}/models", headers=headers(installed), timeout=WAIT_S)
         assert rest[-1] == "data: [DONE]"
         assert process.wait(WAIT_S) == 0
 
@@ -227,9 +234,11 @@ def test_serve_migrates_its_file_and_several_workers_share_the_work(tmp_path: Pa
     with started(tmp_path, *arguments, line="Farebox serves") as (process, line):
         base_url = line.rpartition(" ")[2]
         for _ in range(6):
-            answer = httpx.post(f"{base_url}/chat/completions", json=QUESTION, headers=headers(installed, "test_key"))
+            answer = httpx.post(
+                f"{base_url}/chat/completions", json=QUESTION, headers=headers(installed, "test_key"), timeout=WAIT_S
+            )
             assert answer.status_code == 200
-        metrics = httpx.get(f"{base_url.removesuffix('/v1')}/metrics").text
+        metrics = httpx.get(f"{base_url.removesuffix('/v1')}/metrics", timeout=WAIT_S).text
         assert 'farebox_requests_total{method="POST",route="/v1/chat/completions",status="200"} 6.0' in metrics
         worker = children(process.pid)[0]
         os.kill(worker, signal.SIGKILL)
