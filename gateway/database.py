@@ -95,7 +95,8 @@ class Database:
             parsed = make_url(url)
             self._path = parsed.database
             self.engine: AsyncEngine = create_async_engine(
-                parsed.set(drivername="sqlite+aiosqlite"), hide_parameters=True
+                parsed.set(drivername="sqlite+aiosqlite"),
+                hide_parameters=True,  # They may be anybody's data; with an error they would reach the log.
             )
             event.listen(self.engine.sync_engine, "connect", self._connected)
             event.listen(self.engine.sync_engine, "begin", _begin_sqlite)

@@ -11,6 +11,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 from ledger.commands import AnyCommand
 from ledger.errors import LedgerUnavailable
@@ -29,14 +30,33 @@ WAIT_S = 10.0
 RETRY_WAITS_S = (0.02, 0.1, 0.5)
 """The waits before trying a batch again; each is drawn from half of it to all of it."""
 
+
+@dataclass(frozen=True, slots=True)
+class BatchRun:
+    """One attempt to write a batch, for those who watch the ledger.
+
+    Attributes:
+        outcomes: None when it failed as a whole.
+        waited_s: how long the command that came first had waited.
+        took_s: until it was durable, or had failed.
+    """
+
+    commands: Sequence[AnyCommand]
+    outcomes: Sequence[Outcome] | None
+    waited_s: float
+    took_s: float
+
+
 RunBatch = Callable[[Sequence[AnyCommand]], Awaitable[list[Outcome]]]
 Abandoned = Callable[[AnyCommand, Outcome], None]
+Observed = Callable[[BatchRun], None]
 
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
     command: AnyCommand
     answer: asyncio.Future[Outcome]
+    since_s: float
 
 
 class Writer:
@@ -44,6 +64,7 @@ class Writer:
 
     Args:
         abandoned: gets the outcome of a command whose caller had stopped waiting when its batch was under way already.
+        observed: is told of each attempt to write a batch; it must not fail.
     """
 
     def __init__(
@@ -51,6 +72,7 @@ class Writer:
         run_batch: RunBatch,
         *,
         abandoned: Abandoned | None = None,
+        observed: Observed | None = None,
         batch_max: int = BATCH_MAX,
         queue_max: int = QUEUE_MAX,
         wait_s: float = WAIT_S,
@@ -58,6 +80,7 @@ class Writer:
     ) -> None:
         self._run_batch = run_batch
         self._abandoned = abandoned
+        self._observed = observed
         self._batch_max = batch_max
         self._queue_max = queue_max
         self._wait_s = wait_s
@@ -83,7 +106,7 @@ class Writer:
             raise LedgerUnavailable("the ledger is shut down")
         if len(self._queue) >= self._queue_max:
             raise LedgerUnavailable(f"{self._queue_max} commands wait already")
-        waiting = _Waiting(command, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(command, asyncio.get_running_loop().create_future(), monotonic())
         self._queue[waiting] = None
         if self._working is None:
             self._working = asyncio.create_task(self._work(), name="ledger-writer")
@@ -148,10 +171,14 @@ class Writer:
         """Run *batch* and answer everybody in it; or the failure, and nobody has an answer."""
         if not batch:
             return None
+        commands = [waiting.command for waiting in batch]
+        began_s = monotonic()
         try:
-            outcomes = await self._run_batch([waiting.command for waiting in batch])
+            outcomes = await self._run_batch(commands)
         except Exception as failure:
+            self._observe(batch, commands, None, began_s)
             return failure
+        self._observe(batch, commands, outcomes, began_s)
         abandoned = []
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if waiting.answer.done():
@@ -160,6 +187,12 @@ class Writer:
                 waiting.answer.set_result(outcome)
         self._abandon(abandoned)
         return None
+
+    def _observe(
+        self, batch: list[_Waiting], commands: list[AnyCommand], outcomes: list[Outcome] | None, began_s: float
+    ) -> None:
+        if self._observed is not None:
+            self._observed(BatchRun(commands, outcomes, began_s - batch[0].since_s, monotonic() - began_s))
 
     def _abandon(self, outcomes: list[tuple[AnyCommand, Outcome]]) -> None:
         if self._abandoned is not None:

@@ -66,6 +66,7 @@ class Principals:
 
     Args:
         lease_s: how long an answer is used before it is asked for again.
+        looked_up: is told of each look-up whether the cache had the answer.
         monotonic_s: the clock of the leases.
     """
 
@@ -76,11 +77,13 @@ class Principals:
         lease_s: float = LEASE_S,
         now_us: Callable[[], int] = now_us,
         monotonic_s: Callable[[], float] = time.monotonic,
+        looked_up: Callable[[bool], None] = lambda hit: None,
     ) -> None:
         self._database = database
         self._lease_s = lease_s
         self._now_us = now_us
         self._monotonic_s = monotonic_s
+        self._looked_up = looked_up
         self._known: LRU[bytes, Lease] = LRU(PRINCIPALS_MAX)
         self._unknown: LRU[bytes, float] = LRU(UNKNOWN_MAX)
         self._under_way: dict[bytes, asyncio.Task[Principal | None]] = {}
@@ -97,10 +100,12 @@ class Principals:
         lease = self._known.get(digest)
         now_s = self._monotonic_s()
         if lease is not None and now_s < lease.until_s:
+            self._looked_up(True)
             return lease.principal
         parsed = keys.parse(token)
         if parsed is None or now_s < (self._unknown.get(digest) or 0):
             raise errors.invalid_api_key()
+        self._looked_up(False)
         principal = await self._look_up_once(digest, parsed.key_id)
         if principal is None:
             raise errors.invalid_api_key()

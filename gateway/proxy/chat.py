@@ -144,7 +144,8 @@ class ChatProxy:
         refusal = self._errors.translate(error)
         if refusal is None:
             log.exception("request failed", request_id=exchange.request_id, exc_info=error)
-            return internal_error()
+            refusal = internal_error()
+        exchange.journey.code = refusal.code
         return refusal
 
     # The journey.
@@ -166,8 +167,10 @@ class ChatProxy:
             clamping=exchange.header("X-Quota-Clamping") != "off",
             max_cost=exchange.header("X-Quota-Max-Cost"),
         )
+        exchange.journey.model, exchange.journey.stream = request.model, request.stream
         key = _idempotency_key(exchange, payer, body)
-        hold = await self._reserve(exchange, plan, principal, payer, key=key, began_us=began_us)
+        with exchange.journey.trace.step("reserve"):
+            hold = await self._reserve(exchange, plan, principal, payer, key=key, began_us=began_us)
         if hold is None:
             return
         async with self._held(hold):
@@ -306,7 +309,7 @@ class ChatProxy:
         failure: UpstreamError | None = None
         last = plan.route.candidates[-1]
         for candidate in plan.route.candidates:
-            response, failure = await self._try(candidate, plan, exchange.request_id, clamped)
+            response, failure = await self._try(candidate, plan, exchange, clamped)
             if response is None:
                 continue
             if response.status in TRIED_ELSEWHERE and candidate is not last:
@@ -319,7 +322,7 @@ class ChatProxy:
         raise _unanswered(failure)
 
     async def _try(
-        self, candidate: Candidate, plan: Plan, request_id: str, clamped: int | None
+        self, candidate: Candidate, plan: Plan, exchange: Exchange, clamped: int | None
     ) -> tuple[UpstreamResponse | None, UpstreamError | None]:
         """One candidate's answer, or its failure; it is asked again only where it cannot have done the work."""
         request = plan.request
@@ -329,11 +332,13 @@ class ChatProxy:
             output_tokens_max=clamped,
             limit_field=candidate.limit_field,
         )
-        sent = UpstreamRequest(path="/chat/completions", body=body, stream=request.stream, request_id=request_id)
+        sent = UpstreamRequest(
+            path="/chat/completions", body=body, stream=request.stream, request_id=exchange.request_id
+        )
         for attempt in range(candidate.retries + 1):
             final = attempt == candidate.retries
             try:
-                response = await candidate.upstream.send(sent)
+                response = await exchange.journey.send(candidate, sent)
             except UpstreamError as error:
                 if final or not _not_sent(error):
                     return None, error
@@ -341,7 +346,9 @@ class ChatProxy:
                 if final or response.status not in TRIED_AGAIN:
                     return response, None
                 await response.close()
-            await asyncio.sleep(RETRY_WAIT_S * 2**attempt * random.uniform(0.5, 1))  # noqa: S311 - spreads retries
+            pause_s = RETRY_WAIT_S * 2**attempt * random.uniform(0.5, 1)  # noqa: S311 - spreads retries
+            exchange.journey.upstream_s += pause_s
+            await asyncio.sleep(pause_s)
         raise AssertionError("the last attempt returns")
 
     async def _refused(self, exchange: Exchange, hold: Hold, response: UpstreamResponse) -> None:
@@ -380,7 +387,9 @@ class ChatProxy:
         if keep:
             shown = tuple((name.decode(), value.decode()) for name, value in headers)
             stored = StoredResponse(status=response.status, headers=shown, body=answer.body({}))
-        charged = await hold.settle(Ending.FINISHED, reported=answer.reported, counted=counted, response=stored)
+        with exchange.journey.trace.step("settle"):
+            charged = await hold.settle(Ending.FINISHED, reported=answer.reported, counted=counted, response=stored)
+        exchange.journey.settled(Ending.FINISHED, charged.usage)
         if charged.settled is None:
             raise charge_waits()
         quota = quota_of(plan.tariff.asset, cost=charged.settled.charged[0].total, balance=charged.settled.balance)

@@ -235,6 +235,11 @@ class LiveHolds:
     def __len__(self) -> int:
         return len(self._holds)
 
+    @property
+    def held(self) -> int:
+        """What all of them hold together, in the assets' smallest units."""
+        return sum(sum(hold.held) for hold in self._holds.values() if not hold.settled)
+
     def add(self, hold: Hold) -> None:
         self._holds[hold.reservation] = hold
 

@@ -131,9 +131,13 @@ class StreamedAnswer:
         reported = meter.reported if ending is Ending.FINISHED or not meter.stale else None
         if ending is not Ending.FINISHED or reported is None:  # Else our own count is not asked for.
             meter.measure()
-        return await self._hold.settle(
-            ending, reported=reported, counted=self._usage(*meter.passed), delivered=meter.delivered
-        )
+        journey = self._exchange.journey
+        with journey.trace.step("settle"):
+            charged = await self._hold.settle(
+                ending, reported=reported, counted=self._usage(*meter.passed), delivered=meter.delivered
+            )
+        journey.settled(ending, charged.usage)
+        return charged
 
     def _usage(self, output: int, reasoning: int) -> Usage:
         return Usage(input=self._plan.prompt_tokens, output=output, reasoning=reasoning)

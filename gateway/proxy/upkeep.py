@@ -12,7 +12,7 @@ import structlog
 from gateway.proxy.hold import LiveHolds
 from gateway.proxy.journal import SettlementJournal
 from ledger.errors import LedgerUnavailable
-from ledger.ledger import Ledger
+from ledger.ledger import Ledger, Swept
 
 SWEEP_S: Final = 5.0
 """How long an orphan may wait beyond its time, at most."""
@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 
 class Upkeep:
-    """Three loops, from ``start`` to ``stop``."""
+    """Three loops, from ``start`` to ``stop``. *swept* is told what each sweep did."""
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class Upkeep:
         journal: SettlementJournal,
         heartbeat_s: float,
         now_us: Callable[[], int],
+        swept: Callable[[Swept], None] = lambda swept: None,
         sweep_s: float = SWEEP_S,
         replay_s: float = REPLAY_S,
     ) -> None:
@@ -40,6 +41,7 @@ class Upkeep:
         self._live = live
         self._journal = journal
         self._now_us = now_us
+        self._swept = swept
         self._rounds = {
             "heartbeat": (heartbeat_s, self._live.heartbeat),
             "sweep": (sweep_s, self.sweep),
@@ -61,6 +63,7 @@ class Upkeep:
     async def sweep(self) -> None:
         """Settle every reservation, and book every block, whose time has passed."""
         swept = await self._ledger.sweep(self._now_us())
+        self._swept(swept)
         if swept.reservations or swept.failures:
             log.info("swept", reservations=swept.reservations, wallets=swept.wallets, failures=len(swept.failures))
 

@@ -195,7 +195,7 @@ class Gateway(Process):
     """`farebox serve`, ready."""
 
     def __init__(self, *arguments: str, log: Path, cwd: Path, **environ: str) -> None:
-        super().__init__("gateway.cli", "serve", "--port", "0", *arguments, log=log, cwd=cwd, **environ)
+        super().__init__("gateway.cli", "serve", *_port(arguments), *arguments, log=log, cwd=cwd, **environ)
         self.base_url = self.line_with("Farebox serves", of=lambda: self.err).split()[-1]
 
     def get(self, path: str, key: str) -> httpx.Response:
@@ -204,6 +204,11 @@ class Gateway(Process):
     def post(self, path: str, key: str, body: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"}
         return httpx.post(f"{self.base_url}{path}", headers=headers, json=body, timeout=30)
+
+
+def _port(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """A free port, unless one is named."""
+    return () if "--port" in arguments else ("--port", "0")
 
 
 @dataclass(frozen=True, slots=True)
