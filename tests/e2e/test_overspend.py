@@ -42,7 +42,7 @@ async def all_at_once(
 
 def assert_sound(farebox: Farebox) -> None:
     """What holds of the books when nothing is under way."""
-    books = Books(farebox.database)
+    books = farebox.books
     assert books.open_requests() == set()
     assert books.reserved() == 0
     assert min(books.lowest_balances().values()) == 0, "no wallet was ever below zero, entry by entry"
@@ -90,7 +90,7 @@ async def test_mixed_costs_never_overspend_and_leave_nothing_reserved(install: I
         assert {each.status for each in seen} == {200, 402}
         assert all(each.complete for each in seen)
         assert_sound(farebox)
-        books = Books(farebox.database)
+        books = farebox.books
         booked = books.requests()
         shown = {each.request_id: each for each in seen if each.usage is not None}
         assert len(shown) > 50
