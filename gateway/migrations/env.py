@@ -5,7 +5,15 @@ from sqlmodel import SQLModel
 
 import gateway.tables  # noqa: F401  (fills the metadata)
 import ledger.store.tables  # noqa: F401  (fills the metadata)
+from gateway.migrations import role
 
-context.configure(connection=context.config.attributes["connection"], target_metadata=SQLModel.metadata)
+connection = context.config.attributes["connection"]
+roles = connection.dialect.name == "postgresql"
+
+context.configure(connection=connection, target_metadata=SQLModel.metadata)
 with context.begin_transaction():
+    if roles:
+        role.make(connection)
     context.run_migrations()
+    if roles:
+        role.allow(connection)

@@ -14,6 +14,22 @@ from ledger.model import Scope
 GATEWAY_ROLE: Final = "farebox_gateway"
 """The role that the gateway works as: it owns no table and bypasses no policy. ``farebox migrate`` makes it."""
 
+BECOME_GATEWAY: Final = f"""
+SELECT set_config('role', '{GATEWAY_ROLE}', false) FROM pg_roles AS login, pg_roles AS gateway
+WHERE login.rolname = session_user AND gateway.rolname = '{GATEWAY_ROLE}' AND login.oid <> gateway.oid
+      AND pg_has_role(login.oid, gateway.oid, 'MEMBER')
+      AND (login.rolsuper OR login.rolbypassrls
+           OR EXISTS (SELECT FROM pg_class AS t
+                      WHERE t.oid = to_regclass('ledger_command') AND pg_has_role(login.oid, t.relowner, 'USAGE')))
+"""  # noqa: S608
+"""Once a connection: one whose login owns the tables or bypasses policies works as the gateway's role from here on.
+
+A login that is neither stays what it is, and so does an owner where the role could not be made: FORCE holds it.
+"""
+
+BYPASSES: Final = "SELECT NOT coalesce(row_security_active(to_regclass('ledger_command')), true)"
+"""Whether the connection would see everything after all: a superuser where the role is missing. It may not work so."""
+
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 

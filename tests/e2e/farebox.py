@@ -72,13 +72,13 @@ def until(condition: Callable[[], object], *, within_s: float, what: str) -> Non
         time.sleep(POLL_S)
 
 
-async def until_async(condition: Callable[[], object], *, within_s: float, what: str) -> None:
+async def until_async(condition: Callable[[], object], *, within_s: float, what: str, poll_s: float = POLL_S) -> None:
     """The same, while the loop's other tasks go on."""
     deadline = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"within {within_s} s there was no {what}")
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(poll_s)
 
 
 def environment(**more: str) -> dict[str, str]:

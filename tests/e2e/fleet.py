@@ -4,9 +4,11 @@ The gateways log in as a role that owns nothing and bypasses nothing, and reach 
 """
 
 import asyncio
+import random
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -17,10 +19,11 @@ from gateway.proxy.upkeep import SWEEP_S
 from tests.e2e.audit import assert_each_paid_once, assert_nothing_made_or_lost
 from tests.e2e.books import Books
 from tests.e2e.farebox import Clock, Farebox, Gateway, Upstream, installed, until_async
-from tests.e2e.load import Load
+from tests.e2e.load import Load, a_request
 from tests.servers.postgres import DURABLE, PostgresServer, database_of
 from tests.servers.postgres_proxy import WRITES, PostgresProxy
 from tests.servers.proxy import Proxy
+from tests.servers.standby import Pair
 from tests.servers.valkey import ValkeyServer
 
 LIFE_S: Final = 4.0
@@ -35,6 +38,27 @@ SETTINGS: Final = {
 
 SETTLED_S: Final = LIFE_S + SWEEP_S + 15.0
 """When the last orphan is settled, at the latest: its time, the sweeper's pause, and two busy cores."""
+
+BACK_S: Final = 10.0
+"""When every client has been served again after a fault has gone, the time of its request included."""
+
+TRAFFIC_S: Final = 60.0
+"""Until there is enough of it; only a failure waits for that."""
+
+ANSWER_S: Final = 2.0
+"""The longest that a request of the load takes by itself."""
+
+WAITS: Final = 3
+"""How often one request may wait for the ledger: for its key, its credits, its charge."""
+
+MARGIN_S: Final = 3.0
+"""Two busy cores."""
+
+SLOWEST_S: Final = WAITS * LEDGER_TIMEOUT_S + ANSWER_S + MARGIN_S
+"""By when each request is answered, one way or the other, also during a fault."""
+
+ROUNDS_OF_ONE_FLEET: Final = 10
+"""`farebox verify` replays the whole journal after each round; a fresh ledger now and then keeps that short."""
 
 USERS: Final = tuple(f"user-{number}" for number in range(8))
 FUNDS_MILLICREDITS: Final = 10**9
@@ -64,18 +88,44 @@ class Servers:
         return url, self.proxy.url_of(self.postgres.url_of(database_of(url), user=LOGIN))
 
 
+@dataclass(slots=True)
+class ReplicatedServers(Servers):
+    """Their PostgreSQL has a synchronous standby, and every URL names both."""
+
+    pair: Pair
+
+    def urls(self) -> tuple[str, str]:
+        name = database_of(self.postgres.create_database())
+        return self.pair.url_of(name), self.pair.url_of(name, user=LOGIN)
+
+
 @contextmanager
 def running_servers() -> Iterator[Servers]:
     with ExitStack() as stack:
-        postgres = PostgresServer(settings=DURABLE).create().start()
+        postgres = PostgresServer(settings=DURABLE)
         stack.callback(postgres.close)
-        valkey = ValkeyServer().start()
-        stack.callback(valkey.close)
-        proxy = PostgresProxy(postgres.port, watched=BATCHES).start()
-        stack.callback(proxy.close)
-        valkey_proxy = Proxy(valkey.port).start()
-        stack.callback(valkey_proxy.close)
-        yield Servers(postgres, proxy, valkey, valkey_proxy)
+        postgres.create().start()
+        yield Servers(postgres, *_beside(stack, postgres))
+
+
+@contextmanager
+def running_replicated_servers() -> Iterator[ReplicatedServers]:
+    with ExitStack() as stack:
+        pair = Pair()
+        stack.callback(pair.close)
+        pair.start()
+        yield ReplicatedServers(pair.primary, *_beside(stack, pair.primary), pair)
+
+
+def _beside(stack: ExitStack, postgres: PostgresServer) -> tuple[PostgresProxy, ValkeyServer, Proxy]:
+    """The proxy to *postgres*, a Valkey, and the proxy to that."""
+    valkey = ValkeyServer()
+    stack.callback(valkey.close)
+    valkey.start()
+    proxy, valkey_proxy = PostgresProxy(postgres.port, watched=BATCHES), Proxy(valkey.port)
+    for each in (proxy, valkey_proxy):
+        stack.callback(each.start().close)
+    return proxy, valkey, valkey_proxy
 
 
 @dataclass(slots=True)
@@ -130,6 +180,18 @@ class Fleet:
             FAREBOX_REDIS_URL=f"redis://127.0.0.1:{self.servers.valkey_proxy.port}/0",
         )
 
+    @asynccontextmanager
+    async def loaded(self, rng: random.Random, *, clients: int) -> AsyncIterator[Load]:
+        """Under load, each client served some times already; at the end all are, and what they asked is over."""
+        load = Load(self.base_urls, self.headers, a_request, rng)
+        running = asyncio.create_task(load.run(clients=clients))
+        try:
+            await until_async(lambda: load.served >= 3 * clients, within_s=TRAFFIC_S, what="traffic")
+            yield load
+        finally:
+            load.stop()
+            await running
+
     async def all_settled(self) -> None:
         """Wait until no reservation is open: none outlives its time."""
         books = self.books
@@ -144,6 +206,37 @@ class Fleet:
         assert_nothing_made_or_lost(self.books, given=self.given)
         await asyncio.to_thread(self.hosts[0].verify)
         return whole
+
+
+async def served_again(load: Load) -> float:
+    """Wait until each client has been served something that it asked from now on; how many seconds that took."""
+    over_s = time.monotonic()
+    await until_async(
+        lambda: load.served_again_s(over_s) is not None, within_s=BACK_S, what="service for everybody again"
+    )
+    return (load.served_again_s(over_s) or over_s) - over_s
+
+
+class Fleets:
+    """The fleet that serves now, on a fresh ledger now and then."""
+
+    def __init__(self, folder: Path, servers: Servers) -> None:
+        self._folder = folder
+        self.servers = servers
+        self._stack = ExitStack()
+        self._made = 0
+        self._fleet: Fleet | None = None
+
+    def next(self) -> Fleet:
+        if self._fleet is None or self._fleet.rounds >= ROUNDS_OF_ONE_FLEET:
+            self._stack.close()
+            self._made += 1
+            self._fleet = self._stack.enter_context(running_fleet(self._folder / f"fleet-{self._made}", self.servers))
+        self._fleet.rounds += 1
+        return self._fleet
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 @contextmanager

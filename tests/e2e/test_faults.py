@@ -12,39 +12,22 @@ import resource
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import pytest
 
 from tests.conftest import Campaign
 from tests.e2e.farebox import until_async
-from tests.e2e.fleet import LEDGER_TIMEOUT_S, Fleet, Servers, running_fleet, running_servers
-from tests.e2e.load import Load, Seen, a_request
+from tests.e2e.fleet import ANSWER_S, MARGIN_S, SLOWEST_S, TRAFFIC_S, Fleet, Fleets, served_again
+from tests.e2e.load import Load, Seen
 from tests.servers.postgres_proxy import Spot
 
 CLIENTS: Final = 24
-BACK_S: Final = 10.0
-"""When every client has been served again after a fault has gone, the time of its request included."""
-
 HANG_S: Final = 5.0
 MINUTE_S: Final = 60.0
-AIM_S: Final = 60.0
-
-ANSWER_S: Final = 2.0
-"""The longest that a request of the load takes by itself."""
-
-WAITS: Final = 3
-"""How often one request may wait for the ledger: for its key, its credits, its charge."""
-
-MARGIN_S: Final = 3.0
-"""Two busy cores."""
-
-ROUNDS_OF_ONE_FLEET: Final = 10
-"""`farebox verify` replays the whole journal after each round; a fresh ledger now and then keeps that short."""
 
 
 @dataclass
@@ -109,14 +92,14 @@ async def postgres_stands_still(fleet: Fleet, load: Load, rng: random.Random) ->
 async def the_network_stands_still(fleet: Fleet, load: Load, rng: random.Random) -> None:
     """The server goes on: what was asked before happens, and nobody hears of it for five seconds."""
     fleet.servers.proxy.hang(for_s=HANG_S)
-    await until_async(lambda: not fleet.servers.proxy.hanging, within_s=AIM_S, what="end of the stillness")
+    await until_async(lambda: not fleet.servers.proxy.hanging, within_s=TRAFFIC_S, what="end of the stillness")
 
 
 async def the_connection_is_cut(fleet: Fleet, load: Load, rng: random.Random, *, spot: Spot) -> None:
     proxy = fleet.servers.proxy
     wanted = proxy.cuts + rng.randrange(2, 6)
     proxy.cut_at(spot, every=rng.randrange(2, 12), times=wanted - proxy.cuts)
-    await until_async(lambda: proxy.cuts == wanted, within_s=AIM_S, what="connection cut")
+    await until_async(lambda: proxy.cuts == wanted, within_s=TRAFFIC_S, what="connection cut")
 
 
 async def the_journal_has_no_room(fleet: Fleet, load: Load, rng: random.Random) -> None:
@@ -127,7 +110,7 @@ async def the_journal_has_no_room(fleet: Fleet, load: Load, rng: random.Random) 
         await asyncio.to_thread(fleet.servers.postgres.kill)
         await until_async(
             lambda: any(each.status == 503 and each.ended_s > began_s for each in load.all),
-            within_s=AIM_S,
+            within_s=TRAFFIC_S,
             what="refusal",
         )
         await asyncio.to_thread(fleet.servers.postgres.start)
@@ -182,7 +165,7 @@ async def a_clock_steps(fleet: Fleet, load: Load, rng: random.Random) -> None:
 
 async def more_served(load: Load, rng: random.Random) -> None:
     goal = load.served + rng.randrange(50, 150)
-    await until_async(lambda: load.served >= goal, within_s=AIM_S, what="service in spite of it")
+    await until_async(lambda: load.served >= goal, within_s=TRAFFIC_S, what="service in spite of it")
 
 
 FELT: Final[dict[str, Fault]] = {
@@ -208,53 +191,11 @@ NOT_FELT: Final[dict[str, Fault]] = {
 # The rounds.
 
 
-class Fleets:
-    """The fleet that serves now, on a fresh ledger now and then."""
-
-    def __init__(self, folder: Path, servers: Servers) -> None:
-        self._folder = folder
-        self._servers = servers
-        self._stack = ExitStack()
-        self._made = 0
-        self._fleet: Fleet | None = None
-
-    def next(self) -> Fleet:
-        if self._fleet is None or self._fleet.rounds >= ROUNDS_OF_ONE_FLEET:
-            self._stack.close()
-            self._made += 1
-            self._fleet = self._stack.enter_context(running_fleet(self._folder / f"fleet-{self._made}", self._servers))
-        self._fleet.rounds += 1
-        return self._fleet
-
-    def close(self) -> None:
-        self._stack.close()
-
-
-@pytest.fixture(scope="module")
-def fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleets]:
-    with running_servers() as servers:
-        fleets = Fleets(tmp_path_factory.mktemp("fleets"), servers)
-        yield fleets
-        fleets.close()
-
-
 async def one_round(fleet: Fleet, fault: Fault, rng: random.Random, findings: Findings) -> list[Seen]:
     """The fault under load, until everybody is served again; then the audit. What the clients saw."""
-    load = Load(fleet.base_urls, fleet.headers, a_request, rng)
-    clients = asyncio.create_task(load.run(clients=CLIENTS))
-    try:
-        await until_async(lambda: load.served >= 3 * CLIENTS, within_s=AIM_S, what="traffic")
+    async with fleet.loaded(rng, clients=CLIENTS) as load:
         await fault(fleet, load, rng)
-        over_s = time.monotonic()
-        await until_async(
-            lambda: load.served_again_s(over_s) is not None,
-            within_s=BACK_S,
-            what="service for everybody after it was over",
-        )
-    finally:
-        load.stop()
-        await clients
-    back_s = (load.served_again_s(over_s) or 0) - over_s
+        back_s = await served_again(load)
     findings.add(load.all, whole=await fleet.audit(load), back_s=back_s)
     return load.all
 
@@ -267,7 +208,7 @@ async def test_a_fault_costs_nobody_a_cent_and_passes(
     rng, findings = campaign.random(), Findings()
     for _ in range(campaign.rounds(short=1, long=20)):
         await one_round(await asyncio.to_thread(fleets.next), FELT[name], rng, findings)
-    assert findings.slowest_s < WAITS * LEDGER_TIMEOUT_S + ANSWER_S + MARGIN_S, findings
+    assert findings.slowest_s < SLOWEST_S, findings
     report(name, findings, campaign, record_property)
 
 

@@ -204,7 +204,7 @@ def _wheel() -> Path:
 
 def database_of(url: str) -> str:
     """The name of a URL's database."""
-    return url.rpartition("/")[2]
+    return url.rpartition("/")[2].partition("?")[0]
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

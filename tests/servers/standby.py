@@ -31,10 +31,10 @@ class Pair:
             )
         return self
 
-    def url_of(self, database: str) -> str:
+    def url_of(self, database: str, *, user: str = "postgres") -> str:
         """Both servers; whoever connects finds the one that takes writes."""
         hosts = ",".join(f"127.0.0.1:{server.port}" for server in (self.primary, self.standby))
-        return f"postgresql://postgres@{hosts}/{database}?target_session_attrs=read-write"
+        return f"postgresql://{user}@{hosts}/{database}?target_session_attrs=read-write"
 
     def promote(self) -> None:
         """Make the standby a primary; it takes writes when this returns."""
