@@ -64,7 +64,7 @@ USERS: Final = tuple(f"user-{number}" for number in range(8))
 FUNDS_MILLICREDITS: Final = 10**9
 UNITS_OF_MILLICREDIT: Final = 10**6
 
-BATCHES: Final = re.compile(rf"\bfarebox_(apply|write)_v|{WRITES.pattern}", re.IGNORECASE)
+BATCHES: Final = re.compile(rf"\bfarebox_(apply|write)_v\d+\(|{WRITES.pattern}", re.IGNORECASE)
 """What the gateways write with."""
 
 WORKERS: Final = ("2", "1")

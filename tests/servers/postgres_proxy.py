@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-from tests.servers.proxy import CHUNK_BYTES, Conversation, Proxy
+from tests.servers.proxy import CHUNK_BYTES, STOP_S, Conversation, Proxy
 
 WRITES: Final = re.compile(r"\b(insert\s+into|update|delete\s+from)\b", re.IGNORECASE)
 CLOSES: Final = re.compile(r"(^|;)\s*(commit|end)\b", re.IGNORECASE)
@@ -23,6 +23,9 @@ BEGINS: Final = re.compile(r"^\s*(begin|start\s+transaction)\b", re.IGNORECASE)
 
 SSL_REQUEST: Final = 80877103
 GSS_REQUEST: Final = 80877104
+EXECUTED: Final = (b"C", b"E", b"s")
+"""What the server says of a statement that it has run: complete, an error, or as many rows as were wanted."""
+
 FLUSH: Final = b"H\x00\x00\x00\x04"
 
 
@@ -163,7 +166,7 @@ class _PostgresConversation(Conversation):
             await self._proxy.gate()
             out = bytearray()
             while (message := splitter.next()) is not None:
-                if message.kind in (b"C", b"E"):
+                if message.kind in EXECUTED:
                     self._completed.set()
                 elif message.kind == b"Z":
                     self._in_transaction = message.raw[5:6] != b"I"
@@ -191,7 +194,7 @@ class _PostgresConversation(Conversation):
                 self._completed.clear()
                 self._answers_lost = True
                 await self.to_server(before + FLUSH)
-                await self._completed.wait()
+                await asyncio.wait_for(self._completed.wait(), STOP_S)
             self._end()
             return True
         # From here on the client must not hear that it is done.
