@@ -11,20 +11,23 @@ COPY ledger ledger
 RUN /opt/farebox/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
 
 FROM python:3.11-slim
-RUN useradd --system --uid 10001 --home-dir /data --create-home farebox
+RUN groupadd --gid 10001 farebox \
+    && useradd --uid 10001 --gid 10001 --no-log-init --home-dir /data --create-home --shell /usr/sbin/nologin farebox
 COPY --from=build /opt/farebox /opt/farebox
 ENV PATH=/opt/farebox/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
     FAREBOX_HOST=0.0.0.0 \
     FAREBOX_PORT=8080 \
     FAREBOX_DATABASE_URL=sqlite:////data/farebox.db \
     FAREBOX_JOURNAL_DIR=/data/journal
-USER farebox
+# By number, so that a platform which refuses root can see that it is not.
+USER 10001:10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health/ready', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as web; web.urlopen(f'http://127.0.0.1:{os.environ[\"FAREBOX_PORT\"]}/health/ready', timeout=2)"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["farebox"]
 CMD ["serve"]

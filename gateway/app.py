@@ -30,7 +30,7 @@ from gateway.proxy.chat import ChatProxy
 from gateway.proxy.hold import LiveHolds
 from gateway.proxy.journal import SettlementJournal
 from gateway.proxy.quoting import Quoter
-from gateway.proxy.rate_limit import ProcessRateLimit
+from gateway.proxy.rate_limit import ProcessRateLimit, RateLimit
 from gateway.proxy.routing import Router
 from gateway.proxy.shield import Shield
 from gateway.proxy.simulated import SimulatedUpstream
@@ -38,7 +38,12 @@ from gateway.proxy.upkeep import Upkeep
 from gateway.proxy.upstream import HTTPUpstream, Upstream
 from gateway.refusals import REFUSALS
 from gateway.settings import SIMULATED, Settings
-from gateway.stores import open_store
+from gateway.shared.balances import Balances
+from gateway.shared.changes import Changes
+from gateway.shared.link import Link
+from gateway.shared.rate_limit import SharedRateLimit
+from gateway.shared.wallets import SharedWallets
+from gateway.stores import SQLITE, OpenStore, open_store
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
 from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
@@ -76,8 +81,10 @@ class Gateway:
         metrics: Metrics | None = None,
         upstreams: Mapping[str, Upstream] | None = None,
         now_us: Callable[[], int] = now_us,
+        open_store: OpenStore = open_store,
     ) -> None:
         """*upstreams* come before those of the settings, by their names."""
+        self._open_store = open_store
         self._now_us = now_us
         self._settings = settings
         self._metrics = metrics or Metrics()
@@ -98,7 +105,12 @@ class Gateway:
         """Open everything; or nothing, and raise."""
         self._parts = await self._stack.enter_async_context(
             running_parts(
-                self._settings, self._metrics, self._given, draining=lambda: self.draining, now_us=self._now_us
+                self._settings,
+                self._metrics,
+                self._given,
+                draining=lambda: self.draining,
+                now_us=self._now_us,
+                open_store=self._open_store,
             )
         )
 
@@ -187,6 +199,7 @@ async def running_parts(
     *,
     draining: Callable[[], bool],
     now_us: Callable[[], int],
+    open_store: OpenStore,
 ) -> AsyncIterator[Parts]:
     """Everything that a gateway needs, open until the block ends, then closed in reverse."""
     async with AsyncExitStack() as stack:
@@ -195,7 +208,11 @@ async def running_parts(
         journal = SettlementJournal(settings.journal_dir, name=_process_name(), report=log.warning)
         journal.prepare()
         stack.callback(journal.close)
-        store = await open_store(settings.database_url, clock=now_us)
+        link = None if settings.redis_url is None else await _linked(settings.redis_url, metrics, stack)
+        shared = None
+        if link is not None and not settings.database_url.startswith(SQLITE):
+            shared = SharedWallets(link, now_us=now_us)
+        store = await open_store(settings.database_url, clock=now_us, watcher=shared)
         ledger = await Ledger.open(
             store,
             clock=now_us,
@@ -203,11 +220,15 @@ async def running_parts(
             abandoned=journal.undo,
             wait_s=settings.ledger_timeout_s,
             applied=metrics.count_applied,
+            read_wallet=Balances(store, metrics, shared=shared).wallet,
         )
         stack.push_async_callback(ledger.close)
         principals = Principals(database, now_us=now_us)
         customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
-        rate_limit = ProcessRateLimit()
+        changes = Changes(principals.invalidate, url=settings.redis_url, link=link)
+        changes.start()
+        stack.push_async_callback(changes.stop)
+        rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
 
         upstreams = {**configured_upstreams(settings), **given}
         for upstream in upstreams.values():
@@ -241,6 +262,8 @@ async def running_parts(
             database=database,
             ledger=ledger,
             principals=principals,
+            changes=changes,
+            redis=None if link is None else link.describe,
             tenants=tenants,
             customers=customers,
             rate_limit=rate_limit,
@@ -275,6 +298,20 @@ def configured_upstreams(settings: Settings) -> dict[str, Upstream]:
             idle_timeout_s=upstream.idle_timeout_s,
         )
     return upstreams
+
+
+async def _linked(redis_url: str, metrics: Metrics, stack: AsyncExitStack) -> Link:
+    link = Link(redis_url, metrics)
+    await link.start()
+    stack.push_async_callback(link.stop)
+    return link
+
+
+async def _counting_together(link: Link, stack: AsyncExitStack) -> RateLimit:
+    rate_limit = SharedRateLimit(link)
+    rate_limit.start()
+    stack.push_async_callback(rate_limit.stop)
+    return rate_limit
 
 
 def _process_name() -> str:

@@ -4,38 +4,80 @@ How it works on SQLite: one writer at a time. The ledger's processes queue for t
 SQLite's own busy handler polls and would starve whoever waits; a write here takes its place in the same queue, one
 write a process, and begins with BEGIN IMMEDIATE. Reads never wait for a write (WAL). `synchronous=FULL`: a customer
 that was answered is on disk, since a wallet may hang on it.
+
+How it works on PostgreSQL: each transaction first names the rows that it touches, which are all that it sees and may
+write. Nothing has happened yet when that fails because the server was restarted, so another connection is tried.
 """
 
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
-from sqlalchemy import Connection, event, text
+from sqlalchemy import Connection, TextClause, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlmodel import SQLModel
 
+from gateway.postgres import ACQUIRE_TIMEOUT_S, CONNECTIONS_MAX, TRANSACTION_TIMEOUT_S, open_engine, unavailable
+from ledger.store.row_security import checked
+
 BUSY_TIMEOUT_MS: Final = 5_000
 TURN_TIMEOUT_S: Final = 10
-DRIVERS: Final = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
+
+
+class Rows(NamedTuple):
+    """Which rows a transaction touches: those of a tenant as a whole, and its data of these modes."""
+
+    tenant: str
+    modes: tuple[str, ...]
+
+    def cover(self, other: "Rows") -> bool:
+        return self.tenant == other.tenant and set(self.modes) >= set(other.modes)
+
+
+def of(tenant: str, *modes: str) -> Rows:
+    """The tenant, its assets, apps and keys; and its live or test data where *modes* say so.
+
+    Raises:
+        ValueError: a name that no tenant or mode can have.
+    """
+    return Rows(checked(tenant), tuple(map(checked, modes)))
+
+
+NOBODY: Final = Rows("", ())
+"""No rows at all."""
 
 
 class Transactions(Protocol):
     """Where statements run: a database, which opens a transaction for each block, or a transaction that is open."""
 
-    def read(self) -> AbstractAsyncContextManager[AsyncConnection]: ...
+    def read(self, rows: Rows) -> AbstractAsyncContextManager[AsyncConnection]: ...
 
-    def write(self) -> AbstractAsyncContextManager[AsyncConnection]: ...
+    def write(self, rows: Rows) -> AbstractAsyncContextManager[AsyncConnection]: ...
 
 
 class DatabaseUnavailable(Exception):
     """The database cannot be reached, is locked for too long, or has not been migrated; the cause says which."""
+
+
+class _Opening(NamedTuple):
+    """The statement that a transaction on PostgreSQL begins with."""
+
+    statement: TextClause
+    values: Mapping[str, str]
+
+
+_NAMED: Final = text(
+    "SELECT set_config('farebox.scopes', :scopes, true), set_config('farebox.tenants', :tenants, true)"
+)
+_OF_KEY: Final = text("SELECT set_config('farebox.tenants', coalesce(farebox_tenant_of_key(:key_id), ''), true)")
+_EVERY_TENANT: Final = text(
+    "SELECT set_config('farebox.tenants', coalesce(string_agg(tenant, ','), ''), true) FROM farebox_tenants()"
+)
 
 
 class Database:
@@ -46,41 +88,101 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        parsed = make_url(url)
-        dialect = parsed.get_backend_name()
-        self.engine: AsyncEngine = create_async_engine(parsed.set(drivername=DRIVERS[dialect]))
         self._writing = asyncio.Lock()
         self._path: str | None = None
-        self._lock_path: str | None = None
         self._file: tuple[int, int] | None = None
-        if dialect == "sqlite":
+        if url.startswith("sqlite:"):
+            parsed = make_url(url)
             self._path = parsed.database
-            self._lock_path = f"{parsed.database}-lock"
+            self.engine: AsyncEngine = create_async_engine(
+                parsed.set(drivername="sqlite+aiosqlite"), hide_parameters=True
+            )
             event.listen(self.engine.sync_engine, "connect", self._connected)
             event.listen(self.engine.sync_engine, "begin", _begin_sqlite)
+        else:
+            self.engine = open_engine(url)
         self._writer = self.engine.execution_options(farebox_writes=True)
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A connection in a transaction of its own, for reading.
+    async def read(self, rows: Rows) -> AsyncIterator[AsyncConnection]:
+        """A connection in a transaction of its own, for reading *rows*.
 
         Raises:
             DatabaseUnavailable
         """
-        with _unavailable():
-            async with self.engine.connect() as connection:
-                yield connection
+        async with self._reading(_naming(rows)) as connection:
+            yield connection
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
+    async def read_of_key(self, key_id: str) -> AsyncIterator[AsyncConnection]:
+        """As `read`, for the tenant whose API key this is; for nobody's rows when there is no such key."""
+        async with self._reading(_Opening(_OF_KEY, {"key_id": key_id})) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def read_every_tenant(self) -> AsyncIterator[AsyncConnection]:
+        """As `read`, for all tenants with their assets, apps and keys: for what the installation asks, seldom."""
+        async with self._reading(_Opening(_EVERY_TENANT, {})) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def write(self, rows: Rows) -> AsyncIterator[AsyncConnection]:
         """A connection in a transaction that commits at the end of the block, durably, or not at all.
 
         Raises:
             DatabaseUnavailable
         """
         with _unavailable():
-            async with self._turn(), self._writer.begin() as connection:
+            if self._path is None:
+                async with self._transaction(_naming(rows)) as connection:
+                    yield connection
+                    await connection.commit()
+            else:
+                async with self._turn(), self._writer.begin() as connection:
+                    yield connection
+
+    @asynccontextmanager
+    async def _reading(self, opening: _Opening) -> AsyncIterator[AsyncConnection]:
+        with _unavailable():
+            async with self.engine.connect() if self._path else self._transaction(opening) as connection:
                 yield connection
+
+    @asynccontextmanager
+    async def _transaction(self, opening: _Opening) -> AsyncIterator[AsyncConnection]:
+        """A transaction on PostgreSQL that has begun. A connection that may be of no use any more is thrown away."""
+        connection, timer = await self._opened(opening)
+        try:
+            yield connection
+        except BaseException as error:
+            if unavailable(error):
+                await connection.invalidate()
+            raise
+        finally:
+            timer.cancel()
+            await asyncio.shield(connection.close())
+
+    async def _opened(self, opening: _Opening) -> tuple[AsyncConnection, asyncio.TimerHandle]:
+        """A connection that has named its rows, and the timer that will drop it."""
+        # As often as there may be connections in the pool that the server knows nothing of.
+        for left in reversed(range(CONNECTIONS_MAX + 1)):
+            async with asyncio.timeout(ACQUIRE_TIMEOUT_S):
+                connection = await self.engine.connect()
+            driver = (await connection.get_raw_connection()).driver_connection
+            assert driver is not None
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(TRANSACTION_TIMEOUT_S, driver.terminate)
+            try:
+                await connection.execute(*opening)
+            except BaseException as error:
+                timer.cancel()
+                if unavailable(error):
+                    await connection.invalidate()
+                await asyncio.shield(connection.close())
+                if not left or not unavailable(error) or loop.time() >= timer.when():
+                    raise
+            else:
+                return connection, timer
+        raise AssertionError("unreachable")
 
     async def check(self) -> None:
         """Whether it answers, and a SQLite file is still the one that was opened: what is written to one that was
@@ -89,7 +191,7 @@ class Database:
         Raises:
             DatabaseUnavailable
         """
-        async with self.read() as connection:
+        async with self.read(NOBODY) as connection:
             await connection.execute(text("SELECT 1 FROM tenants LIMIT 1"))
         if self._path is not None and _file_at(self._path) != self._file:
             raise DatabaseUnavailable(f"{self._path} is no longer the file that was opened; restart")
@@ -108,27 +210,28 @@ class Database:
         async with asyncio.timeout(TURN_TIMEOUT_S):
             await self._writing.acquire()
         try:
-            descriptor = await _locked_soon(self._lock_path) if self._lock_path else None
+            descriptor = await _locked_soon(f"{self._path}-lock")
             try:
                 yield
             finally:
-                if descriptor is not None:
-                    os.close(descriptor)
+                os.close(descriptor)
         finally:
             self._writing.release()
 
 
 class Joined:
-    """Transactions that are part of one that is open already: they commit, or not, with it."""
+    """Transactions that are part of one that is open already, on *rows*: they commit, or not, with it."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
+    def __init__(self, connection: AsyncConnection, rows: Rows) -> None:
         self._connection = connection
+        self._rows = rows
 
-    def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
+    def read(self, rows: Rows) -> AbstractAsyncContextManager[AsyncConnection]:
+        assert self._rows.cover(rows), "a part of a transaction touches rows that the whole does not name"
         return nullcontext(self._connection)
 
-    def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        return nullcontext(self._connection)
+    def write(self, rows: Rows) -> AbstractAsyncContextManager[AsyncConnection]:
+        return self.read(rows)
 
 
 def insert_new(table: type[SQLModel], dialect: str) -> Any:
@@ -143,8 +246,14 @@ class _unavailable:  # noqa: N801 - reads as a statement
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OperationalError | InterfaceError | PoolTimeout | OSError):
-            raise DatabaseUnavailable(str(error.__cause__ or error)) from error
+        if error is not None and unavailable(error):
+            cause = error.__cause__ or error
+            raise DatabaseUnavailable(str(cause) or type(cause).__name__) from error
+
+
+def _naming(rows: Rows) -> _Opening:
+    scopes = ",".join(f"{rows.tenant}/{mode}" for mode in rows.modes)
+    return _Opening(_NAMED, {"scopes": scopes, "tenants": rows.tenant})
 
 
 def _set_up_sqlite(connection: Any) -> None:

@@ -4,7 +4,7 @@ Everything here works beside a gateway that runs on the same database.
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,7 +19,11 @@ from gateway.identity.tenants import AppInfo, TenantInfo, Tenants
 from gateway.identity.wallets import app_wallet, customer_wallet, unfunded_wallet
 from gateway.ids import new_id
 from gateway.settings import Settings
+from gateway.shared.changes import announce
+from gateway.shared.link import Link
+from gateway.shared.wallets import SharedWallets
 from gateway.stores import open_store
+from gateway.telemetry import Metrics
 from ledger.commands import Grant, Key
 from ledger.ledger import Ledger
 from ledger.model import PRIORITY_MAX, Funding, Scope, WalletRef
@@ -69,14 +73,19 @@ async def opened(settings: Settings) -> AsyncIterator[Books]:
     Raises:
         SchemaMissing: `farebox migrate` comes first.
     """
-    store = await open_store(settings.database_url, clock=now_us)
-    ledger = await Ledger.open(store, clock=now_us, new_command_id=lambda: new_id("cmd"))
-    database = Database(settings.database_url)
-    try:
+    async with AsyncExitStack() as stack:
+        link = None if settings.redis_url is None else Link(settings.redis_url, Metrics())
+        if link is not None:
+            await link.start()
+            stack.push_async_callback(link.stop)
+        watcher = None if link is None else SharedWallets(link, now_us=now_us)
+        store = await open_store(settings.database_url, clock=now_us, watcher=watcher)
+        ledger = await Ledger.open(store, clock=now_us, new_command_id=lambda: new_id("cmd"))
+        stack.push_async_callback(ledger.close)
+        database = Database(settings.database_url)
+        stack.push_async_callback(database.close)
         yield Books(database, ledger, Tenants(database), Customers(database))
-    finally:
-        await ledger.close()
-        await database.close()
+        await announce(link)  # The gateways that run forget what they cached of keys and apps.
 
 
 async def install(settings: Settings, *, base_url: str, again: bool = False) -> Installed:

@@ -1,7 +1,7 @@
 """A dictionary that holds so many entries and no more."""
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, ItemsView
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -21,6 +21,9 @@ class LRU(Generic[K, V]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def items(self) -> ItemsView[K, V]:
+        return self._entries.items()
 
     def get(self, key: K) -> V | None:
         value = self._entries.get(key)

@@ -38,6 +38,9 @@ PREFIX: Final = "FAREBOX_"
 SIMULATED: Final = "simulated"
 """The name of the built-in upstream; no other may have it."""
 
+REDIS_OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
+"""What may stand behind the question mark of a Redis URL: files for TLS."""
+
 OPENAI_BASE_URL: Final = "https://api.openai.com/v1"
 DECIMAL_LENGTH_MAX: Final = 60
 MAX_TOKENS_OF_OPENAI: Final = ("api.openai.com", ".openai.azure.com")
@@ -71,12 +74,20 @@ def _exact_decimal(value: Any) -> Any:
 
 
 def _secret(value: Any) -> Any:
-    """`env:NAME` stands for the content of the environment variable NAME."""
+    """`env:NAME` stands for the content of the environment variable NAME, and `file:PATH` for that of a file."""
     if isinstance(value, str) and value.startswith("env:"):
         name = value.removeprefix("env:")
         if not os.environ.get(name):
             raise ValueError(f"the environment variable {name} is not set")
         return os.environ[name]
+    if isinstance(value, str) and value.startswith("file:"):
+        path = Path(value.removeprefix("file:"))
+        try:
+            return path.read_text(encoding="utf-8").rstrip("\n")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not a text") from None
     return value
 
 
@@ -212,8 +223,8 @@ class Settings(BaseSettings):
         frozen=True, extra="forbid", hide_input_in_errors=True, env_prefix=PREFIX, validate_default=False
     )
 
-    database_url: str = Field(default="sqlite:///farebox.db", repr=False)
-    redis_url: str | None = Field(default=None, repr=False)
+    database_url: Annotated[str, BeforeValidator(_secret)] = Field(default="sqlite:///farebox.db", repr=False)
+    redis_url: Annotated[str | None, BeforeValidator(_secret)] = Field(default=None, repr=False)
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65_535)
     workers: int = Field(default=1, ge=1, le=256)
@@ -258,6 +269,19 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what is passed in; `load` adds the environment and the file."""
         return (init_settings,)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_redis(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        if not re.match(r"rediss?://.", url):
+            raise ValueError("it must begin with redis:// or rediss://")
+        options = (option.partition("=")[0] for option in urlsplit(url).query.split("&"))
+        unknown = sorted({option for option in options if option} - REDIS_OPTIONS)
+        if unknown:
+            raise ValueError(f"it has options that are not known here: {', '.join(unknown)}")
+        return url
 
     @field_validator("database_url")
     @classmethod
@@ -333,6 +357,18 @@ def load(config: Path | None = None) -> Settings:
     except ValidationError as error:
         source = {name: f"{PREFIX}{name.upper()}" for name in from_environment}
         raise SettingsInvalid(_sentences(error, source)) from None
+
+
+def database_url(value: str, *, source: str) -> str:
+    """A database's URL, read as the setting is; *source* is where it was given.
+
+    Raises:
+        SettingsInvalid
+    """
+    try:
+        return Settings(database_url=value).database_url
+    except ValidationError as error:
+        raise SettingsInvalid(_sentences(error, {"database_url": source})) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ledger.outcomes import Applied, UsageRecorded
 
 SECRETS: Final = re.compile(
     r"\b(fb_(?:live|test|admin)_[0-9a-z]{4})[0-9a-z_]+|\b((?:sk|rk|whsec)[-_][A-Za-z0-9]{2})[A-Za-z0-9_-]{8,}"
-    r"|((?:postgresql|redis)://[^:/@\s]+:)[^@\s]+(?=@)|(?i:(bearer\s+\S{4}))\S+"
+    r"|((?:postgresql|rediss?)://[^:/@\s]+:)[^@\s]+(?=@)|(?i:(bearer\s+\S{4}))\S+"
 )
 PROXIED: Final = "/v1/chat/completions"
 CLIENT_LEFT: Final = 499
@@ -126,6 +126,24 @@ class Metrics:
             "Settlements kept on local disk until the ledger is back.",
             registry=registry,
             multiprocess_mode="livesum",
+        )
+        self.redis_up = Gauge(
+            "farebox_redis_up",
+            "Whether Redis answers: 1, or 0 when a process does without.",
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self.redis_failures = Counter(
+            "farebox_redis_failures_total",
+            "What Redis was asked, or would have been, and did not answer in time.",
+            ["use"],
+            registry=registry,
+        )
+        self.cache_looks = Counter(
+            "farebox_cache_looks_total",
+            "Looks into a cache: hit, or miss when the database was read.",
+            ["cache", "result"],
+            registry=registry,
         )
         self._proxied_seconds = self.request_seconds.labels(PROXIED)
         self._proxied_statuses: dict[int, Counter] = {}

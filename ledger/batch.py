@@ -89,23 +89,32 @@ def reserved_wallets(reservation: Reservation) -> set[WalletRef]:
     return wallets
 
 
-def pools(state: State, commands: Sequence[AnyCommand]) -> set[WalletRef]:
-    """The grant pools behind the blocks that *commands* may use up: markup, and what is revoked, goes back there.
+def used_up(state: State, commands: Sequence[AnyCommand]) -> set[WalletRef]:
+    """The wallets whose blocks *commands* may use up.
 
-    Blocks and reservations may also be made by an earlier one of the same *commands*.
+    Reservations may also be made by an earlier one of the same *commands*.
     """
     reserving = {command.reservation: command for command in commands if isinstance(command, Reserve)}
     found: set[WalletRef] = set()
-    used_up: set[WalletRef] = set()
     for command in commands:
         if isinstance(command, Commit | Lapse | Debit | Revoke):
-            used_up |= _wallets_touched(state, command)
+            found |= _wallets_touched(state, command)
         if isinstance(command, Commit | Lapse) and command.reservation in reserving:
-            used_up |= _wallets_named(reserving[command.reservation])
+            found |= _wallets_named(reserving[command.reservation])
+    return found
+
+
+def pools(state: State, commands: Sequence[AnyCommand]) -> set[WalletRef]:
+    """The grant pools behind the blocks that *commands* may use up: markup, and what is revoked, goes back there.
+
+    Blocks may also be made by an earlier one of the same *commands*.
+    """
+    wallets = used_up(state, commands)
+    found: set[WalletRef] = set()
     for command in commands:
-        if isinstance(command, Grant) and command.from_wallet is not None and command.wallet in used_up:
+        if isinstance(command, Grant) and command.from_wallet is not None and command.wallet in wallets:
             found.add(command.from_wallet)
-    for ref in used_up:
+    for ref in wallets:
         found.update(block.pool for block in state.blocks.get(ref, {}).values() if block.pool is not None)
     return found
 

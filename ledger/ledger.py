@@ -13,7 +13,7 @@ from ledger.errors import LedgerUnavailable, error_of
 from ledger.model import Block, Reservation, ReservationRef, Scope, Tags, Wallet, WalletRef
 from ledger.outcomes import Applied, Outcome, Rejected, UsageRecorded
 from ledger.state import State
-from ledger.store.protocol import PAGE_MAX, Position, Store, StoreUnavailable, Transaction
+from ledger.store.protocol import PAGE_MAX, Position, Store, StoreUnavailable, Transaction, WalletBlocks
 from ledger.writer import QUEUE_MAX, WAIT_S, Abandoned, Writer
 
 SWEEP_PAGE = 200
@@ -23,6 +23,8 @@ SWEEP_PAGES_MAX = 50
 """A sweep ends after so many pages; the next one goes on."""
 
 Clock = Callable[[], int]
+
+ReadWallet = Callable[[WalletRef], Awaitable[WalletBlocks | None]]
 
 T = TypeVar("T")
 Ref = TypeVar("Ref", WalletRef, ReservationRef)
@@ -76,8 +78,11 @@ class Ledger:
         clock: Clock,
         new_command_id: Callable[[], str],
         applied: Callable[[Applied], None] | None,
+        *,
+        read_wallet: ReadWallet | None = None,
     ) -> None:
         self._store = store
+        self._read_wallet: ReadWallet = read_wallet or store.wallet
         self._applied = applied
         self._writer = writer
         self._clock = clock
@@ -94,6 +99,7 @@ class Ledger:
         queue_max: int = QUEUE_MAX,
         wait_s: float = WAIT_S,
         applied: Callable[[Applied], None] | None = None,
+        read_wallet: ReadWallet | None = None,
     ) -> "Ledger":
         """Put a writer in front of *store*, which is then the ledger's to close.
 
@@ -102,9 +108,10 @@ class Ledger:
             new_command_id: makes the ids of the sweep's own commands; unique, and time-ordered.
             abandoned: see :class:`~ledger.writer.Writer`.
             applied: sees every command that was applied here and its facts, to count them; it must not fail.
+            read_wallet: reads a wallet for a view of it, instead of the store; never older than what was answered.
         """
         writer = Writer(store.run_batch, abandoned=abandoned, queue_max=queue_max, wait_s=wait_s)
-        return cls(store, writer, clock, new_command_id, applied)
+        return cls(store, writer, clock, new_command_id, applied, read_wallet=read_wallet)
 
     async def close(self) -> None:
         """Answer everybody who waits, then close the store."""
@@ -139,7 +146,7 @@ class Ledger:
 
         *unfunded* is the line that a reservation would name, as in :class:`~ledger.commands.Hold`.
         """
-        found = await _reading(self._store.wallet(ref))
+        found = await _reading(self._read_wallet(ref))
         if found is None:
             return None
         wallet, blocks = found
@@ -156,7 +163,7 @@ class Ledger:
 
     async def _line(self, ref: WalletRef, now_us: int) -> int:
         """What is left of a line for credits that the operator was not paid for."""
-        found = await _reading(self._store.wallet(ref))
+        found = await _reading(self._read_wallet(ref))
         return 0 if found is None else sum(block.free for block in payable(found.blocks, NO_TAGS, now_us))
 
     async def reservation(self, ref: ReservationRef) -> Reservation | None:

@@ -11,7 +11,7 @@ from fastapi import Depends, Query, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from gateway.api.services import Here
-from gateway.errors import permission_denied, rate_limit_exceeded
+from gateway.errors import invalid_request, permission_denied, rate_limit_exceeded
 from gateway.identity.keys import KeyScope
 from gateway.identity.principals import Mode, Principal
 
@@ -32,9 +32,11 @@ async def caller(
     """The principal of a management request, within its rate limit.
 
     Raises:
-        ApiError: 401, 403 for another mode than an app's key has, 429.
+        ApiError: 401, 403 for another mode than an app's key has, 429; 400 for a zero character, which no name has.
     """
     principal = await services.principals.authenticate(token_of(request))
+    if "\x00" in request.url.path or "%00" in request.url.query:
+        raise invalid_request("A name in the path or the query has a zero character.")
     limit = services.settings.management_rate_limit_per_minute
     decision = await services.rate_limit.check(f"management:{principal.key_id}", limit)
     request.scope.setdefault(EXTRA_HEADERS, []).extend(decision.headers())

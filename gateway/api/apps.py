@@ -110,5 +110,5 @@ async def change_app(
         on_disconnect=body.on_disconnect,
         archived=body.archived,
     )
-    services.principals.invalidate()
+    services.changes.announce()
     return app_view(app)

@@ -16,7 +16,7 @@ router = APIRouter(tags=["operations"])
 
 READY_TIMEOUT_S: Final = 2.0
 
-NO_WALLET: Final = WalletRef("", "live", "nobody")
+NO_WALLET: Final = WalletRef("nobody", "live", "nobody")
 """Asking for it reads the ledger's database, and finds nothing."""
 
 
@@ -40,6 +40,10 @@ async def ready(response: Response, services: Here) -> ReadyView:
     """The process can serve: it is not shutting down, and its database answers."""
     checks = {"database": await _database(services), "process": "shutting down" if services.draining() else "ok"}
     healthy = all(found == "ok" for found in checks.values())
+    if services.redis is not None:
+        checks["redis"] = (
+            services.redis()
+        )  # Without it the process serves on: it is told, and is no reason to turn away.
     response.status_code = 200 if healthy else 503
     return ReadyView(status="ok" if healthy else "unavailable", checks=checks)
 

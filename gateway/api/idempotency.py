@@ -20,7 +20,7 @@ from sqlmodel import col
 from gateway.api.access import EXTRA_HEADERS
 from gateway.api.services import Services
 from gateway.api.wire import Body
-from gateway.database import Joined, Transactions, insert_new
+from gateway.database import Joined, Transactions, insert_new, of
 from gateway.errors import idempotency_key_reused, invalid_request
 from gateway.identity.principals import Principal
 from gateway.tables import KeptAnswer
@@ -89,13 +89,14 @@ async def once(
         return await act(services.database)
     row = {"tenant": principal.tenant_id, "mode": principal.mode, "operation": key.operation, "key": key.key}
     matches = [getattr(KeptAnswer, column) == value for column, value in row.items()]
-    async with services.database.write() as connection:
+    rows = of(principal.tenant_id, principal.mode)
+    async with services.database.write(rows) as connection:
         claim = insert_new(KeptAnswer, connection.dialect.name)
         claimed = await connection.execute(
             claim, {**row, "digest": key.digest, "answer": None, "created_at_us": services.now_us()}
         )
         if claimed.rowcount:
-            answer = await act(Joined(connection))
+            answer = await act(Joined(connection, rows))
             kept = {"status": response.status_code, "body": keep(answer).model_dump(mode="json")}
             await connection.execute(update(KeptAnswer).where(*matches).values(answer=kept))
             return answer

@@ -9,7 +9,7 @@ from gateway.api.access import Administrator
 from gateway.api.idempotency import key_of, once
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here
-from gateway.api.wire import Body, Page, Time, View, time_text, time_text_or_none
+from gateway.api.wire import Body, Page, Text, Time, View, time_text, time_text_or_none
 from gateway.database import Transactions
 from gateway.errors import not_found, permission_denied
 from gateway.identity.keys import KeyScope
@@ -25,7 +25,7 @@ SCOPES_MAX: Final = len(KeyScope)
 class NewKeyBody(Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"app_id": "app_…", "mode": "live"}]})
 
-    app_id: str = Field(max_length=64)
+    app_id: Annotated[Text, Field(max_length=64)]
     mode: Literal["live", "test"] = "live"
     name: str = Field(default="", max_length=NAME_LENGTH_MAX)
     scopes: tuple[KeyScope, ...] | None = Field(
@@ -113,7 +113,7 @@ async def revoke_key(
 
     key = key_of(request, None, "keys.revoke", about=key_id)
     answer = await once(request, response, services, principal, key=key, act=act, view=KeyView)
-    services.principals.invalidate()
+    services.changes.announce()
     return answer
 
 

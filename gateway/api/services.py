@@ -16,16 +16,21 @@ from gateway.proxy.quoting import Quoter
 from gateway.proxy.rate_limit import RateLimit
 from gateway.proxy.routing import Router
 from gateway.settings import Settings
+from gateway.shared.changes import Changes
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
+    """*redis* tells whether Redis is there, in words; None where the installation has none."""
+
     settings: Settings
     database: Database
     ledger: Ledger
     principals: Principals
+    changes: Changes
+    redis: Callable[[], str] | None
     tenants: Tenants
     customers: Customers
     rate_limit: RateLimit

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from gateway.cli.credits import grant, statement
-from gateway.cli.installing import init, migrate, verify
+from gateway.cli.installing import copy, init, migrate, verify
 from gateway.cli.keys import keys
 from gateway.cli.prices import prices
 from gateway.cli.serving import demo, serve
@@ -19,7 +19,7 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve, demo, init, migrate, verify, grant, statement):
+for command in (serve, demo, init, migrate, verify, copy, grant, statement):
     cli.command()(command)
 cli.add_typer(keys, name="keys")
 cli.add_typer(tenants, name="tenants")
@@ -40,6 +40,7 @@ def main() -> None:
 
 def _explained(error: Exception) -> str | None:
     """What to tell, or None when it is a fault of ours."""
+    from gateway.copying import CannotCopy  # noqa: PLC0415
     from gateway.installation import CannotInstall  # noqa: PLC0415
     from gateway.refusals import REFUSALS  # noqa: PLC0415
     from gateway.settings import SettingsInvalid  # noqa: PLC0415
@@ -54,7 +55,8 @@ def _explained(error: Exception) -> str | None:
         case StoreUnavailable():
             return f"The database cannot be used: {error}."
         case (
-            CannotInstall()
+            CannotCopy()
+            | CannotInstall()
             | CannotListen()
             | ModelNotPriced()
             | PriceInvalid()

@@ -1,5 +1,6 @@
 """`serve` and `demo`."""
 
+import asyncio
 import os
 import sys
 import tempfile
@@ -26,13 +27,14 @@ def serve(
     """Serve the gateway until SIGTERM, which lets open requests finish and exits with 0."""
     from gateway import supervisor  # noqa: PLC0415
     from gateway.migrations import migrate_or_check  # noqa: PLC0415
-    from gateway.stores import require_supported  # noqa: PLC0415
+    from gateway.stores import require_supported, whereabouts  # noqa: PLC0415
 
     supervisor.exit_on_sigterm()
     settings = settings_from(config, host=host, port=port, workers=workers)
     require_supported(settings.database_url)
     listener = supervisor.listen(settings.host, settings.port)
     migrate_or_check(settings.database_url)
+    typer.echo(f"The books are in {asyncio.run(whereabouts(settings.database_url))}.", err=True)
     if settings.live_upstream is None:
         typer.echo(
             "No upstream is set up: live keys will get 502. Set OPENAI_API_KEY, or name one under [[upstreams]].",

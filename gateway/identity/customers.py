@@ -15,7 +15,7 @@ from sqlmodel import col
 
 from gateway import errors
 from gateway.clock import now_us
-from gateway.database import Database, Transactions, insert_new
+from gateway.database import Database, Transactions, insert_new, of
 from gateway.ids import new_id, reserved_prefix
 from gateway.lru import LRU
 from gateway.tables import EXTERNAL_ID_LENGTH_MAX, Customer
@@ -112,9 +112,11 @@ class Customers:
         Raises:
             ApiError: 404.
         """
+        if "\x00" in reference:  # PostgreSQL keeps no such text, nor looks for it.
+            raise errors.not_found("this customer")
         by_id = reference.startswith(CUSTOMER_PREFIX)
         column = col(Customer.id) if by_id else col(Customer.external_id)
-        async with self._database.read() as connection:
+        async with self._database.read(of(tenant_id, mode)) as connection:
             row = (await connection.execute(_customers(tenant_id, mode).where(column == reference))).one_or_none()
         if row is None:
             raise errors.not_found(f"customer {reference}")
@@ -145,7 +147,7 @@ class Customers:
             "created_at_us": self._now_us(),
         }
         named = _customers(tenant_id, mode).where(col(Customer.external_id) == external_id)
-        async with (transactions or self._database).write() as connection:
+        async with (transactions or self._database).write(of(tenant_id, mode)) as connection:
             inserted = await connection.execute(insert_new(Customer, connection.dialect.name), row)
             if not inserted.rowcount and metadata is not None:
                 known = update(Customer).where(
@@ -165,7 +167,7 @@ class Customers:
             query = query.where(col(Customer.id) < before)
         if external_id is not None:
             query = query.where(col(Customer.external_id) == external_id)
-        async with self._database.read() as connection:
+        async with self._database.read(of(tenant_id, mode)) as connection:
             return [CustomerInfo(*row) for row in await connection.execute(query)]
 
     async def get(self, tenant_id: str, mode: str, customer_id: str) -> CustomerInfo:
@@ -178,10 +180,11 @@ class Customers:
             col(Customer.mode) == name.mode,
             col(Customer.external_id) == name.external_id,
         )
-        async with self._database.read() as connection:
+        rows = of(name.tenant_id, name.mode)
+        async with self._database.read(rows) as connection:
             customer_id = (await connection.execute(query)).scalar_one_or_none()
         if customer_id is None:
-            async with self._database.write() as connection:
+            async with self._database.write(rows) as connection:
                 await connection.execute(
                     insert_new(Customer, connection.dialect.name),
                     {

@@ -175,7 +175,7 @@ class Principals:
             .order_by(col(AssetVersion.effective_from_us).desc())
             .limit(1)
         )
-        async with self._database.read() as connection:
+        async with self._database.read_of_key(key_id) as connection:
             row = (await connection.execute(query)).one_or_none()
         if row is None or not keys.same(row.secret_hash, digest):
             return None

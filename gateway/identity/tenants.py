@@ -11,7 +11,7 @@ from sqlmodel import SQLModel, col
 
 from gateway import errors
 from gateway.clock import now_us
-from gateway.database import Transactions
+from gateway.database import Database, Rows, Transactions, of
 from gateway.identity import keys
 from gateway.identity.keys import APP_SCOPES, INSTALLATION_SCOPES, KeyKind, KeyScope
 from gateway.identity.principals import BillingMode, OnDisconnect
@@ -79,18 +79,20 @@ class Tenants:
 
     def __init__(
         self,
-        database: Transactions,
+        database: Database,
         *,
+        transactions: Transactions | None = None,
         now_us: Callable[[], int] = now_us,
         new_id: Callable[[str], str] = new_id,
     ) -> None:
         self._database = database
+        self._transactions = transactions or database
         self._now_us = now_us
         self._new_id = new_id
 
     def within(self, transactions: Transactions) -> "Tenants":
         """The same, as a part of other work that commits as one."""
-        return Tenants(transactions, now_us=self._now_us, new_id=self._new_id)
+        return Tenants(self._database, transactions=transactions, now_us=self._now_us, new_id=self._new_id)
 
     async def create_tenant(
         self,
@@ -116,7 +118,7 @@ class Tenants:
             created_at_us=self._now_us(),
         )
         try:
-            async with self._database.write() as connection:
+            async with self._transactions.write(of(tenant.id)) as connection:
                 await connection.execute(insert(Tenant).values(**msgspec.structs.asdict(tenant), settings={}))
                 await connection.execute(
                     insert(AssetVersion).values(
@@ -133,15 +135,20 @@ class Tenants:
 
     async def first_tenant(self) -> TenantInfo | None:
         """The operator's own tenant; None before `farebox init`."""
-        found = await self._select(TenantInfo, Tenant, is_first=True)
-        return found[0] if found else None
+        return next((tenant for tenant in await self.list_tenants() if tenant.is_first), None)
 
     async def tenant(self, tenant_id: str) -> TenantInfo:
         """Raises ApiError 404."""
-        return _only(await self._select(TenantInfo, Tenant, id=tenant_id), f"tenant {tenant_id}")
+        try:
+            found = await self._select(TenantInfo, Tenant, of(tenant_id), id=tenant_id)
+        except ValueError:  # No tenant can have this name.
+            found = []
+        return _only(found, f"tenant {tenant_id}")
 
     async def list_tenants(self) -> list[TenantInfo]:
-        return await self._select(TenantInfo, Tenant)
+        """All of the installation's tenants, the oldest first."""
+        async with self._database.read_every_tenant() as connection:
+            return await _selected(connection, TenantInfo, Tenant)
 
     async def create_app(
         self,
@@ -167,17 +174,17 @@ class Tenants:
             archived=False,
             created_at_us=self._now_us(),
         )
-        async with self._database.write() as connection:
+        async with self._transactions.write(of(tenant_id)) as connection:
             await _must_exist(connection, Tenant, f"tenant {tenant_id}", id=tenant_id)
             await connection.execute(insert(App).values(**msgspec.structs.asdict(app), settings={}))
         return app
 
     async def app(self, tenant_id: str, app_id: str) -> AppInfo:
         """Raises ApiError 404, also for another tenant's app."""
-        return _only(await self._select(AppInfo, App, tenant=tenant_id, id=app_id), f"app {app_id}")
+        return _only(await self._select(AppInfo, App, of(tenant_id), tenant=tenant_id, id=app_id), f"app {app_id}")
 
     async def list_apps(self, tenant_id: str) -> list[AppInfo]:
-        return await self._select(AppInfo, App, tenant=tenant_id)
+        return await self._select(AppInfo, App, of(tenant_id), tenant=tenant_id)
 
     async def change_app(
         self,
@@ -206,7 +213,7 @@ class Tenants:
         if on_disconnect is not None:
             changes["on_disconnect"] = None if on_disconnect == "default" else on_disconnect
         if changes:
-            async with self._database.write() as connection:
+            async with self._transactions.write(of(tenant_id)) as connection:
                 await connection.execute(
                     update(App).where(col(App.tenant) == tenant_id, col(App.id) == app_id).values(**changes)
                 )
@@ -245,7 +252,7 @@ class Tenants:
             created_at_us=self._now_us(),
             revoked_at_us=None,
         )
-        async with self._database.write() as connection:
+        async with self._transactions.write(of(tenant_id)) as connection:
             if app_id is None:
                 await _must_exist(connection, Tenant, f"tenant {tenant_id}", id=tenant_id)
             else:
@@ -256,7 +263,7 @@ class Tenants:
         return NewKey(generated.token, key)
 
     async def list_keys(self, tenant_id: str) -> list[KeyInfo]:
-        return await self._select(KeyInfo, ApiKey, tenant=tenant_id)
+        return await self._select(KeyInfo, ApiKey, of(tenant_id), tenant=tenant_id)
 
     async def revoke_key(self, tenant_id: str, key_id: str) -> KeyInfo:
         """End a key for good. Repeating it changes nothing: the first time stands.
@@ -264,21 +271,27 @@ class Tenants:
         Raises:
             ApiError: 404, also for another tenant's key.
         """
-        async with self._database.write() as connection:
+        async with self._transactions.write(of(tenant_id)) as connection:
             await connection.execute(
                 update(ApiKey)
                 .where(col(ApiKey.tenant) == tenant_id, col(ApiKey.id) == key_id, col(ApiKey.revoked_at_us).is_(None))
                 .values(revoked_at_us=self._now_us())
             )
-        return _only(await self._select(KeyInfo, ApiKey, tenant=tenant_id, id=key_id), f"key {key_id}")
+        return _only(await self._select(KeyInfo, ApiKey, of(tenant_id), tenant=tenant_id, id=key_id), f"key {key_id}")
 
-    async def _select(self, into: Callable[..., Info], table: type[SQLModel], **where: Any) -> list[Info]:
-        """The rows that match, oldest first, as *into*."""
-        fields = INFO_FIELDS[table]
-        query = select(*(getattr(table, field) for field in fields)).order_by(table.id).filter_by(**where)  # type: ignore[attr-defined]
-        async with self._database.read() as connection:
-            rows: Iterable[Row[Any]] = await connection.execute(query)
-            return [into(*row) for row in rows]
+    async def _select(self, into: Callable[..., Info], table: type[SQLModel], rows: Rows, **where: Any) -> list[Info]:
+        async with self._transactions.read(rows) as connection:
+            return await _selected(connection, into, table, **where)
+
+
+async def _selected(
+    connection: AsyncConnection, into: Callable[..., Info], table: type[SQLModel], **where: Any
+) -> list[Info]:
+    """The rows that match, oldest first, as *into*."""
+    fields = INFO_FIELDS[table]
+    query = select(*(getattr(table, field) for field in fields)).order_by(table.id).filter_by(**where)  # type: ignore[attr-defined]
+    rows: Iterable[Row[Any]] = await connection.execute(query)
+    return [into(*row) for row in rows]
 
 
 async def _must_exist(connection: AsyncConnection, table: type[SQLModel], what: str, **where: Any) -> None:

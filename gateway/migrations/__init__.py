@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from ledger.store.lock import ProcessLock
+from ledger.store.postgres_connection import server_url
 from ledger.store.protocol import SchemaMissing, StoreUnavailable
 from ledger.store.sqlite import database_path
 
@@ -112,7 +113,7 @@ def _upgrade_sqlite(database_url: str) -> None:
 
 async def _upgrade_postgresql(database_url: str) -> None:
     async def connect() -> asyncpg.Connection:
-        return await asyncpg.connect(database_url, timeout=CONNECT_TIMEOUT_S)
+        return await asyncpg.connect(server_url(database_url), timeout=CONNECT_TIMEOUT_S)
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
     try:
@@ -159,7 +160,7 @@ def _revision_of_file(database_url: str) -> str | None:
 
 
 async def _revision_of_server(database_url: str) -> str | None:
-    connection = await asyncpg.connect(database_url, timeout=CONNECT_TIMEOUT_S)
+    connection = await asyncpg.connect(server_url(database_url), timeout=CONNECT_TIMEOUT_S)
     try:
         found = await connection.fetchval("SELECT version_num FROM alembic_version", timeout=CONNECT_TIMEOUT_S)
     except asyncpg.UndefinedTableError:

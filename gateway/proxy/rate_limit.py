@@ -1,6 +1,6 @@
 """How many requests a key may make in a minute, as a moving window: no burst at the turn of the minute.
 
-`RateLimit` is the seam: `ProcessRateLimit` counts in this process, and one over a shared store counts for all. The
+`RateLimit` is the seam: `ProcessRateLimit` counts in this process, and `gateway.shared.rate_limit` counts for all. The
 in-process one is ours because the one of the library `limits` starts a task and a thread for each request: 75 us of
 CPU, where the whole journey may cost 150.
 """
@@ -51,12 +51,42 @@ class RateLimit(Protocol):
         ...
 
 
+class MovingWindow:
+    """When the requests of one key were admitted, oldest first."""
+
+    __slots__ = ("admitted_at_s",)
+
+    def __init__(self) -> None:
+        self.admitted_at_s: deque[float] = deque()
+
+    def forget(self, now_s: float) -> None:
+        """Let go of what has left the window."""
+        while self.admitted_at_s and self.admitted_at_s[0] + WINDOW_S <= now_s:
+            self.admitted_at_s.popleft()
+
+    def admits(self, limit: int) -> bool:
+        return len(self.admitted_at_s) < limit
+
+    def decision(self, allowed: bool, limit: int, now_s: float) -> Decision:
+        """What to say about a request that was counted in, or refused."""
+        window = self.admitted_at_s
+        # After a limit was lowered, more than one request must leave before the next may come.
+        retry_after_s = 0 if allowed else math.ceil(window[len(window) - limit] + WINDOW_S - now_s)
+        return Decision(
+            allowed=allowed,
+            limit=limit,
+            remaining=max(0, limit - len(window)),
+            reset_s=math.ceil(window[0] + WINDOW_S - now_s),
+            retry_after_s=retry_after_s,
+        )
+
+
 class ProcessRateLimit:
     """Counts in this process. About 2 us a request."""
 
     def __init__(self, *, monotonic_s: Callable[[], float] = time.monotonic, keys_max: int = KEYS_MAX) -> None:
         self._monotonic_s = monotonic_s
-        self._windows: LRU[str, deque[float]] = LRU(keys_max)
+        self._windows: LRU[str, MovingWindow] = LRU(keys_max)
 
     async def check(self, key_id: str, limit_per_minute: int) -> Decision:
         if limit_per_minute <= 0:
@@ -64,21 +94,10 @@ class ProcessRateLimit:
         now_s = self._monotonic_s()
         window = self._windows.get(key_id)
         if window is None:
-            window = deque()
+            window = MovingWindow()
             self._windows.put(key_id, window)
-        while window and window[0] + WINDOW_S <= now_s:
-            window.popleft()
-        allowed = len(window) < limit_per_minute
+        window.forget(now_s)
+        allowed = window.admits(limit_per_minute)
         if allowed:
-            window.append(now_s)
-            retry_after_s = 0
-        else:
-            # After a limit was lowered, more than one request must leave before the next may come.
-            retry_after_s = math.ceil(window[len(window) - limit_per_minute] + WINDOW_S - now_s)
-        return Decision(
-            allowed=allowed,
-            limit=limit_per_minute,
-            remaining=max(0, limit_per_minute - len(window)),
-            reset_s=math.ceil(window[0] + WINDOW_S - now_s),
-            retry_after_s=retry_after_s,
-        )
+            window.admitted_at_s.append(now_s)
+        return window.decision(allowed, limit_per_minute, now_s)

@@ -7,7 +7,7 @@ transaction that names none sees nothing.
 
 import re
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from ledger.model import Scope
 
@@ -33,18 +33,42 @@ BYPASSES: Final = "SELECT NOT coalesce(row_security_active(to_regclass('ledger_c
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
+class Names(NamedTuple):
+    """The values of the two settings."""
+
+    scopes: str
+    tenants: str
+
+
+def names(scopes: Iterable[Scope]) -> Names:
+    """What a transaction on *scopes* sets.
+
+    Raises:
+        ValueError: a tenant or mode that could be read as something else.
+    """
+    named = sorted(set(scopes))
+    pairs = ",".join(f"{checked(scope.tenant)}/{checked(scope.mode)}" for scope in named)
+    return Names(pairs, ",".join(sorted({scope.tenant for scope in named})))
+
+
 def naming(scopes: Iterable[Scope]) -> str:
     """The statement that opens *scopes* to the rest of the transaction.
 
     It has its values in its text, so that it can share a round trip with BEGIN.
 
     Raises:
-        ValueError: a tenant or mode that could be read as something else.
+        ValueError: as :func:`names`.
     """
-    named = sorted(set(scopes))
-    for part in {part for scope in named for part in scope}:
-        if not _NAME.fullmatch(part):
-            raise ValueError(f"{part!r} is no name of a tenant or a mode")
-    pairs = ",".join(f"{scope.tenant}/{scope.mode}" for scope in named)
-    tenants = ",".join(sorted({scope.tenant for scope in named}))
+    pairs, tenants = names(scopes)
     return f"SELECT set_config('farebox.scopes', '{pairs}', true), set_config('farebox.tenants', '{tenants}', true)"
+
+
+def checked(name: str) -> str:
+    """The name of a tenant or a mode, which can be read as nothing else.
+
+    Raises:
+        ValueError
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a tenant or a mode")
+    return name

@@ -194,7 +194,8 @@ def response_from(*, status: int, headers: str, body: bytes) -> StoredResponse:
 
 
 def event_row(raised: Event) -> Row:
-    return (*raised.wallet, raised.sequence, raised.id, raised.type, raised.at_us, to_json(raised.body))
+    """As it is before it was delivered."""
+    return (*raised.wallet, raised.sequence, raised.id, raised.type, raised.at_us, to_json(raised.body), None)
 
 
 def usage_row(usage: UsageRecorded) -> Row:

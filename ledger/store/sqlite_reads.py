@@ -1,28 +1,23 @@
 """SQLite's reads: short queries for the facade, and the whole ledger in pages for replay."""
 
 import sqlite3
-from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-import msgspec
-
 from ledger.commands import StoredResponse
 from ledger.model import Block, Reservation, ReservationRef, Scope, Wallet, WalletRef
-from ledger.outcomes import KeyTaken, Transfer, UsageRecorded
-from ledger.store.protocol import DamagedRow, JournalEntry, Position, Transaction, WalletBlocks
+from ledger.outcomes import KeyTaken, UsageRecorded
+from ledger.store.protocol import JournalEntry, Position, Transaction, WalletBlocks
+from ledger.store.replay import COMMAND_COLUMNS, JOURNAL_PAGE, SEQ_MAX, entries, page_end, values
 from ledger.store.rows import (
     Row,
     block_from,
     block_row,
-    facts_from,
     key_from,
     key_row,
     reservation_from,
     reservation_row,
     response_from,
-    result_from,
-    transfer_from,
     usage_from,
     usage_row,
     wallet_from,
@@ -31,11 +26,6 @@ from ledger.store.rows import (
 from ledger.store.statements import columns
 
 T = TypeVar("T")
-
-SEQ_MAX = 2**63 - 1
-
-JOURNAL_PAGE = 1_000
-"""How many commands of the journal are in memory at once."""
 
 
 def _select(table: str, rest: str) -> str:
@@ -76,9 +66,12 @@ _TRANSACTIONS = f"""
     SELECT p.seq, p.position, p.at_us, c.id, c.kind, p.amount, p.counterparty, p.asset, p.block, p.reference
     FROM ({_TRANSACTIONS_SIDE.format(side="debit", other="credit", sign=-1)} UNION ALL
           {_TRANSACTIONS_SIDE.format(side="credit", other="debit", sign=1)}) AS p
-    JOIN ledger_command AS c ON c.seq = p.seq
+    JOIN ledger_command AS c ON c.seq = p.seq AND c.tenant = :tenant AND c.mode = :mode
     ORDER BY p.seq DESC, p.position DESC LIMIT :limit
 """  # noqa: S608
+
+_JOURNAL = f"SELECT {COMMAND_COLUMNS} FROM ledger_command WHERE seq > ? ORDER BY seq LIMIT ?"  # noqa: S608
+_TRANSFERS = _select("ledger_transfer", "WHERE seq > ? AND seq <= ? ORDER BY seq, position")
 
 
 def wallet(connection: sqlite3.Connection, ref: WalletRef) -> WalletBlocks | None:
@@ -137,13 +130,6 @@ def due_wallets(connection: sqlite3.Connection, now_us: int, limit: int) -> list
     return [WalletRef(*row) for row in connection.execute(_DUE_WALLETS, (now_us, limit))]
 
 
-def _read(decode: Callable[[str], T], text: str, seq: int) -> T:
-    try:
-        return decode(text)
-    except msgspec.MsgspecError as error:
-        raise DamagedRow(f"ledger_command {seq}: {error}") from error
-
-
 class SqliteSnapshot:
     """Iterates inside one read transaction. *run* does its work in a thread."""
 
@@ -161,51 +147,9 @@ class SqliteSnapshot:
             last = entries[-1].seq
 
     def _journal_page(self, after: int) -> list[JournalEntry]:
-        """The commands after *after*, with all transfers up to the last of them.
-
-        A transfer of no command is an entry of its own without an id, which no replay accepts.
-        """
-        commands = self._connection.execute(
-            "SELECT seq, tenant, mode, id, kind, at_us, transfers, facts, result FROM ledger_command "
-            "WHERE seq > ? ORDER BY seq LIMIT ?",
-            (after, JOURNAL_PAGE),
-        ).fetchall()
-        end = commands[-1][0] if len(commands) == JOURNAL_PAGE else SEQ_MAX
-        transfers: dict[int, list[Transfer]] = defaultdict(list)
-        rows = self._connection.execute(
-            _select("ledger_transfer", "WHERE seq > ? AND seq <= ? ORDER BY seq, position"), (after, end)
-        )
-        for row in rows:
-            transfers[row[2]].append(transfer_from(row))
-        entries = [
-            JournalEntry(
-                seq=seq,
-                scope=Scope(tenant, mode),
-                id=command_id,
-                kind=kind,
-                at_us=at_us,
-                facts=_read(facts_from, facts, seq),
-                transfers=tuple(transfers.pop(seq, ())),
-                transfers_written=count,
-                result=_read(result_from, result, seq),
-            )
-            for seq, tenant, mode, command_id, kind, at_us, count, facts, result in commands
-        ]
-        entries += [
-            JournalEntry(
-                seq=seq,
-                scope=strays[0].scope,
-                id="",
-                kind="",
-                at_us=0,
-                facts=(),
-                transfers=tuple(strays),
-                transfers_written=0,
-                result=None,
-            )
-            for seq, strays in transfers.items()
-        ]
-        return sorted(entries, key=lambda entry: entry.seq)
+        """The commands after *after*, with all transfers up to the last of them."""
+        commands = self._connection.execute(_JOURNAL, (after, JOURNAL_PAGE)).fetchall()
+        return entries(commands, self._connection.execute(_TRANSFERS, (after, page_end(commands))))
 
     def wallets(self) -> AsyncIterator[Wallet]:
         return self._rows("ledger_wallet", wallet_from, wallet_row)
@@ -223,14 +167,7 @@ class SqliteSnapshot:
         return self._rows("ledger_usage", usage_from, usage_row)
 
     async def _rows(self, table: str, value_of: Callable[[Row], T], row_of: Callable[[T], Row]) -> AsyncIterator[T]:
-        """Every row's value, which must make the same row again: some columns repeat what others say."""
         cursor = self._connection.execute(_select(table, ""))
         while rows := await self._run(lambda: cursor.fetchmany(JOURNAL_PAGE)):
-            for row in rows:
-                try:
-                    value = value_of(row)
-                except (msgspec.MsgspecError, ValueError, TypeError) as error:
-                    raise DamagedRow(f"{table} {row[:4]}: {error}") from error
-                if row_of(value) != row:
-                    raise DamagedRow(f"{table} {row[:4]}: its columns contradict each other")
+            for value in values(table, rows, value_of, row_of):
                 yield value

@@ -219,10 +219,18 @@ class LedgerResponseRow(SQLModel, table=True):
 
 
 class LedgerEventRow(SQLModel, table=True):
-    """The outbox: *sequence* counts a wallet's events without gaps."""
+    """The outbox: *sequence* counts a wallet's events without gaps. Without *delivered_at_us* it is yet to be sent."""
 
     __tablename__ = "ledger_event"
-    __table_args__ = (Index("ix_ledger_event_id", "tenant", "mode", "id"),)
+    __table_args__ = (
+        Index("ix_ledger_event_id", "tenant", "mode", "id"),
+        Index(
+            "ix_ledger_event_pending",
+            "at_us",
+            sqlite_where=text("delivered_at_us IS NULL"),
+            postgresql_where=text("delivered_at_us IS NULL"),
+        ),
+    )
 
     tenant: str = Field(primary_key=True, sa_type=Text)
     mode: str = Field(primary_key=True, sa_type=Text)
@@ -232,6 +240,7 @@ class LedgerEventRow(SQLModel, table=True):
     type: str = Field(sa_type=Text)
     at_us: int = Field(sa_type=BigInteger)
     body: str = Field(sa_type=Text)
+    delivered_at_us: int | None = Field(default=None, sa_type=BigInteger)
 
 
 class LedgerUsageRow(SQLModel, table=True):

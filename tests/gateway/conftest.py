@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import structlog
-from sqlmodel import SQLModel
 
 from gateway.database import Database
-from gateway.tables import ApiKey, App, AssetVersion, Customer, Tenant
 from gateway.telemetry import configure_logging
 from tests.gateway.office import Office, open_office
+from tests.gateway.rig import empty_database, name_database
 
-OURS = [table.__table__ for table in (Tenant, AssetVersion, App, ApiKey, Customer)]  # type: ignore[attr-defined]
+STORES = ("sqlite", "postgresql")
+ON_EVERY_STORE = ("test_journey_", "test_api_", "test_isolation")
 
 
 @dataclass
@@ -39,19 +39,36 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-def database_url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'farebox.db'}"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database with all tables, of each kind that there is."""
+    if request.param == "sqlite":
+        (tmp_path / "farebox.db").write_bytes(empty_database())
+        return f"sqlite:///{tmp_path / 'farebox.db'}"
+    url: str = request.getfixturevalue("gateway_url")
+    return url
 
 
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
-    """An empty SQLite file with the gateway's tables."""
     database = Database(database_url)
-    async with database.write() as connection:
-        await connection.run_sync(SQLModel.metadata.create_all, tables=OURS)
     yield database
     await database.close()
+
+
+@pytest.fixture(autouse=True)
+def store(request: pytest.FixtureRequest) -> None:
+    """The kind of database that the gateways of this test have: that of its folder."""
+    if getattr(request, "param", "sqlite") == "postgresql":
+        name_database(request.getfixturevalue("tmp_path"), request.getfixturevalue("gateway_url"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Whatever a gateway does that a user can see, it does on every kind of database: all journeys and the API."""
+    everywhere = metafunc.module.__name__.rpartition(".")[2].startswith(ON_EVERY_STORE)
+    alone = any(mark.name == "sqlite" for mark in metafunc.definition.iter_markers())
+    if everywhere and not alone and "tmp_path" in metafunc.fixturenames:
+        metafunc.parametrize("store", STORES, indirect=True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The management API over a real SQLite file, asked through ASGI: two tenants, and their keys."""
+"""The management API over a real database, asked through ASGI: two tenants, and their keys."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -13,9 +13,9 @@ from gateway.clock import now_us
 from gateway.identity.keys import APP_SCOPES, KeyScope
 from gateway.identity.wallets import app_wallet
 from gateway.installation import Books, Gift, give
-from gateway.migrations import migrate
 from gateway.settings import Settings
 from pricing.money import CREDIT
+from tests.gateway.rig import held_to_policies, installed_database, open_store
 
 
 @dataclass
@@ -96,17 +96,17 @@ class Office:
 @contextlib.asynccontextmanager
 async def open_office(folder: Path, **settings: Any) -> AsyncIterator[Office]:
     chosen = {
-        "database_url": f"sqlite:///{folder / 'farebox.db'}",
+        "database_url": installed_database(folder),
         "journal_dir": folder / "journal",
         "default_upstream": "simulated",
         "rate_limit_per_minute": 0,
         "management_rate_limit_per_minute": 0,
         **settings,
     }
-    migrate(chosen["database_url"])
     clock = Clock()
-    gateway = Gateway(Settings(**chosen), now_us=clock.now_us)
+    gateway = Gateway(Settings(**chosen), now_us=clock.now_us, open_store=open_store)
     await gateway.start()
+    await held_to_policies(gateway.services.database)
     tenants = gateway.services.tenants
     first = await tenants.create_tenant("Acme", first=True)
     app = await tenants.create_app(first.id, "Chat")

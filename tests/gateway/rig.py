@@ -1,4 +1,4 @@
-"""A whole gateway in the test's own loop: real sockets, a real SQLite file, and an upstream that the test commands."""
+"""A whole gateway in the test's own loop: real sockets, a real database, and an upstream that the test commands."""
 
 import asyncio
 import contextlib
@@ -13,11 +13,11 @@ from typing import Any
 
 import httpx
 import uvicorn
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlmodel import SQLModel
 
 from gateway.clock import now_us
-from gateway.database import Database
+from gateway.database import NOBODY, Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
@@ -44,11 +44,20 @@ from ledger.ledger import Ledger, Receipt, WalletView
 from ledger.model import Funding, Restriction
 from ledger.model import Scope as LedgerScope
 from ledger.outcomes import Outcome
-from ledger.store.protocol import StoreUnavailable, Transaction
+from ledger.store.postgres import PostgresStore
+from ledger.store.protocol import Store, StoreUnavailable, Transaction, Watcher
 from ledger.store.sqlite import SqliteStore
 from ledger.verify import verify
 from pricing.money import CREDIT
 from pricing.tokens import PromptCounter, TextCounter, encoding_for
+
+DATABASE = "database.url"
+"""The file that names the database of the gateway that runs in its folder."""
+
+GETS_AROUND_POLICIES = """
+SELECT bool_or(rolsuper OR rolbypassrls) OR EXISTS (SELECT FROM pg_class WHERE relrowsecurity AND relowner = role.oid)
+FROM pg_roles AS role WHERE rolname = current_user GROUP BY role.oid
+"""
 
 
 class Clock:
@@ -84,7 +93,7 @@ class FragileStore:
         seen: the commands that were tried.
     """
 
-    def __init__(self, store: SqliteStore) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
         self.away: Callable[[AnyCommand], bool] = lambda command: False
         self.before: Around = nothing
@@ -367,6 +376,35 @@ def empty_database() -> bytes:
     return content
 
 
+def name_database(folder: Path, url: str) -> None:
+    """The gateway that runs in *folder* has its database there, rather than in a file."""
+    (folder / DATABASE).write_text(url)
+
+
+def installed_database(folder: Path) -> str:
+    """The URL of an empty database with all tables."""
+    if (folder / DATABASE).exists():
+        return (folder / DATABASE).read_text()
+    if not (folder / "farebox.db").exists():
+        (folder / "farebox.db").write_bytes(empty_database())
+    return f"sqlite:///{folder / 'farebox.db'}"
+
+
+async def open_store(database_url: str, *, clock: Callable[[], int], watcher: Watcher | None = None) -> Store:
+    """As the gateway opens its store; but *clock* tells the time on a server too."""
+    if database_url.startswith("sqlite:"):
+        return await SqliteStore.open(database_url, clock=clock)
+    return await PostgresStore.open(database_url, clock=clock, watcher=watcher)
+
+
+async def held_to_policies(database: Database) -> None:
+    """Nothing is tested as a role of PostgreSQL that owns a table or that no policy binds."""
+    async with database.read(NOBODY) as connection:
+        if connection.dialect.name == "postgresql":
+            free = await connection.scalar(text(GETS_AROUND_POLICIES))
+            assert free is False, "this role gets around the policies"
+
+
 @contextlib.asynccontextmanager
 async def running(
     folder: Path,
@@ -384,11 +422,11 @@ async def running(
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: unseen.append(context))
     clock = Clock()
     settings = settings or Settings(default_upstream="simulated", rate_limit_per_minute=0, journal_dir=folder / "kept")
-    (folder / "farebox.db").write_bytes(empty_database())
-    url = f"sqlite:///{folder / 'farebox.db'}"
+    url = installed_database(folder)
     database = Database(url)
+    await held_to_policies(database)
     journal = SettlementJournal(settings.journal_dir, name="rig", report=lambda message: None)
-    store = FragileStore(await SqliteStore.open(url, clock=clock.now_us))
+    store = FragileStore(await open_store(url, clock=clock.now_us))
     ledger = await Ledger.open(
         store,
         clock=clock.now_us,

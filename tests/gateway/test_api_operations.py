@@ -142,6 +142,7 @@ async def test_readiness_says_what_is_wrong(office: Office, monkeypatch: pytest.
     assert (await office.ask_plain("/health/live")).status_code == 200
 
 
+@pytest.mark.sqlite
 async def test_a_gateway_whose_file_was_removed_or_replaced_is_not_ready(office: Office, tmp_path: Path):
     path, kept = tmp_path / "farebox.db", tmp_path / "kept.db"
     assert (await office.ask_plain("/health/ready")).status_code == 200
@@ -154,6 +155,7 @@ async def test_a_gateway_whose_file_was_removed_or_replaced_is_not_ready(office:
     assert (await office.ask_plain("/health/ready")).status_code == 200
 
 
+@pytest.mark.sqlite
 async def test_a_database_that_is_gone_is_not_a_fault_of_ours(office: Office):
     path = office.gateway.services.settings.database_url.removeprefix("sqlite:///")
     with sqlite3.connect(path) as connection:

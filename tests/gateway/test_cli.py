@@ -105,7 +105,7 @@ def test_help_is_everywhere_and_imports_nothing_that_is_slow(tmp_path: Path):
     code = """
 import sys
 from gateway.cli import main
-commands = ["", "serve", "demo", "init", "migrate", "verify", "grant", "statement"]
+commands = ["", "serve", "demo", "init", "migrate", "verify", "copy", "grant", "statement"]
 commands += ["keys", "keys list", "keys create", "keys revoke", "tenants", "tenants list", "tenants create"]
 commands += ["prices", "prices list", "prices show", "prices check"]
 for command in commands:
@@ -125,7 +125,7 @@ assert not slow, slow
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Usage: farebox") == 19
+    assert done.stdout.count("Usage: farebox") == 20
 
 
 def test_init_prints_what_is_needed_once(tmp_path: Path, run: Run):

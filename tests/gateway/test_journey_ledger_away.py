@@ -72,7 +72,7 @@ async def test_a_reservation_that_comes_after_its_request_gave_up_is_given_back(
             default_upstream="simulated",
             rate_limit_per_minute=0,
             journal_dir=tmp_path / "kept",
-            ledger_timeout_s=0.05,
+            ledger_timeout_s=0.5,
         ),
     ) as rig:
         await rig.grant("1")
@@ -235,6 +235,7 @@ def journal(folder: Path, name: str = "1") -> SettlementJournal:
     return SettlementJournal(folder, name=name, report=lambda message: None)
 
 
+@pytest.mark.sqlite
 async def test_processes_of_one_name_lose_nothing_of_each_other(tmp_path: Path) -> None:
     """As in containers, where each is process 1: the second finds what the first left behind."""
     dead, living, told = journal(tmp_path), journal(tmp_path), Told()
@@ -248,6 +249,7 @@ async def test_processes_of_one_name_lose_nothing_of_each_other(tmp_path: Path) 
     assert files(tmp_path) == []
 
 
+@pytest.mark.sqlite
 async def test_what_is_replayed_twice_at_once_is_told_once(tmp_path: Path) -> None:
     kept, told = journal(tmp_path), Told()
     for name in "abc":
@@ -259,6 +261,7 @@ async def test_what_is_replayed_twice_at_once_is_told_once(tmp_path: Path) -> No
     assert (await journal(tmp_path, "2").adopt(told), told.names[3:]) == (1, ["d"])  # type: ignore[arg-type]
 
 
+@pytest.mark.sqlite
 async def test_processes_that_adopt_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     dead, told = journal(tmp_path, "dead"), Told()
     await dead.keep(release("a"))
@@ -268,6 +271,7 @@ async def test_processes_that_adopt_at_once_do_not_disturb_each_other(tmp_path: 
     assert files(tmp_path) == []
 
 
+@pytest.mark.sqlite
 async def test_the_journal_of_a_living_process_is_its_own(tmp_path: Path) -> None:
     living, told = journal(tmp_path), Told()
     await living.keep(release("a"))

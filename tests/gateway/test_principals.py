@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.database import Database, DatabaseUnavailable
+from gateway.database import Database, DatabaseUnavailable, of
 from gateway.errors import ApiError
 from gateway.identity import keys
 from gateway.identity.keys import APP_SCOPES, INSTALLATION_SCOPES, KeyScope
@@ -32,11 +32,11 @@ class CountedDatabase(Database):
         self.reading = asyncio.Event()
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
+    async def read_of_key(self, key_id: str) -> AsyncIterator[AsyncConnection]:
         self.reads += 1
         if self.away:
             raise DatabaseUnavailable("away")
-        async with super().read() as connection:
+        async with super().read_of_key(key_id) as connection:
             yield connection
             self.reading.set()
             await self.go_on.wait()
@@ -104,7 +104,7 @@ async def test_a_credits_value_is_the_one_in_force_now(
 ):
     token, tenant_id, _ = await new_key(tenants)
     for effective_from_us, value in ((clock.us - 10, 2 * 10**10), (clock.us + 10_000_000, 3 * 10**10)):
-        async with database.write() as connection:
+        async with database.write(of(tenant_id)) as connection:
             await connection.execute(
                 insert(AssetVersion).values(
                     tenant=tenant_id,

@@ -95,6 +95,36 @@ def test_a_list_in_the_environment_is_json(monkeypatch: pytest.MonkeyPatch):
         load()
 
 
+def test_a_secret_can_stand_in_a_file(tmp_path: Path):
+    """Which is how container platforms hand secrets in: the file's last line break is not part of it."""
+    (tmp_path / "url").write_text("postgresql://gateway:hunter2@db/farebox\n")
+    (tmp_path / "key").write_text("sk-123\n")
+    found = settings(
+        tmp_path, f'database_url = "file:{tmp_path}/url"\n' + UPSTREAM + f'api_key = "file:{tmp_path}/key"\n'
+    )
+    assert found.database_url == "postgresql://gateway:hunter2@db/farebox"
+    assert found.upstreams[0].api_key is not None
+    assert found.upstreams[0].api_key.get_secret_value() == "sk-123"
+
+
+def test_a_secret_can_stand_in_another_variable(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DATABASE_URL", "postgresql://db/farebox")
+    monkeypatch.setenv("FAREBOX_DATABASE_URL", "env:DATABASE_URL")
+    monkeypatch.setenv("FAREBOX_REDIS_URL", "env:REDIS_URL")
+    monkeypatch.setenv("REDIS_URL", "redis://cache/0")
+    assert (load().database_url, load().redis_url) == ("postgresql://db/farebox", "redis://cache/0")
+
+
+def test_a_secret_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FAREBOX_DATABASE_URL", f"file:{tmp_path}/gone")
+    with pytest.raises(SettingsInvalid, match=r"FAREBOX_DATABASE_URL: .*gone cannot be read: No such file"):
+        load()
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    monkeypatch.setenv("FAREBOX_DATABASE_URL", f"file:{tmp_path}/bytes")
+    with pytest.raises(SettingsInvalid, match="is not a text"):
+        load()
+
+
 def test_an_openai_key_alone_is_enough_to_forward_to_openai(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-123")
     found = load()

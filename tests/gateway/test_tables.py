@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
 from sqlmodel import SQLModel
 
-from gateway.database import Database
+from gateway.database import Database, of
 from gateway.tables import ApiKey, App, AssetVersion, Customer, Tenant
 
 OURS = ["tenants", "assets", "apps", "api_keys", "customers"]
@@ -96,18 +96,20 @@ CUSTOMER: dict[str, Any] = {
     ],
 )
 async def test_the_database_refuses_what_must_not_be(database: Database, model: type[SQLModel], row: dict[str, Any]):
-    async with database.write() as connection:
+    rows = of("ten_1", "live", "test", "admin")
+    async with database.write(rows) as connection:
         await connection.execute(insert(Tenant).values(**TENANT | {"is_first": True}))
         for planted, values in ((AssetVersion, ASSET), (App, APP), (ApiKey, KEY), (Customer, CUSTOMER)):
             await connection.execute(insert(planted).values(**values))
+    touched = of(row["tenant"] if "tenant" in row else row["id"], *rows.modes)
     with pytest.raises(IntegrityError):
-        async with database.write() as connection:
+        async with database.write(touched) as connection:
             await connection.execute(insert(model).values(**row))
 
 
 async def test_one_name_may_be_a_customer_of_each_tenant_and_mode(database: Database):
-    async with database.write() as connection:
-        for tenant in ("ten_1", "ten_2"):
+    for tenant in ("ten_1", "ten_2"):
+        async with database.write(of(tenant, "live", "test")) as connection:
             await connection.execute(insert(Tenant).values(**TENANT | {"id": tenant}))
             for mode in ("live", "test"):
                 await connection.execute(insert(Customer).values(**CUSTOMER | {"tenant": tenant, "mode": mode}))

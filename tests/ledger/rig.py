@@ -2,11 +2,14 @@
 
 import itertools
 import random
-from collections.abc import Sequence
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import psycopg
 from sqlalchemy import create_engine
 from sqlmodel import SQLModel
 
@@ -39,7 +42,12 @@ from ledger.model import (
     UsageRecord,
     WalletRef,
 )
+from ledger.store.postgres import PostgresStore
+from ledger.store.protocol import Store
+from ledger.store.sqlite import SqliteStore
 from ledger.store.tables import TABLES
+
+Dump = dict[str, list[tuple[Any, ...]]]
 
 SCOPE = Scope("ten_a", "live")
 SECOND_US = 1_000_000
@@ -63,6 +71,77 @@ def create_sqlite(path: Path) -> str:
     SQLModel.metadata.create_all(engine, tables=list(TABLES))
     engine.dispose()
     return url
+
+
+class Database(Protocol):
+    """An empty ledger that can be opened more than once, and looked into from outside."""
+
+    @property
+    def url(self) -> str: ...
+
+    async def open(self, clock: Callable[[], int] | None) -> Store: ...
+
+    def dump(self) -> Dump:
+        """Every row of every table of the ledger, in the order of the keys."""
+        ...
+
+    def damage(self, sql: str) -> None:
+        """Do *sql* to it behind the ledger's back, whatever checks and triggers say."""
+        ...
+
+
+class SqliteDatabase:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.url = create_sqlite(path)
+
+    async def open(self, clock: Callable[[], int] | None) -> Store:
+        return await SqliteStore.open(self.url, clock=clock or machine_clock)
+
+    def dump(self) -> Dump:
+        with sqlite3.connect(self._path) as connection:
+            rows = {table.name: sorted(connection.execute(f"SELECT * FROM {table.name}"), key=repr) for table in TABLES}
+        connection.close()
+        return rows
+
+    def damage(self, sql: str) -> None:
+        with sqlite3.connect(self._path) as connection:
+            connection.execute("PRAGMA ignore_check_constraints = ON")
+            for (trigger,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+                connection.execute(f"DROP TRIGGER {trigger}")
+            connection.execute(sql)
+        connection.close()
+
+
+class PostgresDatabase:
+    """A migrated database. The store works in it as the gateway's role, and here the superuser looks into it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    async def open(self, clock: Callable[[], int] | None) -> Store:
+        return await PostgresStore.open(self.url, clock=clock)
+
+    def dump(self) -> Dump:
+        with psycopg.connect(self.url) as connection:
+            return {
+                table.name: sorted(connection.execute(f'SELECT * FROM "{table.name}"').fetchall(), key=repr)
+                for table in TABLES
+            }
+
+    def damage(self, sql: str) -> None:
+        with psycopg.connect(self.url) as connection:
+            for table, check in connection.execute(
+                "SELECT conrelid::regclass::text, conname FROM pg_constraint WHERE contype = 'c' AND connamespace = "
+                "current_schema()::regnamespace"
+            ).fetchall():
+                connection.execute(f'ALTER TABLE {table} DROP CONSTRAINT "{check}"')
+            connection.execute("SET session_replication_role = replica")
+            connection.execute(sql)
+
+
+def machine_clock() -> int:
+    return time.time_ns() // 1000
 
 
 def wallet(name: str, scope: Scope = SCOPE) -> WalletRef:

@@ -20,8 +20,7 @@ from ledger.errors import (
 from ledger.ledger import SWEEP_PAGE, Ledger
 from ledger.model import Charge, Funding, ReservationState, Restriction, Settlement, Tags, Wallet
 from ledger.outcomes import Outcome, Reason, Rejected, Settled
-from ledger.store.protocol import StoreUnavailable
-from ledger.store.sqlite import SqliteStore
+from ledger.store.protocol import Store, StoreUnavailable
 from tests.ledger.rig import RESPONSE, SCOPE, SECOND_US, START_US, Clock, Say, key, reservation, usage, wallet
 
 
@@ -218,15 +217,15 @@ async def test_a_sweep_goes_through_all_pages(ledger: Ledger, say: Say, clock: C
 
 @pytest.mark.parametrize("page", [2, 3, 200])
 async def test_candidates_that_fail_stop_no_other(
-    sqlite_store: SqliteStore, say: Say, clock: Clock, monkeypatch: pytest.MonkeyPatch, page: int
+    store: Store, say: Say, clock: Clock, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
     """Not even when they fill the first page."""
-    ledger = await Ledger.open(sqlite_store, clock=clock, new_command_id=say.id)
+    ledger = await Ledger.open(store, clock=clock, new_command_id=say.id)
     await ledger.execute(say.grant("a", "1", 100))
     for name in ("poisoned", "poisoned_too", "1", "2", "3"):
         await ledger.execute(say.reserve("a", name, 10, ttl_us=1))
     clock.us += 1
-    run_batch = sqlite_store.run_batch
+    run_batch = store.run_batch
     bad = (reservation("poisoned"), reservation("poisoned_too"))
 
     async def poisoned(commands: Sequence[AnyCommand]) -> list[Outcome]:
@@ -234,23 +233,23 @@ async def test_candidates_that_fail_stop_no_other(
             raise ValueError("cannot be settled")
         return await run_batch(commands)
 
-    monkeypatch.setattr(sqlite_store, "run_batch", poisoned)
+    monkeypatch.setattr(store, "run_batch", poisoned)
     monkeypatch.setattr(ledger_module, "SWEEP_PAGE", page)
-    failing = await Ledger.open(sqlite_store, clock=clock, new_command_id=say.id)
+    failing = await Ledger.open(store, clock=clock, new_command_id=say.id)
     swept = await failing.sweep(clock.us)
     assert swept.reservations == 3
     assert [type(failure) for failure in swept.failures] == [ValueError] * 2
 
 
 async def test_a_store_that_cannot_be_read_is_an_unavailable_ledger(
-    ledger: Ledger, sqlite_store: SqliteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def gone(*_: object, **__: object) -> Wallet:
         raise StoreUnavailable("disk I/O error")
 
     names = ("wallet", "reservation", "reservation_of_request", "response", "transactions", "due_reservations")
     for name in names:
-        monkeypatch.setattr(sqlite_store, name, gone)
+        monkeypatch.setattr(store, name, gone)
     reads: list[Callable[[], object]] = [
         lambda: ledger.wallet_view(wallet("a")),
         lambda: ledger.reservation(reservation("1")),

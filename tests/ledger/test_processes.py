@@ -1,11 +1,10 @@
-"""Several real processes on one file, and processes that are killed in the middle of their work."""
+"""Several real processes on one database, and processes that are killed in the middle of their work."""
 
 import asyncio
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,17 +14,17 @@ import pytest
 from ledger.ledger import Ledger
 from ledger.model import ReservationState
 from ledger.outcomes import Applied
-from ledger.store.sqlite import SqliteStore
+from ledger.store.protocol import Store
 from ledger.verify import verify
 from tests.conftest import Campaign
-from tests.ledger.rig import SECOND_US, Say, reservation, wallet
+from tests.ledger.rig import SECOND_US, Database, Say, machine_clock, reservation, wallet
 from tests.ledger.worker import AMOUNT
 
 Lines = list[list[str]]
 
 
-def start(path: Path, name: str, *, at_once: int, pairs: int) -> "subprocess.Popen[str]":
-    arguments = [f"sqlite:///{path}", name, str(at_once), str(pairs)]
+def start(url: str, name: str, *, at_once: int, pairs: int) -> "subprocess.Popen[str]":
+    arguments = [url, name, str(at_once), str(pairs)]
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.ledger.worker", *arguments],
         stdout=subprocess.PIPE,
@@ -55,13 +54,13 @@ def rest_of(process: "subprocess.Popen[str]") -> Lines:
 
 
 @asynccontextmanager
-async def opened(path: Path, *, ahead_us: int = 0) -> AsyncIterator[tuple[SqliteStore, Ledger, Say]]:
+async def opened(database: Database, *, ahead_us: int = 0) -> AsyncIterator[tuple[Store, Ledger, Say]]:
     """The ledger of this process, on the machine's clock or *ahead_us* of it."""
 
     def clock() -> int:
-        return time.time_ns() // 1000 + ahead_us
+        return machine_clock() + ahead_us
 
-    store = await SqliteStore.open(f"sqlite:///{path}", clock=clock)
+    store = await database.open(clock if ahead_us else None)
     ledger = await Ledger.open(store, clock=clock, new_command_id=lambda: f"cmd_{os.urandom(8).hex()}")
     yield store, ledger, Say()
     await ledger.close()
@@ -72,12 +71,12 @@ async def fund(ledger: Ledger, say: Say, credits: dict[str, int]) -> None:
         await ledger.execute(say.grant(name, name, amount, id=ledger.new_command_id()))
 
 
-async def test_processes_on_one_file_do_not_overspend_nor_lose(database_path: Path) -> None:
+async def test_processes_on_one_database_do_not_overspend_nor_lose(database: Database) -> None:
     """Two processes want more of the shared wallet than there is: exactly what it affords is charged, by both."""
     affordable = 150
-    async with opened(database_path) as (store, ledger, say):
+    async with opened(database) as (store, ledger, say):
         await fund(ledger, say, {"shared": affordable * AMOUNT + 1, "own_one": 10**6, "own_two": 10**6})
-        workers = [start(database_path, name, at_once=16, pairs=20) for name in ("one", "two")]
+        workers = [start(database.url, name, at_once=16, pairs=20) for name in ("one", "two")]
         lines = await asyncio.gather(*(asyncio.to_thread(rest_of, worker) for worker in workers))
         assert [worker.returncode for worker in workers] == [0, 0]
         charged = [line[1] for printed in lines for line in printed if line[0] == "charged"]
@@ -92,14 +91,14 @@ async def test_processes_on_one_file_do_not_overspend_nor_lose(database_path: Pa
 
 
 @pytest.mark.campaign
-async def test_a_process_that_is_killed_loses_no_answer(database_path: Path, campaign: Campaign) -> None:
+async def test_a_process_that_is_killed_loses_no_answer(database: Database, campaign: Campaign) -> None:
     """kill -9 at random moments: what a caller was told is stored, nothing is stored by half, others go on."""
     seed = campaign.random()
-    async with opened(database_path) as (store, ledger, say):
+    async with opened(database) as (store, ledger, say):
         names = [f"w{number}" for number in range(campaign.rounds(short=5, long=60))]
         await fund(ledger, say, {"shared": 10**9, **{f"own_{name}": 10**9 for name in names}})
         for name in names:
-            process = start(database_path, name, at_once=50, pairs=0)
+            process = start(database.url, name, at_once=50, pairs=0)
             lines = read(process, seed.randint(20, 600))
             process.send_signal(signal.SIGKILL)
             lines += rest_of(process)
@@ -112,8 +111,8 @@ async def test_a_process_that_is_killed_loses_no_answer(database_path: Path, cam
             applied = await ledger.execute(say.debit("shared", f"after_{name}", 1, id=ledger.new_command_id()))
             assert isinstance(applied, Applied), "nobody waits for the dead"
         assert (await verify(store)).violations == ()
-    async with opened(database_path, ahead_us=3600 * SECOND_US) as (store, ledger, _):
-        now_us = time.time_ns() // 1000 + 3600 * SECOND_US
+    async with opened(database, ahead_us=3600 * SECOND_US) as (store, ledger, _):
+        now_us = machine_clock() + 3600 * SECOND_US
         assert (await ledger.sweep(now_us)).failures == ()
         assert await store.due_reservations(now_us, limit=10) == [], "no reservation outlives its time"
         view = await ledger.wallet_view(wallet("shared"))
@@ -122,10 +121,10 @@ async def test_a_process_that_is_killed_loses_no_answer(database_path: Path, cam
         assert (await verify(store)).violations == ()
 
 
-async def test_a_process_that_is_stopped_holds_the_others_up_only_until_it_goes_on(database_path: Path) -> None:
-    async with opened(database_path) as (store, ledger, say):
+async def test_a_process_that_is_stopped_holds_the_others_up_only_until_it_goes_on(database: Database) -> None:
+    async with opened(database) as (store, ledger, say):
         await fund(ledger, say, {"shared": 10**9, "own_one": 10**9})
-        process = start(database_path, "one", at_once=50, pairs=0)
+        process = start(database.url, "one", at_once=50, pairs=0)
         for number in range(5):
             read(process, 50)
             process.send_signal(signal.SIGSTOP)

@@ -1,10 +1,8 @@
-"""The conformance suite of stores: each of them does all of this. A new store is a new line in STORES."""
+"""The conformance suite of stores: each of them does all of this. A new store is a new name in STORES of conftest."""
 
 import asyncio
 import random
-import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import msgspec
@@ -17,66 +15,25 @@ from ledger.outcomes import Applied, Granted, Outcome, Reason, Rejected, Reserve
 from ledger.state import State
 from ledger.store.protocol import Position, Store
 from ledger.store.rows import block_from, block_row, wallet_from, wallet_row
-from ledger.store.sqlite import SqliteStore
 from ledger.verify import verify
 from tests.conftest import Campaign
+from tests.ledger.conftest import NewDatabase
 from tests.ledger.rig import (
     RESPONSE,
     SCOPE,
     SECOND_US,
     START_US,
     Clock,
+    Database,
+    Dump,
     RandomCommands,
     Say,
-    create_sqlite,
     key,
     partition,
     reservation,
     usage,
     wallet,
 )
-
-Dump = dict[str, list[tuple[Any, ...]]]
-
-
-class Database:
-    """An empty ledger that can be opened more than once, and looked into from outside."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._url = create_sqlite(path)
-
-    async def open(self, clock: Clock) -> Store:
-        return await SqliteStore.open(self._url, clock=clock)
-
-    def dump(self) -> Dump:
-        """Every row of every table of the ledger, in the order of the keys."""
-        with sqlite3.connect(self._path) as connection:
-            tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-            rows = {name: sorted(connection.execute(f"SELECT * FROM {name}"), key=repr) for name in tables}
-        connection.close()
-        return rows
-
-
-STORES: dict[str, Callable[[Path], Database]] = {"sqlite": lambda folder: Database(folder / "ledger.db")}
-
-
-@pytest.fixture(params=STORES)
-def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Database]:
-    made: list[Database] = []
-
-    def new() -> Database:
-        folder = tmp_path / str(len(made))
-        folder.mkdir()
-        made.append(STORES[request.param](folder))
-        return made[-1]
-
-    return new
-
-
-@pytest.fixture
-def database(new_database: Callable[[], Database]) -> Database:
-    return new_database()
 
 
 @pytest.fixture
@@ -95,6 +52,14 @@ def result_of(outcome: Outcome) -> Any:
 def reason_of(outcome: Outcome) -> Reason:
     assert isinstance(outcome, Rejected), outcome
     return outcome.reason
+
+
+def without_gaps(dump: Dump) -> Dump:
+    """The same rows with the journal's numbers counted from one: a number that was drawn in vain is missing."""
+    ranks = {seq: rank for rank, seq in enumerate(sorted(row[3] for row in dump["ledger_command"]), start=1)}
+    commands = [(*row[:3], ranks[row[3]], *row[4:]) for row in dump["ledger_command"]]
+    transfers = [(*row[:2], ranks[row[2]], *row[3:]) for row in dump["ledger_transfer"]]
+    return {**dump, "ledger_command": sorted(commands, key=repr), "ledger_transfer": sorted(transfers, key=repr)}
 
 
 class Reference:
@@ -144,7 +109,7 @@ async def test_a_batch_that_cannot_be_written_leaves_nothing(database: Database,
 
 
 async def test_random_commands_come_to_what_the_pure_fold_says(
-    new_database: Callable[[], Database], clock: Clock, campaign: Campaign
+    new_database: NewDatabase, clock: Clock, campaign: Campaign
 ) -> None:
     """Loading only what is named, and keeping some of it, must not show: whoever runs a batch, and after whom."""
     for number in range(campaign.rounds(short=3, long=100)):
@@ -173,7 +138,7 @@ async def test_random_commands_come_to_what_the_pure_fold_says(
 
 @pytest.mark.parametrize("size_max", [2, 16, 256])
 async def test_a_batch_of_n_is_n_batches_of_one(
-    new_database: Callable[[], Database], clock: Clock, campaign: Campaign, size_max: int
+    new_database: NewDatabase, clock: Clock, campaign: Campaign, size_max: int
 ) -> None:
     for number in range(campaign.rounds(short=2, long=50)):
         seed = random.Random(campaign.seed + number)
@@ -188,7 +153,7 @@ async def test_a_batch_of_n_is_n_batches_of_one(
                 outcome for batch in partition(commands, seed, size_max) for outcome in await many.run_batch(batch)
             ]
             assert outcomes == expected
-        assert batched.dump() == singly.dump(), f"seed {campaign.seed + number}"
+        assert without_gaps(batched.dump()) == without_gaps(singly.dump()), f"seed {campaign.seed + number}"
         await one.close()
         await many.close()
 

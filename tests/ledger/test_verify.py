@@ -1,9 +1,7 @@
 """``farebox verify`` finds what is wrong: one test for each damage, done behind the ledger's back."""
 
 import random
-import sqlite3
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +11,16 @@ from ledger.ledger import Ledger
 from ledger.model import Charge, Funding, Scope, Settlement
 from ledger.outcomes import Transfer
 from ledger.state import State, evolve
-from ledger.store.protocol import JournalEntry
-from ledger.store.sqlite import SqliteStore
+from ledger.store.protocol import JournalEntry, Store
 from ledger.store.statements import columns
 from ledger.verify import Verified, verify
-from tests.ledger.rig import SECOND_US, Clock, RandomCommands, Say, key, partition, usage
+from tests.ledger.rig import SECOND_US, Clock, Database, RandomCommands, Say, key, partition, usage
 
 Damage = Callable[[str], Awaitable[Verified]]
 
 
 @pytest.fixture
-async def damage(ledger: Ledger, sqlite_store: SqliteStore, database_path: Path, say: Say) -> Damage:
+async def damage(ledger: Ledger, store: Store, database: Database, say: Say) -> Damage:
     """A ledger with something of everything in it; calling it does SQL to it and verifies."""
     await ledger.execute(say.grant("a", "1", 100, metadata={"note": "x"}))
     await ledger.execute(say.grant("pool", "p", 100))
@@ -38,18 +35,13 @@ async def damage(ledger: Ledger, sqlite_store: SqliteStore, database_path: Path,
     await ledger.execute(say.reserve("c", "short", 10))
     await ledger.execute(say.commit("short", 12))
     await ledger.execute(say.revoke("c", "c", 5, clawback=True))
-    assert (await verify(sqlite_store)).violations == ()
+    assert (await verify(store)).violations == ()
 
     async def do(sql: str) -> Verified:
-        with sqlite3.connect(database_path) as connection:
-            connection.execute("PRAGMA ignore_check_constraints = ON")
-            for (trigger,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
-                connection.execute(f"DROP TRIGGER {trigger}")
-            before = list(connection.iterdump())
-            connection.execute(sql)
-            assert list(connection.iterdump()) != before, "the damage was done"
-        connection.close()
-        return await verify(sqlite_store)
+        before = database.dump()
+        database.damage(sql)
+        assert database.dump() != before, "the damage was done"
+        return await verify(store)
 
     return do
 
@@ -105,7 +97,7 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
         ),
         ("UPDATE ledger_usage SET charged = charged + 1 WHERE reservation = 'rsv_done'", "a row is damaged"),
         ("UPDATE ledger_reservation SET state = 'committed' WHERE reservation = 'rsv_open'", "a row is damaged"),
-        ("UPDATE ledger_block SET live = 0 WHERE id = 'blk_1'", "a row is damaged"),
+        ("UPDATE ledger_block SET live = FALSE WHERE id = 'blk_1'", "a row is damaged"),
         ("DELETE FROM ledger_usage WHERE reservation = 'rsv_done'", "the stored usage is not the journal's"),
         # The journal.
         ("DELETE FROM ledger_transfer WHERE credit = 'wallet:customer:a'", "an entry's transfers must all be there"),
@@ -181,29 +173,29 @@ async def test_damage_is_found(damage: Damage, sql: str, message: str) -> None:
     assert any(message in each for each in found), found
 
 
-async def test_a_ledger_with_a_long_past_is_found_whole(sqlite_store: SqliteStore, clock: Clock, campaign: Any) -> None:
+async def test_a_ledger_with_a_long_past_is_found_whole(store: Store, clock: Clock, campaign: Any) -> None:
     seed = random.Random(campaign.seed)
     source = RandomCommands(seed)
     for _ in range(10):
         clock.us += 15 * SECOND_US
         for batch in partition(source.take(100, clock.us), seed, 64):
-            await sqlite_store.run_batch(batch)
-    verified = await verify(sqlite_store)
+            await store.run_batch(batch)
+    verified = await verify(store)
     assert verified.violations == ()
     assert verified.entries > 300
 
 
-async def test_replay_is_identity(sqlite_store: SqliteStore, clock: Clock, campaign: Any) -> None:
+async def test_replay_is_identity(store: Store, clock: Clock, campaign: Any) -> None:
     """Folding the journal's facts gives the very values that are stored, and the invariants hold for the whole."""
     seed = random.Random(campaign.seed + 1)
     source = RandomCommands(seed)
     for _ in range(5):
         clock.us += 15 * SECOND_US
         for batch in partition(source.take(60, clock.us), seed, 32):
-            await sqlite_store.run_batch(batch)
+            await store.run_batch(batch)
     state = State()
     transfers: list[Transfer] = []
-    async with sqlite_store.snapshot() as snapshot:
+    async with store.snapshot() as snapshot:
         async for entry in snapshot.journal():
             for fact in entry.facts:
                 evolve(state, fact)
@@ -218,10 +210,10 @@ async def test_replay_is_identity(sqlite_store: SqliteStore, clock: Clock, campa
     assert violations(state, transfers[1:]) != []
 
 
-async def test_verify_sees_one_moment_of_a_ledger_in_use(sqlite_store: SqliteStore, say: Say) -> None:
-    await sqlite_store.run_batch([say.grant("a", "1", 100)])
-    async with sqlite_store.snapshot() as snapshot:
-        await sqlite_store.run_batch([say.grant("a", "2", 100)])
+async def test_verify_sees_one_moment_of_a_ledger_in_use(store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("a", "1", 100)])
+    async with store.snapshot() as snapshot:
+        await store.run_batch([say.grant("a", "2", 100)])
         assert [block.id async for block in snapshot.blocks()] == ["blk_1"]
         assert [entry.kind async for entry in snapshot.journal()] == ["grant"]
 

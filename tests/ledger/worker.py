@@ -7,20 +7,19 @@ Every line it prints is one answer that it got: ``reserved NAME`` or ``charged N
 import asyncio
 import itertools
 import sys
-import time
 
+from gateway.stores import open_store
 from ledger.errors import InsufficientCredits
 from ledger.ledger import Ledger
-from ledger.store.sqlite import SqliteStore
-from tests.ledger.rig import Say
+from tests.ledger.rig import Say, machine_clock
 
 AMOUNT = 3
 
 
 async def work(url: str, name: str, at_once: int, pairs: int) -> None:
-    store = await SqliteStore.open(url, clock=lambda: time.time_ns() // 1000)
+    store = await open_store(url, clock=machine_clock)
     ids = (f"cmd_{name}_{number:08d}" for number in itertools.count())
-    ledger = await Ledger.open(store, clock=lambda: time.time_ns() // 1000, new_command_id=lambda: next(ids))
+    ledger = await Ledger.open(store, clock=machine_clock, new_command_id=lambda: next(ids))
     say = Say()
     print("ready", flush=True)
 

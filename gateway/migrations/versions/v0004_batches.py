@@ -1,0 +1,325 @@
+"""The ledger's batches on PostgreSQL as functions, so that a batch is few round trips; and the events' pending marker.
+
+How it works: rows go in as JSON arrays of objects with the columns' names, one text for each kind of change, and NULL
+where there are none. ``farebox_load_v1`` locks wallets in the order of their names and returns what a batch is decided
+on. ``farebox_write_v1`` writes what it came to. ``farebox_apply_v1`` does both for a batch that was decided on what its
+process had kept: it locks, sees whether all of that is still so, and writes, or writes nothing and tells which wallets
+have moved on. The names carry a version, so that two releases can run on one database: a later one adds functions of
+its own, and leaves these to the earlier.
+
+The planner settings keep a plan that was made while a table was small from scanning it when it is large.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0004"
+down_revision = "0003"
+branch_labels = None
+depends_on = None
+
+_PLANS = """SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+SET plan_cache_mode = force_generic_plan SET jit = off"""
+
+_CLOCK_US = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+
+_LOCK = """
+    WITH named AS (
+        SELECT n.tenant, n.mode, n.wallet, n.pools
+        FROM json_to_recordset(wallets::json) AS n (tenant text, mode text, wallet text, pools boolean)
+    ), locked AS (
+        SELECT w.tenant, w.mode, w.wallet
+        FROM (
+            SELECT n.tenant, n.mode, n.wallet FROM named AS n
+            UNION
+            SELECT b.pool::json ->> 0, b.pool::json ->> 1, b.pool::json ->> 2
+            FROM named AS n JOIN ledger_block AS b USING (tenant, mode, wallet)
+            WHERE n.pools AND b.live AND b.pool IS NOT NULL
+        ) AS wanted JOIN ledger_wallet AS w USING (tenant, mode, wallet)
+        ORDER BY w.tenant COLLATE "C", w.mode COLLATE "C", w.wallet COLLATE "C"
+        FOR UPDATE OF w
+    )
+    SELECT array_agg(l.tenant), array_agg(l.mode), array_agg(l.wallet) INTO locked_tenants, locked_modes, locked_wallets
+    FROM locked AS l
+"""
+
+_LOAD = f"""
+CREATE FUNCTION farebox_load_v1(
+    wallets text, blocks text, returned text[], reservations text, keys text, commands text
+) RETURNS text LANGUAGE plpgsql {_PLANS} AS $$
+#variable_conflict use_column
+DECLARE
+    locked_tenants text[];
+    locked_modes text[];
+    locked_wallets text[];
+BEGIN
+    {_LOCK};
+    -- A statement of its own: its snapshot is younger than the locks.
+    RETURN (
+        WITH locked AS (
+            SELECT * FROM unnest(locked_tenants, locked_modes, locked_wallets) AS l (tenant, mode, wallet)
+        )
+        SELECT json_build_object(
+            'now_us', {_CLOCK_US},
+            'server', pg_postmaster_start_time()::text,
+            'wallets', (SELECT json_agg(w) FROM locked JOIN ledger_wallet AS w USING (tenant, mode, wallet)),
+            'blocks', (
+                SELECT json_agg(b) FROM (
+                    SELECT b.* FROM locked JOIN ledger_block AS b USING (tenant, mode, wallet) WHERE b.live
+                    UNION ALL
+                    SELECT b.* FROM locked CROSS JOIN unnest(returned) AS r (id)
+                    JOIN ledger_block AS b USING (tenant, mode, wallet, id) WHERE NOT b.live
+                    UNION ALL
+                    SELECT b.* FROM json_populate_recordset(NULL::ledger_block, blocks::json) AS n
+                    JOIN ledger_block AS b USING (tenant, mode, wallet, id) WHERE NOT b.live
+                ) AS b
+            ),
+            'reservations', (
+                SELECT json_agg(r.body) FROM json_populate_recordset(NULL::ledger_reservation, reservations::json) AS n
+                JOIN ledger_reservation AS r USING (tenant, mode, reservation)
+            ),
+            'keys', (
+                SELECT json_agg(k) FROM json_populate_recordset(NULL::ledger_key, keys::json) AS n
+                JOIN ledger_key AS k USING (tenant, mode, operation, key)
+            ),
+            'commands', (
+                SELECT json_agg(json_build_array(c.tenant, c.mode, c.id, c.kind, c.result))
+                FROM json_populate_recordset(NULL::ledger_command, commands::json) AS n
+                JOIN ledger_command AS c USING (tenant, mode, id)
+            )
+        )
+    );
+END $$
+"""  # noqa: S608
+
+# What a batch writes, in the order of the parameters. *_count are how many rows a change must find.
+_WRITES = """
+    wallets_opened text, wallets_changed text, wallets_count bigint,
+    keys_freed text, keys_taken text,
+    commands text, transfers text, commands_count bigint,
+    blocks_opened text, blocks_changed text, blocks_count bigint,
+    reservations_opened text, reservations_changed text, reservations_count bigint,
+    responses text, bodies bytea[], events text, usage text"""
+
+_WRITE = f"""
+CREATE FUNCTION farebox_write_v1({_WRITES}
+) RETURNS void LANGUAGE plpgsql {_PLANS} AS $$
+#variable_conflict use_column
+DECLARE
+    seqs bigint[];
+    changed bigint;
+BEGIN
+    -- New wallets, then keys, are taken in the order of their names. Two batches that want the same ones wait for each
+    -- other here, and not in a circle.
+    IF wallets_opened IS NOT NULL THEN
+        INSERT INTO ledger_wallet (tenant, mode, wallet, asset, overdraft_limit, receivable, overdraft_reserved, frozen,
+                                   version, last_fact_us, blocks_opened, events_raised)
+        SELECT n.tenant, n.mode, n.wallet, n.asset, n.overdraft_limit, n.receivable, n.overdraft_reserved, n.frozen,
+               n.version, n.last_fact_us, n.blocks_opened, n.events_raised
+        FROM json_populate_recordset(NULL::ledger_wallet, wallets_opened::json) AS n
+        ORDER BY n.tenant COLLATE "C", n.mode COLLATE "C", n.wallet COLLATE "C";
+    END IF;
+    IF keys_freed IS NOT NULL THEN
+        DELETE FROM ledger_key AS k USING json_populate_recordset(NULL::ledger_key, keys_freed::json) AS n
+        WHERE k.tenant = n.tenant AND k.mode = n.mode AND k.operation = n.operation AND k.key = n.key;
+    END IF;
+    IF keys_taken IS NOT NULL THEN
+        INSERT INTO ledger_key (tenant, mode, operation, key, digest, result)
+        SELECT n.tenant, n.mode, n.operation, n.key, n.digest, n.result
+        FROM json_populate_recordset(NULL::ledger_key, keys_taken::json) AS n
+        ORDER BY n.tenant COLLATE "C", n.mode COLLATE "C", n.operation COLLATE "C", n.key COLLATE "C";
+    END IF;
+    IF commands IS NOT NULL THEN
+        -- Numbers come after the locks and the keys. Whatever this batch builds on was committed by then, and so has
+        -- smaller numbers: also a key that another batch gave back, on wallets that this one does not touch.
+        SELECT array_agg(nextval('farebox_journal')) INTO seqs FROM generate_series(1, commands_count);
+        INSERT INTO ledger_command (tenant, mode, id, seq, kind, at_us, transfers, facts, result)
+        SELECT n.tenant, n.mode, n.id, seqs[n.seq], n.kind, n.at_us, n.transfers, n.facts, n.result
+        FROM json_populate_recordset(NULL::ledger_command, commands::json) AS n
+        ORDER BY n.tenant COLLATE "C", n.mode COLLATE "C", n.id COLLATE "C";
+    END IF;
+    IF transfers IS NOT NULL THEN
+        INSERT INTO ledger_transfer (tenant, mode, seq, position, debit, credit, amount, asset, block, reference, at_us)
+        SELECT n.tenant, n.mode, seqs[n.seq], n.position, n.debit, n.credit, n.amount, n.asset, n.block, n.reference,
+               n.at_us
+        FROM json_populate_recordset(NULL::ledger_transfer, transfers::json) AS n;
+    END IF;
+    IF wallets_changed IS NOT NULL THEN
+        UPDATE ledger_wallet AS w
+        SET overdraft_limit = n.overdraft_limit, receivable = n.receivable, overdraft_reserved = n.overdraft_reserved,
+            frozen = n.frozen, version = n.version, last_fact_us = n.last_fact_us, blocks_opened = n.blocks_opened,
+            events_raised = n.events_raised
+        FROM json_to_recordset(wallets_changed::json) AS n (
+            tenant text, mode text, wallet text, was bigint, overdraft_limit bigint, receivable bigint,
+            overdraft_reserved bigint, frozen boolean, version bigint, last_fact_us bigint, blocks_opened bigint,
+            events_raised bigint)
+        WHERE w.tenant = n.tenant AND w.mode = n.mode AND w.wallet = n.wallet AND w.version = n.was;
+        GET DIAGNOSTICS changed = ROW_COUNT;
+        IF changed <> wallets_count THEN
+            RAISE EXCEPTION '% wallets of % were as they had been loaded', changed, wallets_count
+                USING ERRCODE = 'FB001';
+        END IF;
+    END IF;
+    IF blocks_opened IS NOT NULL THEN
+        INSERT INTO ledger_block (tenant, mode, wallet, id, sequence, granted, consumed, reserved, expired, revoked,
+                                  clawed, remaining, live, frozen, created_at_us, effective_at_us, expires_at_us,
+                                  priority, source, funding, operator_paid, restriction, pool, payment_reference,
+                                  metadata)
+        SELECT n.tenant, n.mode, n.wallet, n.id, n.sequence, n.granted, n.consumed, n.reserved, n.expired, n.revoked,
+               n.clawed, n.remaining, n.live, n.frozen, n.created_at_us, n.effective_at_us, n.expires_at_us,
+               n.priority, n.source, n.funding, n.operator_paid, n.restriction, n.pool, n.payment_reference,
+               n.metadata
+        FROM json_populate_recordset(NULL::ledger_block, blocks_opened::json) AS n;
+    END IF;
+    IF blocks_changed IS NOT NULL THEN
+        UPDATE ledger_block AS b
+        SET granted = n.granted, consumed = n.consumed, reserved = n.reserved, expired = n.expired,
+            revoked = n.revoked, clawed = n.clawed, remaining = n.remaining, live = n.live, frozen = n.frozen
+        FROM json_to_recordset(blocks_changed::json) AS n (
+            tenant text, mode text, wallet text, id text, granted bigint, consumed bigint, reserved bigint,
+            expired bigint, revoked bigint, clawed bigint, remaining bigint, live boolean, frozen boolean)
+        WHERE b.tenant = n.tenant AND b.mode = n.mode AND b.wallet = n.wallet AND b.id = n.id;
+        GET DIAGNOSTICS changed = ROW_COUNT;
+        IF changed <> blocks_count THEN
+            RAISE EXCEPTION '% blocks of % were there', changed, blocks_count USING ERRCODE = 'FB001';
+        END IF;
+    END IF;
+    IF reservations_opened IS NOT NULL THEN
+        INSERT INTO ledger_reservation (tenant, mode, reservation, state, expires_at_us, request_id, body)
+        SELECT n.tenant, n.mode, n.reservation, n.state, n.expires_at_us, n.request_id, n.body
+        FROM json_populate_recordset(NULL::ledger_reservation, reservations_opened::json) AS n;
+    END IF;
+    IF reservations_changed IS NOT NULL THEN
+        UPDATE ledger_reservation AS r
+        SET state = n.state, expires_at_us = n.expires_at_us, request_id = n.request_id, body = n.body
+        FROM json_populate_recordset(NULL::ledger_reservation, reservations_changed::json) AS n
+        WHERE r.tenant = n.tenant AND r.mode = n.mode AND r.reservation = n.reservation;
+        GET DIAGNOSTICS changed = ROW_COUNT;
+        IF changed <> reservations_count THEN
+            RAISE EXCEPTION '% reservations of % were there', changed, reservations_count USING ERRCODE = 'FB001';
+        END IF;
+    END IF;
+    IF responses IS NOT NULL THEN
+        INSERT INTO ledger_response (tenant, mode, operation, key, status, headers, body, expires_at_us)
+        SELECT n.tenant, n.mode, n.operation, n.key, n.status, n.headers, bodies[n.number], n.expires_at_us
+        FROM json_to_recordset(responses::json) AS n (
+            tenant text, mode text, operation text, key text, status bigint, headers text, number int,
+            expires_at_us bigint)
+        ORDER BY n.tenant COLLATE "C", n.mode COLLATE "C", n.operation COLLATE "C", n.key COLLATE "C"
+        ON CONFLICT (tenant, mode, operation, key)
+        DO UPDATE SET status = excluded.status, headers = excluded.headers, body = excluded.body,
+                      expires_at_us = excluded.expires_at_us;
+    END IF;
+    IF events IS NOT NULL THEN
+        INSERT INTO ledger_event (tenant, mode, wallet, sequence, id, type, at_us, body)
+        SELECT n.tenant, n.mode, n.wallet, n.sequence, n.id, n.type, n.at_us, n.body
+        FROM json_populate_recordset(NULL::ledger_event, events::json) AS n;
+    END IF;
+    IF usage IS NOT NULL THEN
+        INSERT INTO ledger_usage (tenant, mode, reservation, part, request_id, customer_id, app_id, key_id, model,
+                                  action, metric, units, provider_cost_nanos, base, markup, charged, shortfall, charges,
+                                  price_version, source, ending, upstream, started_at_us, at_us, metadata)
+        SELECT n.tenant, n.mode, n.reservation, n.part, n.request_id, n.customer_id, n.app_id, n.key_id, n.model,
+               n.action, n.metric, n.units, n.provider_cost_nanos, n.base, n.markup, n.charged, n.shortfall, n.charges,
+               n.price_version, n.source, n.ending, n.upstream, n.started_at_us, n.at_us, n.metadata
+        FROM json_populate_recordset(NULL::ledger_usage, usage::json) AS n;
+    END IF;
+END $$
+"""  # noqa: S608
+
+_APPLY = f"""
+CREATE FUNCTION farebox_apply_v1(
+    scopes text, tenants text, lock_timeout_ms bigint, server text, time_us bigint, skew_us_max bigint,
+    wallets_kept text, reservations_kept text, reservations_kept_count bigint,
+    wallets_absent text, blocks_absent text, reservations_absent text, keys_absent text, commands_absent text,
+    {_WRITES}
+) RETURNS text LANGUAGE plpgsql {_PLANS} AS $$
+#variable_conflict use_column
+DECLARE
+    moved json;
+    kept bigint;
+BEGIN
+    PERFORM set_config('farebox.scopes', scopes, true), set_config('farebox.tenants', tenants, true),
+            set_config('lock_timeout', lock_timeout_ms::text, true);
+    WITH locked AS (
+        SELECT w.tenant, w.mode, w.wallet, w.version, n.version AS kept
+        FROM json_populate_recordset(NULL::ledger_wallet, wallets_kept::json) AS n
+        JOIN ledger_wallet AS w USING (tenant, mode, wallet)
+        ORDER BY w.tenant COLLATE "C", w.mode COLLATE "C", w.wallet COLLATE "C"
+        FOR UPDATE OF w
+    )
+    SELECT json_agg(json_build_array(l.tenant, l.mode, l.wallet)) FILTER (WHERE l.version <> l.kept)
+    INTO moved FROM locked AS l;
+    IF moved IS NOT NULL THEN
+        RETURN json_build_object('now_us', {_CLOCK_US}, 'moved', moved);
+    END IF;
+    -- From here on nobody else changes these wallets, their blocks, or a reservation that they pay for.
+    IF server <> pg_postmaster_start_time()::text OR abs({_CLOCK_US} - time_us) > skew_us_max THEN
+        RETURN json_build_object('now_us', {_CLOCK_US}, 'moved', json_build_array());
+    END IF;
+    IF reservations_kept IS NOT NULL THEN
+        SELECT count(*) INTO kept
+        FROM json_populate_recordset(NULL::ledger_reservation, reservations_kept::json) AS n
+        JOIN ledger_reservation AS r USING (tenant, mode, reservation) WHERE r.body = n.body;
+        IF kept <> reservations_kept_count THEN
+            RETURN json_build_object('now_us', {_CLOCK_US}, 'moved', json_build_array());
+        END IF;
+    END IF;
+    IF (wallets_absent IS NOT NULL AND EXISTS (
+            SELECT FROM json_populate_recordset(NULL::ledger_wallet, wallets_absent::json) AS n
+            JOIN ledger_wallet AS t USING (tenant, mode, wallet)))
+        OR (blocks_absent IS NOT NULL AND EXISTS (
+            SELECT FROM json_populate_recordset(NULL::ledger_block, blocks_absent::json) AS n
+            JOIN ledger_block AS t USING (tenant, mode, wallet, id)))
+        OR (reservations_absent IS NOT NULL AND EXISTS (
+            SELECT FROM json_populate_recordset(NULL::ledger_reservation, reservations_absent::json) AS n
+            JOIN ledger_reservation AS t USING (tenant, mode, reservation)))
+        OR (keys_absent IS NOT NULL AND EXISTS (
+            SELECT FROM json_populate_recordset(NULL::ledger_key, keys_absent::json) AS n
+            JOIN ledger_key AS t USING (tenant, mode, operation, key)))
+        OR (commands_absent IS NOT NULL AND EXISTS (
+            SELECT FROM json_populate_recordset(NULL::ledger_command, commands_absent::json) AS n
+            JOIN ledger_command AS t USING (tenant, mode, id)))
+    THEN
+        RETURN json_build_object('now_us', {_CLOCK_US}, 'moved', json_build_array());
+    END IF;
+    PERFORM farebox_write_v1(
+        wallets_opened, wallets_changed, wallets_count, keys_freed, keys_taken, commands, transfers, commands_count,
+        blocks_opened, blocks_changed, blocks_count, reservations_opened, reservations_changed, reservations_count,
+        responses, bodies, events, usage);
+    RETURN json_build_object('now_us', {_CLOCK_US});
+END $$
+"""  # noqa: S608
+
+_READ = """
+CREATE FUNCTION farebox_wallet_v1(of_tenant text, of_mode text, of_wallet text, with_blocks boolean)
+RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('farebox.scopes', of_tenant || '/' || of_mode, true),
+            set_config('farebox.tenants', of_tenant, true);
+    RETURN (
+        SELECT json_build_object('wallet', w, 'blocks', (
+            SELECT json_agg(b ORDER BY b.sequence) FROM ledger_block AS b
+            WHERE with_blocks AND b.tenant = w.tenant AND b.mode = w.mode AND b.wallet = w.wallet AND b.live
+        ))
+        FROM ledger_wallet AS w WHERE w.tenant = of_tenant AND w.mode = of_mode AND w.wallet = of_wallet
+    );
+END $$
+"""
+
+
+def upgrade() -> None:
+    op.add_column("ledger_event", sa.Column("delivered_at_us", sa.BigInteger(), nullable=True))
+    op.create_index(
+        "ix_ledger_event_pending",
+        "ledger_event",
+        ["at_us"],
+        unique=False,
+        sqlite_where=sa.text("delivered_at_us IS NULL"),
+        postgresql_where=sa.text("delivered_at_us IS NULL"),
+    )
+    if op.get_bind().dialect.name == "postgresql":
+        connection = op.get_bind()
+        connection.exec_driver_sql("CREATE SEQUENCE farebox_journal")
+        for function in (_LOAD, _WRITE, _APPLY, _READ):
+            connection.exec_driver_sql(function)

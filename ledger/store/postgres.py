@@ -1,0 +1,174 @@
+"""PostgreSQL, for production: several processes on several hosts, one ledger.
+
+One connection takes the batches, a few others the reads; each is made again by itself after it was lost. No wait has no
+limit: a server that hangs makes the store unavailable, and nobody waits for it to come back.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Final, TypeVar
+
+from ledger.commands import AnyCommand, StoredResponse
+from ledger.model import Reservation, ReservationRef, Scope, WalletRef
+from ledger.outcomes import Outcome, UsageRecorded
+from ledger.store import postgres_reads as reads
+from ledger.store.postgres_batch import BATCH_S, Batches
+from ledger.store.postgres_connection import CONNECT_ALL_S, Connection, Connections, connect, server_url, translated
+from ledger.store.protocol import (
+    PAGE_MAX,
+    Position,
+    SchemaMissing,
+    Snapshot,
+    StoreUnavailable,
+    Transaction,
+    WalletBlocks,
+    Watcher,
+)
+
+READERS: Final = 4
+
+READ_S: Final = 4.0
+"""How long a read may take, and how long it may wait for its turn."""
+
+CLOSE_WAIT_S: Final = CONNECT_ALL_S + BATCH_S
+"""How long closing waits for a batch that is under way: as long as one may take."""
+
+SNAPSHOT_ABANDONED_MS: Final = 3_600_000
+"""How long a replay may think about one page."""
+
+T = TypeVar("T")
+
+
+class PostgresStore:
+    """A :class:`~ledger.store.protocol.Store` on a server."""
+
+    def __init__(self, url: str, batches: Batches) -> None:
+        self._url = url
+        self._batches = batches
+        self._connection: Connection | None = None
+        self._turn = asyncio.Lock()
+        self._under_way: set[asyncio.Task[list[Outcome]]] = set()
+        self._readers = Connections(url, size=READERS, wait_s=READ_S)
+        self._closed = False
+
+    @classmethod
+    async def open(
+        cls, database_url: str, *, clock: Callable[[], int] | None = None, watcher: Watcher | None = None
+    ) -> "PostgresStore":
+        """Connect, as the gateway's role where the login is more than that.
+
+        Args:
+            database_url: ``postgresql://…`` with all that asyncpg knows, several hosts among them.
+            clock: tells the time of batches, in microseconds since the epoch; without one it is the database's.
+            watcher: is told of the wallets of every batch.
+
+        Raises:
+            SchemaMissing: there is no ledger in it yet.
+            StoreUnavailable: it cannot be reached.
+        """
+        url = server_url(database_url)
+        store = cls(url, Batches(clock=clock, watcher=watcher))
+        store._connection = await connect(url)
+        return store
+
+    async def close(self) -> None:
+        """Wait for the batch under way, then let go of the database. Repeatable.
+
+        Raises:
+            StoreUnavailable: the batch does not end; it will still be committed or not, as a whole.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        waiting: set[asyncio.Task[list[Outcome]]] = set()
+        if self._under_way:
+            _, waiting = await asyncio.wait(self._under_way, timeout=CLOSE_WAIT_S)
+        self._readers.close()
+        if self._connection is not None:
+            self._connection.terminate()
+        if waiting:
+            raise StoreUnavailable("a batch is still under way")
+
+    async def run_batch(self, commands: Sequence[AnyCommand]) -> list[Outcome]:
+        """A caller that goes away does not end its batch: a cancelled statement could end a commit's wait."""
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+        task = asyncio.ensure_future(self._run_batch(commands))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(task)
+
+    async def _run_batch(self, commands: Sequence[AnyCommand]) -> list[Outcome]:
+        async with self._turn:
+            if not commands:
+                return []
+            connection = self._connection
+            if connection is None or connection.is_closed():
+                connection = self._connection = await self._connect_again()
+            try:
+                with translated():
+                    return await self._batches.run(connection, commands)
+            except BaseException as error:
+                # A value's fault leaves the connection whole, and what is kept from it.
+                if isinstance(error, StoreUnavailable) or connection.is_closed() or connection.is_in_transaction():
+                    connection.terminate()
+                    self._connection = None
+                raise
+
+    async def _connect_again(self) -> Connection:
+        """Where the ledger was once, it may be missing only for a while: the server may be about to be replaced."""
+        try:
+            return await connect(self._url)
+        except SchemaMissing as error:
+            raise StoreUnavailable(str(error)) from error
+
+    async def wallet(self, ref: WalletRef) -> WalletBlocks | None:
+        return await self._read(lambda connection: reads.wallet(connection, ref))
+
+    async def wallet_version(self, ref: WalletRef) -> int | None:
+        return await self._read(lambda connection: reads.wallet_version(connection, ref))
+
+    async def reservation(self, ref: ReservationRef) -> Reservation | None:
+        return await self._read(lambda connection: reads.reservation(connection, ref))
+
+    async def reservation_of_request(self, scope: Scope, request_id: str) -> Reservation | None:
+        return await self._read(lambda connection: reads.reservation_of_request(connection, scope, request_id))
+
+    async def usage_of_request(self, scope: Scope, request_id: str) -> tuple[UsageRecorded, ...]:
+        return await self._read(lambda connection: reads.usage_of_request(connection, scope, request_id))
+
+    async def response(self, scope: Scope, operation: str, key: str, *, now_us: int) -> StoredResponse | None:
+        return await self._read(lambda connection: reads.response(connection, scope, operation, key, now_us))
+
+    async def transactions(self, ref: WalletRef, *, before: Position | None, limit: int) -> list[Transaction]:
+        page = min(limit, PAGE_MAX)
+        return await self._read(lambda connection: reads.transactions(connection, ref, before, page))
+
+    async def due_reservations(self, now_us: int, *, limit: int) -> list[ReservationRef]:
+        return await self._read(lambda connection: reads.due_reservations(connection, now_us, min(limit, PAGE_MAX)))
+
+    async def due_wallets(self, now_us: int, *, limit: int) -> list[WalletRef]:
+        return await self._read(lambda connection: reads.due_wallets(connection, now_us, min(limit, PAGE_MAX)))
+
+    async def purge_responses(self, now_us: int, *, limit: int) -> int:
+        return await self._read(lambda connection: reads.purge_responses(connection, now_us, min(limit, PAGE_MAX)))
+
+    def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
+        return self._snapshot()
+
+    @asynccontextmanager
+    async def _snapshot(self) -> AsyncIterator[Snapshot]:
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+        connection = await connect(self._url, abandoned_ms=SNAPSHOT_ABANDONED_MS)
+        try:
+            with translated():
+                await reads.begin_snapshot(connection)
+            yield reads.PostgresSnapshot(connection)
+        finally:
+            connection.terminate()
+
+    async def _read(self, query: Callable[[Connection], Awaitable[T]]) -> T:
+        async with self._readers.one(limit_s=READ_S) as connection:
+            return await query(connection)
