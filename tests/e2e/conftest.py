@@ -17,6 +17,10 @@ class Install(Protocol):
     def __call__(self, **settings: object) -> Farebox: ...
 
 
+FreshStore = Callable[[], dict[str, object]]
+"""Makes settings that name a database of its own each time."""
+
+
 @pytest.fixture
 def upstream(tmp_path: Path) -> Iterator[Upstream]:
     with Upstream(tmp_path) as upstream:
@@ -47,8 +51,8 @@ def fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleets]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def fresh_store(request: pytest.FixtureRequest) -> Callable[[], dict[str, object]]:
-    """Settings that name a database of its own each time: on either store, PostgreSQL's durable."""
+def fresh_store(request: pytest.FixtureRequest) -> FreshStore:
+    """Either store; PostgreSQL is durable."""
     if request.param == "sqlite":
         return dict
     servers = request.getfixturevalue("fleets").servers

@@ -301,13 +301,17 @@ class Farebox:
         return self.folder / "farebox.db-lock"
 
     @property
+    def on_sqlite(self) -> bool:
+        return self.database_url.startswith("sqlite:")
+
+    @property
     def books(self) -> Books:
         return Books(self.database_url)
 
     @contextmanager
     def held_up(self) -> Iterator[None]:
         """Keep every process from writing to the ledger."""
-        if self.database_url.startswith("sqlite:"):
+        if self.on_sqlite:
             with self.write_lock.open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield

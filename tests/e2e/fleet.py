@@ -19,18 +19,18 @@ from gateway.proxy.upkeep import SWEEP_S
 from tests.e2e.audit import assert_each_paid_once, assert_nothing_made_or_lost
 from tests.e2e.books import Books
 from tests.e2e.farebox import Clock, Farebox, Gateway, Upstream, installed, until_async
-from tests.e2e.load import Load, a_request
+from tests.e2e.load import Load, a_brief_request
 from tests.servers.postgres import DURABLE, PostgresServer, database_of
 from tests.servers.postgres_proxy import WRITES, PostgresProxy
 from tests.servers.proxy import Proxy
 from tests.servers.standby import Pair
 from tests.servers.valkey import ValkeyServer
 
-LIFE_S: Final = 4.0
+LIFE_S: Final = 2.0
 LEDGER_TIMEOUT_S: Final = 3
 SETTINGS: Final = {
     "reservation_life_s": LIFE_S,
-    "heartbeat_s": 1.0,
+    "heartbeat_s": 0.5,
     "ledger_timeout_s": LEDGER_TIMEOUT_S,
     # Counted, so that Redis has work to do, and never reached.
     "rate_limit_per_minute": 1_000_000,
@@ -45,7 +45,7 @@ BACK_S: Final = 10.0
 TRAFFIC_S: Final = 60.0
 """Until there is enough of it; only a failure waits for that."""
 
-ANSWER_S: Final = 2.0
+ANSWER_S: Final = 1.0
 """The longest that a request of the load takes by itself."""
 
 WAITS: Final = 3
@@ -59,6 +59,9 @@ SLOWEST_S: Final = WAITS * LEDGER_TIMEOUT_S + ANSWER_S + MARGIN_S
 
 ROUNDS_OF_ONE_FLEET: Final = 10
 """`farebox verify` replays the whole journal after each round; a fresh ledger now and then keeps that short."""
+
+POLL_S: Final = 0.05
+"""What is asked so often costs the machine something."""
 
 USERS: Final = tuple(f"user-{number}" for number in range(8))
 FUNDS_MILLICREDITS: Final = 10**9
@@ -183,10 +186,10 @@ class Fleet:
     @asynccontextmanager
     async def loaded(self, rng: random.Random, *, clients: int) -> AsyncIterator[Load]:
         """Under load, each client served some times already; at the end all are, and what they asked is over."""
-        load = Load(self.base_urls, self.headers, a_request, rng)
+        load = Load(self.base_urls, self.headers, a_brief_request, rng)
         running = asyncio.create_task(load.run(clients=clients))
         try:
-            await until_async(lambda: load.served >= 3 * clients, within_s=TRAFFIC_S, what="traffic")
+            await until_async(lambda: load.served >= 2 * clients, within_s=TRAFFIC_S, what="traffic")
             yield load
         finally:
             load.stop()
@@ -196,7 +199,10 @@ class Fleet:
         """Wait until no reservation is open: none outlives its time."""
         books = self.books
         await until_async(
-            lambda: not books.open_requests(), within_s=SETTLED_S, what="end of the last orphan's reservation"
+            lambda: not books.open_requests(),
+            within_s=SETTLED_S,
+            what="end of the last orphan's reservation",
+            poll_s=POLL_S,
         )
 
     async def audit(self, load: Load) -> int:
@@ -212,7 +218,10 @@ async def served_again(load: Load) -> float:
     """Wait until each client has been served something that it asked from now on; how many seconds that took."""
     over_s = time.monotonic()
     await until_async(
-        lambda: load.served_again_s(over_s) is not None, within_s=BACK_S, what="service for everybody again"
+        lambda: load.served_again_s(over_s) is not None,
+        within_s=BACK_S,
+        what="service for everybody again",
+        poll_s=POLL_S,
     )
     return (load.served_again_s(over_s) or over_s) - over_s
 

@@ -1,6 +1,7 @@
 """Clients of a gateway that remember what they saw of each request, however it ended."""
 
 import asyncio
+import itertools
 import json
 import random
 import socket
@@ -77,19 +78,25 @@ def chat(model: str, *, prompt: str = "Hello", simulate: dict[str, Any] | None =
     return {"model": model, "messages": messages, "simulate": simulate or {}, **fields}
 
 
-def a_request(rng: random.Random) -> dict[str, Any]:
-    """One of the kinds that dwell in different phases, for less than two seconds or so."""
+def a_request(rng: random.Random, *, longest_ms: int = 1500) -> dict[str, Any]:
+    """One of the kinds that dwell in different phases, for *longest_ms* or, of a stream, a little more."""
     kind = rng.random()
     prompt = "word " * rng.randrange(1, 30)
     if kind < 0.4:
-        simulate = {"tokens": rng.randrange(1, 40), "first_byte_delay_ms": rng.randrange(100)}
+        simulate = {"tokens": rng.randrange(1, 40), "first_byte_delay_ms": rng.randrange(longest_ms // 15)}
         return chat("meter", prompt=prompt, simulate=simulate, max_tokens=64)
     if kind < 0.6:
-        simulate = {"tokens": rng.randrange(1, 40), "first_byte_delay_ms": rng.randrange(200, 1500)}
+        delay_ms = rng.randrange(longest_ms // 8, longest_ms)
+        simulate = {"tokens": rng.randrange(1, 40), "first_byte_delay_ms": delay_ms}
         return chat("meter", prompt=prompt, simulate=simulate, max_tokens=64)
-    simulate = {"tokens": rng.randrange(5, 80), "chunk_delay_ms": rng.randrange(1, 30)}
+    simulate = {"tokens": rng.randrange(5, 80), "chunk_delay_ms": rng.randrange(1, longest_ms // 50)}
     options = {"stream_options": {"include_usage": True}} if rng.random() < 0.5 else {}
     return chat("meter", prompt=prompt, simulate=simulate, stream=True, **options)
+
+
+def a_brief_request(rng: random.Random) -> dict[str, Any]:
+    """The same kinds, soon over."""
+    return a_request(rng, longest_ms=300)
 
 
 def session() -> aiohttp.ClientSession:
@@ -236,6 +243,7 @@ class Load:
 
     Attributes:
         seen: of each client every request, as soon as it is sent.
+        served: how many answers came whole.
     """
 
     def __init__(
@@ -252,6 +260,7 @@ class Load:
         self._rng = rng
         self._stopped = False
         self.seen: list[list[Seen]] = []
+        self.served = 0
 
     async def run(self, *, clients: int) -> None:
         """Until they are stopped, and each has ended what it asked."""
@@ -266,16 +275,12 @@ class Load:
     def all(self) -> list[Seen]:
         return [seen for of_one in self.seen for seen in of_one]
 
-    @property
-    def served(self) -> int:
-        """How many answers came whole."""
-        return sum(seen.served for seen in self.all)
-
     def served_again_s(self, since_s: float) -> float | None:
         """When the last client got its first whole answer to what it asked after *since_s*; None if not all have."""
         latest = since_s
         for of_one in self.seen:
-            ended = next((seen.ended_s for seen in of_one if seen.asked_s >= since_s and seen.served), None)
+            later = itertools.takewhile(lambda seen: seen.asked_s >= since_s, reversed(of_one))
+            ended = min((seen.ended_s for seen in later if seen.served), default=None)
             if ended is None:
                 return None
             latest = max(latest, ended)
@@ -290,5 +295,6 @@ class Load:
             self.seen[number].append(seen)
             await ask(client, self.base_urls[turn % len(self.base_urls)], headers, body, seen=seen)
             turn += 1
+            self.served += seen.served
             if not seen.served:
                 await asyncio.sleep(PAUSE_S)

@@ -33,7 +33,7 @@ GROWTH_BYTES_MAX: Final = 96 * 2**20
 async def test_an_outage_fills_no_memory_is_answered_in_time_and_ends_by_itself(
     fleets: Fleets, campaign: Campaign, record_property: Callable[[str, object], None]
 ) -> None:
-    away_s = campaign.rounds(short=6, long=60)
+    away_s = campaign.rounds(short=5, long=60)
     fleet = await asyncio.to_thread(fleets.next)
     postgres = fleet.servers.postgres
     async with fleet.loaded(campaign.random(), clients=FLOOD_CLIENTS) as load:

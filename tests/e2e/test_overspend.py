@@ -3,7 +3,6 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, Final
 
 import aiohttp
@@ -11,7 +10,7 @@ import pytest
 
 from tests.conftest import Campaign
 from tests.e2e.books import Books
-from tests.e2e.conftest import Install
+from tests.e2e.conftest import FreshStore, Install
 from tests.e2e.farebox import UNITS_OF_OUTPUT, Farebox, Gateway
 from tests.e2e.fleet import Fleets
 from tests.e2e.load import Seen, ask, chat, session, units
@@ -115,7 +114,7 @@ async def test_four_processes_on_one_server_serve_exactly_what_one_wallet_afford
 
 @pytest.mark.campaign
 async def test_mixed_costs_never_overspend_and_leave_nothing_reserved(
-    install: Install, fresh_store: Callable[[], dict[str, object]], campaign: Campaign
+    install: Install, fresh_store: FreshStore, campaign: Campaign
 ) -> None:
     """Quotes above their costs, streams that grow, fixed prices: the wallet is used up, and never below zero."""
     rng = campaign.random()
