@@ -3,7 +3,9 @@
 How it works. There is no timer: while a batch commits, the next one gathers. A refusal is a value in its batch. When
 the store is unavailable the batch is tried again, a few times with growing waits; then, and at once when the failure is
 not the store's, it is cut in halves, so that one command that cannot be written fails alone. Two halves that find the
-store unavailable tell of an outage: then all fail, and nobody waits for more of it.
+store unavailable tell of an outage: then all fail, and nobody waits for more of it. During an outage one batch every
+``PROBE_S`` finds out, with a single attempt, whether it is over; whoever waits by then fails with it. A store that
+answers nothing at all for longer than a caller waits turns further callers away at once.
 """
 
 import asyncio
@@ -28,6 +30,9 @@ WAIT_S = 10.0
 
 RETRY_WAITS_S = (0.02, 0.1, 0.5)
 """The waits before trying a batch again; each is drawn from half of it to all of it."""
+
+PROBE_S = 0.25
+"""During an outage, the pause before another batch tries whether it is over."""
 
 RunBatch = Callable[[Sequence[AnyCommand]], Awaitable[list[Outcome]]]
 Abandoned = Callable[[AnyCommand, Outcome], None]
@@ -65,6 +70,13 @@ class Writer:
         self._queue: OrderedDict[_Waiting, None] = OrderedDict()
         self._working: asyncio.Task[None] | None = None
         self._closed = False
+        self._away = False
+        self._running_since_s: float | None = None
+
+    @property
+    def away(self) -> bool:
+        """Whether the last batch found no store."""
+        return self._away
 
     @property
     def queue_length(self) -> int:
@@ -81,6 +93,8 @@ class Writer:
         """
         if self._closed:
             raise LedgerUnavailable("the ledger is shut down")
+        if self._stalled:
+            raise LedgerUnavailable(f"the store has not answered for {self._wait_s} s")
         if len(self._queue) >= self._queue_max:
             raise LedgerUnavailable(f"{self._queue_max} commands wait already")
         waiting = _Waiting(command, asyncio.get_running_loop().create_future())
@@ -92,7 +106,8 @@ class Writer:
                 return await waiting.answer
         except TimeoutError:
             if waiting.answer.cancelled():
-                raise LedgerUnavailable(f"no answer within {self._wait_s} s") from None
+                taken = waiting not in self._queue
+                raise LedgerUnavailable(f"no answer within {self._wait_s} s", in_doubt=taken) from None
             return waiting.answer.result()  # The answer and the end of the wait fell together.
         except asyncio.CancelledError:
             if not waiting.answer.cancelled() and waiting.answer.exception() is None:
@@ -100,6 +115,11 @@ class Writer:
             raise
         finally:
             self._queue.pop(waiting, None)
+
+    @property
+    def _stalled(self) -> bool:
+        since_s = self._running_since_s
+        return since_s is not None and asyncio.get_running_loop().time() - since_s > self._wait_s
 
     async def close(self) -> None:
         """Take no more, and wait until everything that waits has its answer."""
@@ -110,11 +130,28 @@ class Writer:
     async def _work(self) -> None:
         try:
             while self._queue:
-                await asyncio.sleep(0)  # Let whoever is ready to submit join this batch.
+                if self._away:
+                    await self._sleep(PROBE_S)
+                else:
+                    await asyncio.sleep(0)  # Let whoever is ready to submit join this batch.
                 taken = [self._queue.popitem(last=False)[0] for _ in range(min(len(self._queue), self._batch_max))]
-                await self._run_with_retries(taken)
+                if self._away:
+                    await self._probe(taken)
+                else:
+                    await self._run_with_retries(taken)
         finally:
             self._working = None
+
+    async def _probe(self, batch: list[_Waiting]) -> None:
+        """Find out whether an outage is over; if it is not, nobody waits for the next attempt."""
+        failure = await self._run(batch)
+        if isinstance(failure, StoreUnavailable):
+            self._fail(batch, failure)
+            waiting = list(self._queue)
+            self._queue.clear()
+            self._fail(waiting, failure, tried=False)
+        elif failure is not None:
+            await self._bisect(batch, failure)
 
     async def _run_with_retries(self, batch: list[_Waiting]) -> None:
         for wait_s in RETRY_WAITS_S:
@@ -127,6 +164,7 @@ class Writer:
         else:
             failure = await self._run(batch)
         if failure is not None:
+            self._away = isinstance(failure, StoreUnavailable)
             await self._bisect(batch, failure)
 
     async def _bisect(self, batch: list[_Waiting], failure: Exception) -> None:
@@ -148,10 +186,14 @@ class Writer:
         """Run *batch* and answer everybody in it; or the failure, and nobody has an answer."""
         if not batch:
             return None
+        self._running_since_s = asyncio.get_running_loop().time()
         try:
             outcomes = await self._run_batch([waiting.command for waiting in batch])
         except Exception as failure:
             return failure
+        finally:
+            self._running_since_s = None
+        self._away = False
         abandoned = []
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if waiting.answer.done():
@@ -166,13 +208,16 @@ class Writer:
             for command, outcome in outcomes:
                 self._abandoned(command, outcome)
 
-    def _fail(self, batch: list[_Waiting], failure: Exception) -> None:
-        """Tell the callers. A failure that is not the store's is a bug of ours, and is shown as it is."""
+    def _fail(self, batch: list[_Waiting], failure: Exception, *, tried: bool = True) -> None:
+        """Tell the callers. A failure that is not the store's is a bug of ours, and is shown as it is.
+
+        A commit whose answer is lost looks like one that failed, so whatever was *tried* is in doubt.
+        """
         for waiting in batch:
             if waiting.answer.done():
                 continue
             if isinstance(failure, StoreUnavailable):
-                unavailable = LedgerUnavailable(str(failure))
+                unavailable = LedgerUnavailable(str(failure), in_doubt=tried)
                 unavailable.__cause__ = failure
                 waiting.answer.set_exception(unavailable)
             else:

@@ -106,7 +106,8 @@ def test_help_is_everywhere_and_imports_nothing_that_is_slow(tmp_path: Path):
 import sys
 from gateway.cli import main
 commands = ["", "serve", "demo", "init", "migrate", "verify", "copy", "grant", "statement"]
-commands += ["keys", "keys list", "keys create", "keys revoke", "tenants", "tenants list", "tenants create"]
+commands += ["keys", "keys list", "keys create", "keys revoke"]
+commands += ["tenants", "tenants list", "tenants create", "tenants change"]
 commands += ["prices", "prices list", "prices show", "prices check"]
 for command in commands:
     sys.argv = ["farebox", *command.split(), "--help"]
@@ -125,7 +126,7 @@ assert not slow, slow
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Usage: farebox") == 20
+    assert done.stdout.count("Usage: farebox") == 21
 
 
 def test_init_prints_what_is_needed_once(tmp_path: Path, run: Run):
@@ -333,6 +334,10 @@ def test_tenants_keys_and_grants(run: Run):
     listed = json.loads(run("tenants", "list", "--json"))
     assert [tenant["unfunded_limit"] for tenant in listed] == [None, 5_000_000_000]
     assert "Beta" in run("tenants", "list")
+    opened = run("tenants", "change", beta["id"], "--when-ledger-is-down", "open", "--open-allowance", "50")
+    assert "up to 50 credits" in opened
+    closed = run("tenants", "change", beta["id"], "--when-ledger-is-down", "closed")
+    assert "refused" in closed
 
     key = json.loads(run("keys", "create", "--tenant", beta["id"], "--mode", "test", "--json"))
     assert key["key"].startswith("fb_test_")
