@@ -98,10 +98,10 @@ async def test_two_gateways_share_limits_and_hear_of_a_revoked_key(tmp_path: Pat
         await other.start()
         try:
             principals = other.services.principals
+            await until(other.services.changes.heard.is_set)
             principals._lease_s = 3_600  # Only a message can make it forget.
             new = await office.gateway.services.tenants.create_key(office.tenant, "live", app_id=office.app)
             assert (await principals.authenticate(new.token.encode())).key_id == new.info.id
-            await until(other.services.changes.heard.is_set)
             assert len(principals._known)
             answer = await office.ask("POST", f"/v1/keys/{new.info.id}/revoke", key="owner")
             assert answer.status_code == 200, answer.text
