@@ -307,4 +307,5 @@ async def test_look_ups_under_way_are_bounded_and_end(
     assert (await refusal(principals, token)).status == 503
     assert [(await each).status for each in waiting] == [503, 503], "a database that hangs is not waited for"
     counted.go_on.set()
+    monkeypatch.undo()
     await principals.authenticate(token)
