@@ -144,8 +144,9 @@ class Wire:
         with suppress(RedisError, OSError):
             await self.client.aclose()
         if isinstance(self.client, RedisCluster):
-            # A client that has begun to look for its cluster again takes itself for closed, and leaves its nodes open.
-            await asyncio.gather(*(node.disconnect() for node in self.client.get_nodes()), return_exceptions=True)
+            # A client that means to look for its cluster again takes itself for closed, and leaves its nodes open.
+            nodes = (*self.client.get_nodes(), *self.client.startup_nodes)
+            await asyncio.gather(*(node.disconnect() for node in nodes), return_exceptions=True)
 
     async def _keep_sending(self) -> None:
         try:
