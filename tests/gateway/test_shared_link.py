@@ -1,12 +1,17 @@
 """The link to Redis answers soon or says that Redis is away, and finds it again by itself."""
 
 import asyncio
+import contextlib
 import gc
 import os
+import shutil
 import signal
+import ssl
+import subprocess
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 import redis
@@ -367,6 +372,54 @@ async def test_it_logs_in_and_chooses_its_database(metrics: Metrics, log):
     await refused.stop()
     await link.stop()
     server.close()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """Of 127.0.0.1, by itself, with its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate")
+    path = tmp_path / "certificate.pem"
+    request = f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {path} -out {path}.only"
+    names = ("-addext", "subjectAltName=IP:127.0.0.1")
+    subprocess.run([openssl, *request.split(), *names], check=True, capture_output=True)
+    path.write_text(path.read_text() + path.with_suffix(".pem.only").read_text())
+    return path
+
+
+@pytest.fixture
+async def tls_port(certificate: Path, valkey_server: ValkeyServer) -> AsyncIterator[int]:
+    """TLS before a Redis that may have been built without."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while part := await reader.read(65_536):
+                writer.write(part)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", valkey_server.port)
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+    async with await asyncio.start_server(pass_on, "127.0.0.1", 0, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def test_it_speaks_tls_with_whom_it_trusts(tls_port: int, certificate: Path, metrics: Metrics):
+    url = f"rediss://127.0.0.1:{tls_port}/0"
+    link = Link(f"{url}?ssl_ca_certs={certificate}", metrics, timeout_s=PATIENT_S)
+    await link.start()
+    assert await link.ask("balance", ECHO, (KEY,), "x") == b"x"
+    await link.stop()
+    stranger = Link(url, metrics, timeout_s=PATIENT_S)
+    await stranger.start()
+    assert "certificate verify failed" in stranger.describe()
+    await stranger.stop()
 
 
 def test_what_one_script_touches_lies_in_one_slot():
