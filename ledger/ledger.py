@@ -110,7 +110,13 @@ class Ledger:
             applied: sees every command that was applied here and its facts, to count them; it must not fail.
             read_wallet: reads a wallet for a view of it, instead of the store; never older than what was answered.
         """
-        writer = Writer(store.run_batch, abandoned=abandoned, queue_max=queue_max, wait_s=wait_s)
+        writer = Writer(
+            store.run_batch,
+            at_once=store.batches_at_once,
+            abandoned=abandoned,
+            queue_max=queue_max,
+            wait_s=wait_s,
+        )
         return cls(store, writer, clock, new_command_id, applied, read_wallet=read_wallet)
 
     async def close(self) -> None:

@@ -43,6 +43,7 @@ class Writer:
     """Hands commands to *run_batch* in batches, in the order in which they came.
 
     Args:
+        at_once: how many batches may be under way; what waits goes into the next one that begins.
         abandoned: gets the outcome of a command whose caller had stopped waiting when its batch was under way already.
     """
 
@@ -50,6 +51,7 @@ class Writer:
         self,
         run_batch: RunBatch,
         *,
+        at_once: int = 1,
         abandoned: Abandoned | None = None,
         batch_max: int = BATCH_MAX,
         queue_max: int = QUEUE_MAX,
@@ -63,7 +65,9 @@ class Writer:
         self._wait_s = wait_s
         self._sleep = sleep
         self._queue: OrderedDict[_Waiting, None] = OrderedDict()
-        self._working: asyncio.Task[None] | None = None
+        self._at_once = at_once
+        self._working: set[asyncio.Task[None]] = set()
+        self._gathering = False
         self._closed = False
 
     @property
@@ -85,8 +89,9 @@ class Writer:
             raise LedgerUnavailable(f"{self._queue_max} commands wait already")
         waiting = _Waiting(command, asyncio.get_running_loop().create_future())
         self._queue[waiting] = None
-        if self._working is None:
-            self._working = asyncio.create_task(self._work(), name="ledger-writer")
+        if not self._gathering and len(self._working) < self._at_once:
+            self._gathering = True
+            self._working.add(asyncio.create_task(self._work(), name="ledger-writer"))
         try:
             async with asyncio.timeout(self._wait_s):
                 return await waiting.answer
@@ -104,17 +109,21 @@ class Writer:
     async def close(self) -> None:
         """Take no more, and wait until everything that waits has its answer."""
         self._closed = True
-        while self._working is not None:
-            await asyncio.wait((self._working,))
+        while self._working:
+            await asyncio.wait(self._working)
 
     async def _work(self) -> None:
+        """Run batches until nothing waits."""
         try:
             while self._queue:
+                self._gathering = True
                 await asyncio.sleep(0)  # Let whoever is ready to submit join this batch.
+                self._gathering = False
                 taken = [self._queue.popitem(last=False)[0] for _ in range(min(len(self._queue), self._batch_max))]
                 await self._run_with_retries(taken)
         finally:
-            self._working = None
+            # At once: whoever submits next must not count on a task that has ended.
+            self._working = {task for task in self._working if task is not asyncio.current_task()}
 
     async def _run_with_retries(self, batch: list[_Waiting]) -> None:
         for wait_s in RETRY_WAITS_S:
