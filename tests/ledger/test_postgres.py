@@ -232,15 +232,15 @@ async def test_what_was_decided_on_a_batch_that_came_to_nothing_is_decided_anew(
     await one.run_batch([say.grant("a", "1", 100), say.grant("b", "2", 100)])
     watching.reached.clear()
     watching.go_on.clear()
-    first = asyncio.create_task(one.run_batch([say.debit("a", "1", 10)]))
+    first = asyncio.create_task(one.run_batch([say.debit("a", "1", 30)]))
     await watching.reached.wait()
     second = asyncio.create_task(one.run_batch([say.debit("a", "2", 50), say.debit("b", "2b", 1)]))
     await asyncio.sleep(0)
     await other.run_batch([say.debit("a", "3", 80)])
     watching.go_on.set()
-    (paid,), (refused, beside) = await first, await second
-    assert result_of(paid).balance == 10
-    assert refused == Rejected(Reason.INSUFFICIENT_CREDITS, needed=50, available=10)
+    outcomes, (second_refused, beside) = await first, await second
+    assert outcomes == [Rejected(Reason.INSUFFICIENT_CREDITS, needed=30, available=20)]
+    assert second_refused == Rejected(Reason.INSUFFICIENT_CREDITS, needed=50, available=20)
     assert result_of(beside).balance == 99
 
 
