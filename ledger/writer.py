@@ -1,9 +1,10 @@
 """Group commit: one writer a process takes all commands that wait, as one batch, and answers after its commit.
 
-How it works. There is no timer: while a batch commits, the next one gathers. A refusal is a value in its batch. When
-the store is unavailable the batch is tried again, a few times with growing waits; then, and at once when the failure is
-not the store's, it is cut in halves, so that one command that cannot be written fails alone. Two halves that find the
-store unavailable tell of an outage: then all fail, and nobody waits for more of it.
+How it works. There is no timer: while a batch commits, the next one gathers. A store may take more than one batch at
+once: what waits is shared out then, so that one is decided while the other is written. A refusal is a value in its
+batch. When the store is unavailable the batch is tried again, a few times with growing waits; then, and at once when
+the failure is not the store's, it is cut in halves, so that one command that cannot be written fails alone. Two halves
+that find the store unavailable tell of an outage: then all fail, and nobody waits for more of it.
 """
 
 import asyncio
@@ -19,6 +20,9 @@ from ledger.store.protocol import StoreUnavailable
 
 BATCH_MAX = 256
 """Most commands in one batch."""
+
+SHARED_MIN = 16
+"""From how many commands on two batches at once are worth the second commit."""
 
 QUEUE_MAX = 10_000
 """Most commands that wait. More are turned away: an outage must not fill the memory."""
@@ -89,9 +93,7 @@ class Writer:
             raise LedgerUnavailable(f"{self._queue_max} commands wait already")
         waiting = _Waiting(command, asyncio.get_running_loop().create_future())
         self._queue[waiting] = None
-        if not self._gathering and len(self._working) < self._at_once:
-            self._gathering = True
-            self._working.add(asyncio.create_task(self._work(), name="ledger-writer"))
+        self._begin()
         try:
             async with asyncio.timeout(self._wait_s):
                 return await waiting.answer
@@ -112,6 +114,12 @@ class Writer:
         while self._working:
             await asyncio.wait(self._working)
 
+    def _begin(self) -> None:
+        """Begin another batch with what waits, if one may begin and none is about to."""
+        if self._queue and not self._gathering and len(self._working) < self._at_once:
+            self._gathering = True
+            self._working.add(asyncio.create_task(self._work(), name="ledger-writer"))
+
     async def _work(self) -> None:
         """Run batches until nothing waits."""
         try:
@@ -119,11 +127,23 @@ class Writer:
                 self._gathering = True
                 await asyncio.sleep(0)  # Let whoever is ready to submit join this batch.
                 self._gathering = False
-                taken = [self._queue.popitem(last=False)[0] for _ in range(min(len(self._queue), self._batch_max))]
+                taken = [self._queue.popitem(last=False)[0] for _ in range(self._share())]
+                self._begin()
                 await self._run_with_retries(taken)
         finally:
             # At once: whoever submits next must not count on a task that has ended.
             self._working = {task for task in self._working if task is not asyncio.current_task()}
+
+    def _share(self) -> int:
+        """How many of those that wait go into one batch.
+
+        Callers that are answered together come back together. Where another batch may begin as well, half is left to
+        it, or the two would never be under way at the same time.
+        """
+        waiting = len(self._queue)
+        if waiting >= SHARED_MIN:
+            waiting = -(-waiting // (self._at_once - len(self._working) + 1))
+        return min(waiting, self._batch_max)
 
     async def _run_with_retries(self, batch: list[_Waiting]) -> None:
         for wait_s in RETRY_WAITS_S:

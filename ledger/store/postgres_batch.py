@@ -26,7 +26,7 @@ wallet's time never goes back, whoever writes.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -53,7 +53,7 @@ from ledger.store import postgres_rows as rows
 from ledger.store.postgres_connection import Connection, Connections
 from ledger.store.protocol import StoreUnavailable, WalletBlocks, WalletVersion, Watcher
 from ledger.store.row_security import names, naming
-from ledger.store.rows import block_from, key_from, reservation_from, result_from, to_json, wallet_from
+from ledger.store.rows import block_from, key_from, reservation_from, result_from, wallet_from
 
 LOCK_WAIT_MS: Final = 2_000
 """How long a batch waits for a lock that another process holds."""
@@ -258,6 +258,7 @@ class Batches:
         ]
         server, now_us = self._kept.server, self._now_us()
         outcomes, writes = fold(known.state, commands, now_us, {})
+        written = rows.writes_of(writes, ())
         parameters = (
             *names(_scopes(named, known.wallets)),
             LOCK_WAIT_MS,
@@ -274,11 +275,11 @@ class Batches:
             ),
             rows.key_names(named.keys),
             rows.command_names(_without(named.commands, ((entry.scope, entry.id) for entry in writes.journal))),
-            *rows.writes_of(writes, ()),
+            *written.parameters,
         )
         built_on = [batch for batch in earlier if not batch.wallets.isdisjoint(known.wallets)]
         this.wallets = known.wallets
-        self._keep(known, named, writes)
+        self._keep(known, named, written.bodies)
         try:
             for batch in built_on:
                 await batch.ended.wait()
@@ -356,16 +357,16 @@ class Batches:
             keys_there = set(state.keys)
             now_us = loaded.now_us if self._clock is None else self._clock()
             outcomes, writes = fold(state, commands, now_us, _applied(loaded))
+            written = rows.writes_of(writes, keys_there)
             await self._announce(writes)
             if writes.journal:
-                await connection.fetchval(_WRITE, *rows.writes_of(writes, keys_there))
+                await connection.fetchval(_WRITE, *written.parameters)
             await connection.execute("COMMIT" if writes.journal else "ROLLBACK")
         except Exception:
             if not connection.is_closed():
                 await connection.execute("ROLLBACK")
             raise
-        self._kept.bodies.update(bodies)
-        self._keep(known, named, writes)
+        self._keep(known, named, {**bodies, **written.bodies})
         self._tell(state, writes)
         return outcomes
 
@@ -412,7 +413,7 @@ class Batches:
             kept.state.reservations.pop(reservation, None)
             kept.bodies.pop(reservation, None)
 
-    def _keep(self, known: _Known, named: Needs, writes: Writes) -> None:
+    def _keep(self, known: _Known, named: Needs, bodies: Mapping[ReservationRef, str]) -> None:
         """Take the batch's state over, without what later batches hardly need: what is settled or has nothing left."""
         kept = self._kept
         for ref in known.wallets:
@@ -427,8 +428,7 @@ class Batches:
                 for block in known.state.blocks.get(ref, {}).values()
                 if block.live or block.id in RETURN_BLOCKS.values()
             }
-        for changed in [*writes.reservations_opened, *writes.reservations_changed]:
-            kept.bodies[changed.ref] = to_json(changed)
+        kept.bodies.update(bodies)
         for reservation_ref in named.reservations:
             reservation = known.state.reservations.get(reservation_ref)
             if reservation is not None and reservation.state is ReservationState.OPEN:
