@@ -74,9 +74,9 @@ def postgres(server: PostgresServer) -> Iterator[str]:
     server.drop_database(url)
 
 
-def pgbench(server: PostgresServer, *, clients: int, seconds: float) -> float:
+def pgbench(server: PostgresServer, *, seconds: float) -> float:
     """Transactions a second of ``pgbench -N``: an update of one row of many, a select, and an insert."""
-    arguments = ("-N", "-n", "-M", "prepared", "-c", str(clients), "-j", "2", "-T", str(max(1, round(seconds))))
+    arguments = ("-N", "-n", "-c", str(PGBENCH_CLIENTS), "-j", "2", "-T", str(max(1, round(seconds))))
     said = server.program("pgbench", *arguments, server.url).decode()
     found = re.search(r"tps = ([\d.]+)", said)
     assert found is not None, said
@@ -157,7 +157,7 @@ def main() -> None:
     with ExitStack() as stack:
         if options.postgres:
             server = stack.enter_context(postgres_server())
-            print(f"pgbench -N: {pgbench(server, clients=PGBENCH_CLIENTS, seconds=options.seconds):,.0f} TPS")
+            print(f"pgbench -N: {pgbench(server, seconds=options.seconds):,.0f} TPS")
             url = stack.enter_context(postgres(server))
         else:
             url = stack.enter_context(sqlite())
