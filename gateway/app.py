@@ -11,6 +11,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Final
 
 import structlog
@@ -25,10 +26,12 @@ from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
 from gateway.ids import new_id
+from gateway.logs import masked
 from gateway.prices import ServedModels, price_book
 from gateway.proxy.chat import ChatProxy
 from gateway.proxy.hold import LiveHolds
 from gateway.proxy.journal import SettlementJournal
+from gateway.proxy.journey import JOURNEY, UNTRACED, Journey, Trace
 from gateway.proxy.quoting import Quoter
 from gateway.proxy.rate_limit import ProcessRateLimit, RateLimit
 from gateway.proxy.routing import Router
@@ -36,6 +39,7 @@ from gateway.proxy.shield import Shield
 from gateway.proxy.simulated import SimulatedUpstream
 from gateway.proxy.upkeep import Upkeep
 from gateway.proxy.upstream import HTTPUpstream, Upstream
+from gateway.readiness import OK, Readiness
 from gateway.refusals import REFUSALS
 from gateway.settings import SIMULATED, Settings
 from gateway.shared.balances import Balances
@@ -44,18 +48,25 @@ from gateway.shared.link import Link
 from gateway.shared.rate_limit import SharedRateLimit
 from gateway.shared.wallets import SharedWallets
 from gateway.stores import SQLITE, OpenStore, open_store
-from gateway.telemetry import Metrics
+from gateway.telemetry import PROXIED, Metrics
 from ledger.ledger import Ledger
 from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
 
-CHAT_PATH: Final = "/v1/chat/completions"
+CHAT_PATH: Final = PROXIED
 USERS_PATH: Final = "/v1/users/"
 USER_CHAT_SUFFIX: Final = "/chat/completions"
+USER_CHAT_ROUTE: Final = f"{USERS_PATH}{{user}}{USER_CHAT_SUFFIX}"
 
 GAUGES_S: Final = 5.0
 """How often the gauges are set that nothing sets by itself."""
 
+WRITE_S: Final = 0.001
+"""A write that takes longer waits for its client to read."""
+
 log = structlog.get_logger(__name__)
+
+
+BeginTrace = Callable[[Scope], Trace]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +76,15 @@ class Parts:
     services: Services
     chat: ChatProxy
     api: ASGIApp
+    begin_trace: BeginTrace | None
 
 
 class Gateway:
     """The application, raw ASGI.
 
     Attributes:
-        draining: it is shutting down; new requests are turned away.
+        draining: it is about to shut down, and says so to whoever asks whether it is ready. Requests are served for
+            as long as they come, which is the server's to decide; after `stop` they are turned away.
     """
 
     def __init__(
@@ -82,8 +95,9 @@ class Gateway:
         upstreams: Mapping[str, Upstream] | None = None,
         now_us: Callable[[], int] = now_us,
         open_store: OpenStore = open_store,
+        access_log: Callable[[Journey, str], None] | None = None,
     ) -> None:
-        """*upstreams* come before those of the settings, by their names."""
+        """*upstreams* come before those of the settings, by their names. *access_log* writes each request's line."""
         self._open_store = open_store
         self._now_us = now_us
         self._settings = settings
@@ -93,6 +107,8 @@ class Gateway:
         self._parts: Parts | None = None
         self._under_way = 0
         self._idle = asyncio.Event()
+        self._access_log = access_log
+        self._stopping = False
         self.draining = False
 
     @property
@@ -119,7 +135,7 @@ class Gateway:
 
         The server has cancelled what did not end within its grace; such a request still has to settle.
         """
-        self.draining = True
+        self.draining = self._stopping = True
         if self._under_way:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), self._settings.ledger_timeout_s)
@@ -134,35 +150,55 @@ class Gateway:
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = self._parts
-        if parts is None or (self.draining and not scope["path"].startswith("/health/")):
+        if parts is None or (self._stopping and not scope["path"].startswith("/health/")):
             await _refuse(shutting_down(), send)
             return
         if scope["method"] == "POST":
             path: str = scope["path"]
             if path == CHAT_PATH:
-                await self._counted(parts.chat, scope, receive, send, None)
+                await self._counted(parts, scope, receive, send, None)
                 return
             if path.startswith(USERS_PATH) and path.endswith(USER_CHAT_SUFFIX):
                 user = path[len(USERS_PATH) : -len(USER_CHAT_SUFFIX)]
-                await self._counted(parts.chat, scope, receive, send, user)
+                await self._counted(parts, scope, receive, send, user)
                 return
         await parts.api(scope, receive, send)
 
-    async def _counted(self, chat: ChatProxy, scope: Scope, receive: Receive, send: Send, user: str | None) -> None:
-        with self._metrics.proxied() as seen:
+    async def _counted(self, parts: Parts, scope: Scope, receive: Receive, send: Send, user: str | None) -> None:
+        """Serve one proxied request, and note how it went."""
+        journey = Journey(UNTRACED if parts.begin_trace is None else parts.begin_trace(scope))
+        scope[JOURNEY] = journey
 
-            async def counted(message: MutableMapping[str, Any]) -> None:
-                if message["type"] == "http.response.start":
-                    seen.status = message["status"]
-                await send(message)
+        async def heard() -> MutableMapping[str, Any]:
+            began_s = perf_counter()
+            message = await receive()
+            if message["type"] == "http.request":
+                journey.client_s += perf_counter() - began_s
+            return message
 
-            self._under_way += 1
-            try:
-                await chat(scope, receive, counted, path_user=user)
-            finally:
-                self._under_way -= 1
-                if self.draining and not self._under_way:
-                    self._idle.set()
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            began_s = perf_counter()
+            if message["type"] == "http.response.start":
+                journey.begun(message["status"])
+            await send(message)
+            took_s = perf_counter() - began_s
+            if took_s > WRITE_S:
+                journey.client_s += took_s
+
+        metrics = self._metrics
+        metrics.open_requests.inc()
+        self._under_way += 1
+        try:
+            await parts.chat(scope, heard, counted, path_user=user)
+        finally:
+            journey.end()
+            metrics.open_requests.dec()
+            metrics.count(journey)
+            if self._access_log is not None:
+                self._access_log(journey, CHAT_PATH if user is None else USER_CHAT_ROUTE)
+            self._under_way -= 1
+            if self._stopping and not self._under_way:
+                self._idle.set()
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -220,10 +256,11 @@ async def running_parts(
             abandoned=journal.undo,
             wait_s=settings.ledger_timeout_s,
             applied=metrics.count_applied,
+            observed=metrics.count_batch,
             read_wallet=Balances(store, metrics, shared=shared).wallet,
         )
         stack.push_async_callback(ledger.close)
-        principals = Principals(database, now_us=now_us)
+        principals = Principals(database, now_us=now_us, looked_up=metrics.cache("principals"))
         customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
         changes = Changes(principals.invalidate, url=settings.redis_url, link=link)
         changes.start()
@@ -237,7 +274,14 @@ async def running_parts(
         quoter = Quoter(settings, PromptCounter())
 
         live, shield = LiveHolds(ledger), Shield()
-        upkeep = Upkeep(ledger=ledger, live=live, journal=journal, heartbeat_s=settings.heartbeat_s, now_us=now_us)
+        upkeep = Upkeep(
+            ledger=ledger,
+            live=live,
+            journal=journal,
+            heartbeat_s=settings.heartbeat_s,
+            now_us=now_us,
+            swept=metrics.count_swept,
+        )
         upkeep.start()
         stack.push_async_callback(upkeep.stop)
         stack.push_async_callback(shield.drain)
@@ -257,13 +301,20 @@ async def running_parts(
             new_id=new_id,
             now_us=now_us,
         )
+        readiness = Readiness(
+            database=database,
+            ledger=ledger,
+            journal_dir=settings.journal_dir,
+            draining=draining,
+            degraded=lambda: _degraded(journal, link),
+        )
+        stack.push_async_callback(readiness.close)
         services = Services(
             settings=settings,
             database=database,
             ledger=ledger,
             principals=principals,
             changes=changes,
-            redis=None if link is None else link.describe,
             tenants=tenants,
             customers=customers,
             rate_limit=rate_limit,
@@ -274,14 +325,22 @@ async def running_parts(
             metrics=metrics,
             now_us=now_us,
             new_id=new_id,
-            draining=draining,
+            readiness=readiness,
         )
-        gauges = asyncio.create_task(_set_gauges(metrics, ledger, journal), name="gauges")
+        gauges = asyncio.create_task(_set_gauges(metrics, ledger, live, journal, readiness), name="gauges")
         stack.push_async_callback(_cancelled, gauges)
         # The ranks take a third of a second to load; the first request need not wait for them.
         warming = asyncio.create_task(asyncio.to_thread(warm), name="warm")
         stack.push_async_callback(_finished, warming)
-        yield Parts(services=services, chat=chat, api=create_api(services))
+        begin_trace = None
+        if settings.otlp_endpoint is not None:
+            # Not imported where nobody collects traces: it takes a quarter of a second, and memory.
+            from gateway.tracing import open_tracing  # noqa: PLC0415
+
+            tracing = open_tracing(settings.otlp_endpoint)
+            stack.push_async_callback(tracing.close)
+            begin_trace = tracing.begin
+        yield Parts(services=services, chat=chat, api=create_api(services), begin_trace=begin_trace)
 
 
 def configured_upstreams(settings: Settings) -> dict[str, Upstream]:
@@ -319,10 +378,24 @@ def _process_name() -> str:
     return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
-async def _set_gauges(metrics: Metrics, ledger: Ledger, journal: SettlementJournal) -> None:
+def _degraded(journal: SettlementJournal, link: Link | None) -> dict[str, str]:
+    """What works worse than it should, and is served all the same."""
+    found = {}
+    if journal.waiting:
+        found["journal"] = f"{journal.waiting} settlements wait on local disk for the ledger"
+    if link is not None and not link.up:
+        found["redis"] = masked(link.describe())
+    return found
+
+
+async def _set_gauges(
+    metrics: Metrics, ledger: Ledger, live: LiveHolds, journal: SettlementJournal, readiness: Readiness
+) -> None:
     while True:
         metrics.ledger_queue.set(ledger.queue_length)
         metrics.journal_waiting.set(journal.waiting)
+        metrics.held.set(live.held)
+        metrics.database_up.set((await readiness.report()).checks["database"] == OK)
         await asyncio.sleep(GAUGES_S)
 
 

@@ -95,7 +95,8 @@ class Database:
             parsed = make_url(url)
             self._path = parsed.database
             self.engine: AsyncEngine = create_async_engine(
-                parsed.set(drivername="sqlite+aiosqlite"), hide_parameters=True
+                parsed.set(drivername="sqlite+aiosqlite"),
+                hide_parameters=True,  # They may be anybody's data; with an error they would reach the log.
             )
             event.listen(self.engine.sync_engine, "connect", self._connected)
             event.listen(self.engine.sync_engine, "begin", _begin_sqlite)
@@ -238,6 +239,20 @@ def insert_new(table: type[SQLModel], dialect: str) -> Any:
     """An INSERT that leaves a row that is there already as it is, in the words of the database."""
     insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
     return insert(table).on_conflict_do_nothing()
+
+
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """Take a database for away that does not answer the block within *seconds*.
+
+    Raises:
+        DatabaseUnavailable
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise DatabaseUnavailable(f"no answer within {seconds} s") from None
 
 
 class _unavailable:  # noqa: N801 - reads as a statement

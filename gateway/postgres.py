@@ -43,7 +43,7 @@ def open_engine(url: str) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=ACQUIRE_TIMEOUT_S,
         pool_use_lifo=True,
-        hide_parameters=True,
+        hide_parameters=True,  # They may be anybody's data; with an error they would reach the log.
     )
 
 

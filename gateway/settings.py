@@ -230,6 +230,8 @@ class Settings(BaseSettings):
     workers: int = Field(default=1, ge=1, le=256)
     public_url: BaseURL | None = None
     log_level: LogLevel = "info"
+    access_log: bool = False
+    otlp_endpoint: BaseURL | None = None
 
     stripe_secret_key: Secret | None = None
     stripe_webhook_secret: Secret | None = None
@@ -249,6 +251,7 @@ class Settings(BaseSettings):
     reservation_life_s: Seconds = 120
     heartbeat_s: Seconds = 40
     ledger_timeout_s: Seconds = 10
+    drain_delay_s: float = Field(default=0, ge=0, le=3600, allow_inf_nan=False)
     shutdown_grace_s: Seconds = 30
     journal_dir: Path = Path("farebox-journal")
 
@@ -335,7 +338,8 @@ class Settings(BaseSettings):
 def load(config: Path | None = None) -> Settings:
     """The settings from the environment, over the TOML file *config* (or `FAREBOX_CONFIG`), over the defaults.
 
-    With `OPENAI_API_KEY` set and no upstream named anywhere, there is one: OpenAI.
+    With `OPENAI_API_KEY` set and no upstream named anywhere, there is one: OpenAI. OpenTelemetry's own variable for the
+    collector's address, `OTEL_EXPORTER_OTLP_ENDPOINT`, stands for `otlp_endpoint`.
 
     Raises:
         SettingsInvalid: with all that is wrong, as far as it can be seen at once.
@@ -350,6 +354,8 @@ def load(config: Path | None = None) -> Settings:
     except SettingsError as error:
         raise SettingsInvalid([f"{error}: lists in the environment are written as JSON"]) from None
     values = {**from_file, **from_environment}
+    if not values.get("otlp_endpoint") and (collector := os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")):
+        values["otlp_endpoint"] = collector
     if not values.get("upstreams") and os.environ.get("OPENAI_API_KEY"):
         values["upstreams"] = [{"name": "openai", "base_url": OPENAI_BASE_URL, "api_key": "env:OPENAI_API_KEY"}]
     try:

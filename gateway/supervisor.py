@@ -2,9 +2,10 @@
 
 How it works. The socket is bound before anything else, so that a busy port is known at once and a port 0 is resolved.
 One process serves it itself; with more, a supervisor forks them, and each accepts from the same socket. A worker that
-died is started anew, unless it never came up: then all stop, because the next one would not come up either. What is
-slow to import is imported here only where it is needed: the counters that workers share must know of each other before
-the first of them is made.
+died is started anew, unless it never came up: then all stop, because the next one would not come up either. SIGHUP
+reads the settings anew and replaces the workers one by one: the next is ready before the last one goes, so that no
+request is refused. What is slow to import is imported here only where it is needed: the counters that workers share
+must know of each other before the first of them is made.
 """
 
 import os
@@ -17,17 +18,24 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
 from gateway.multiprocess import MULTIPROCESS_DIR
-from gateway.settings import Settings
+from gateway.settings import Settings, SettingsInvalid
 
 BACKLOG: Final = 2048
 RESTART_PAUSE_S: Final = 0.5
 READY_POLL_S: Final = 0.01
+WATCH_POLL_S: Final = 0.05
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+RETIRE_SIGNAL: Final = signal.SIGUSR1
+"""Tells a worker that another has taken its place."""
+
+ROLL_SIGNAL: Final = signal.SIGHUP
+HANDLED: Final = (*STOP_SIGNALS, ROLL_SIGNAL)
 READY: Final = b"1"
 
 
@@ -68,18 +76,27 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
-def serve(settings: Settings, listener: socket.socket, *, started: Callable[[], None] | None = None) -> int:
-    """Serve until asked to stop; the exit code. *started* is called when connections are accepted."""
+def serve(
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    started: Callable[[], None] | None = None,
+    reload: Callable[[], Settings] | None = None,
+) -> int:
+    """Serve until asked to stop; the exit code. *started* is called when connections are accepted.
+
+    *reload* gives the settings of the workers that SIGHUP starts; by default these have the same ones.
+    """
     if settings.workers > 1:
-        return Supervisor(settings, listener, started=started).run()
+        return Supervisor(settings, listener, started=started, reload=reload).run()
     return _serve_here(settings, listener, started)
 
 
 def _serve_here(settings: Settings, listener: socket.socket, started: Callable[[], None] | None) -> int:
-    from gateway.server import serve_here  # noqa: PLC0415 - see above
-    from gateway.telemetry import configure_logging  # noqa: PLC0415
+    from gateway.logs import configure_logging, secrets_of  # noqa: PLC0415 - see above
+    from gateway.server import serve_here  # noqa: PLC0415
 
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, secrets=secrets_of(settings))
     return serve_here(settings, listener, started=started)
 
 
@@ -87,14 +104,24 @@ class Supervisor:
     """Several processes on one socket."""
 
     def __init__(
-        self, settings: Settings, listener: socket.socket, *, started: Callable[[], None] | None = None
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        *,
+        started: Callable[[], None] | None = None,
+        reload: Callable[[], Settings] | None = None,
     ) -> None:
         self._settings = settings
+        self._reload = reload
         self._listener = listener
         self._started = started
         self._workers: dict[int, int] = {}
+        self._newest = 0
         self._ready: set[int] = set()
         self._stopping = False
+        self._roll_asked = False
+        self._roll: Roll | None = None
+        self._retired: set[int] = set()
         # The supervisor alone holds the other end open: when it is gone, however it went, its workers read the end.
         self._lifeline, self._held = os.pipe()
 
@@ -103,6 +130,7 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="farebox-metrics-") as folder:
             os.environ[MULTIPROCESS_DIR] = folder
             before = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
+            before[ROLL_SIGNAL] = signal.signal(ROLL_SIGNAL, self._ask_for_roll)
             try:
                 for _ in range(self._settings.workers):
                     self._fork()
@@ -114,8 +142,13 @@ class Supervisor:
                     signal.signal(number, handler)
                 del os.environ[MULTIPROCESS_DIR]
 
+    def _ask_for_roll(self, number: int, frame: FrameType | None) -> None:
+        self._roll_asked = True
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
+        # Nobody accepts here: while this one is open, the kernel would take connections that nobody will serve.
+        self._listener.close()
         for worker in self._workers:
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGTERM)
@@ -123,7 +156,7 @@ class Supervisor:
     def _fork(self) -> None:
         """One more worker, unless they are to stop."""
         # A signal between the fork and the note of it would leave a worker that nobody stops.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
             if self._stopping:
                 return
@@ -134,8 +167,9 @@ class Supervisor:
                 self._work(ready, tell)
             os.close(tell)
             self._workers[worker] = ready
+            self._newest = worker
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
 
     def _work(self, ready: int, tell: int) -> None:
         """The whole life of a worker; it never returns."""
@@ -146,7 +180,8 @@ class Supervisor:
             threading.Thread(target=_stop_when_orphaned, args=(self._lifeline,), daemon=True).start()
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            signal.signal(ROLL_SIGNAL, signal.SIG_IGN)  # A terminal sends it to all; the supervisor deals with it.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
             code = _serve_here(self._settings, self._listener, lambda: _tell(tell))
         except SystemExit as exit_:
             code = exit_.code if isinstance(exit_.code, int) else 1
@@ -174,23 +209,86 @@ class Supervisor:
     def _watch(self) -> int:
         code = 0
         while self._workers:
-            worker, status = os.wait()
-            if worker not in self._workers:
-                continue
-            came_up = self._came_up(worker)
-            os.close(self._workers.pop(worker))
-            if self._stopping:
-                code = code or (0 if status == 0 or _stopped_early(status, came_up) else 1)
-                continue
-            print(f"farebox: worker {worker} ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr)  # noqa: T201
-            if not came_up:
-                code = 1
-                self._stop(signal.SIGTERM, None)
-                continue
-            _forget_gauges(worker)
-            time.sleep(RESTART_PAUSE_S)
-            self._fork()
+            worker, status = os.waitpid(-1, os.WNOHANG)
+            if worker == 0:
+                self._go_on_with_roll()
+                time.sleep(WATCH_POLL_S)
+            elif worker in self._workers:
+                code = self._ended(worker, status) or code
         return code
+
+    def _ended(self, worker: int, status: int) -> int:
+        """Deal with a worker's end; 1 where it makes all of us fail."""
+        came_up = self._came_up(worker)
+        os.close(self._workers.pop(worker))
+        _forget_gauges(worker)
+        if self._stopping:
+            return 0 if status == 0 or _stopped_early(status, came_up) else 1
+        retired = worker in self._retired
+        self._retired.discard(worker)
+        if not retired or status != 0:
+            _say(f"worker {worker} ended with {os.waitstatus_to_exitcode(status)}")
+        if retired:
+            return 0
+        if self._roll is not None and worker == self._roll.newest and not came_up:
+            self._roll = None
+            _say("the new worker did not come up, so the others stay as they are")
+            return 0
+        if not came_up:
+            self._stop(signal.SIGTERM, None)
+            return 1
+        if self._roll is not None:
+            self._roll.old.discard(worker)
+        time.sleep(RESTART_PAUSE_S)
+        self._fork()
+        return 0
+
+    def _go_on_with_roll(self) -> None:
+        """Begin to replace the workers, or replace the next one whose successor is ready."""
+        if self._stopping:
+            return
+        roll = self._roll
+        if roll is None:
+            if self._roll_asked:
+                self._roll_asked = False
+                self._roll = self._begin_roll()
+        elif self._came_up(roll.newest):
+            if roll.old:
+                self._retire(roll.old.pop())
+            if roll.old:
+                self._fork()
+                roll.newest = self._newest
+            else:
+                self._roll = None
+                _say("all workers were replaced")
+
+    def _begin_roll(self) -> "Roll | None":
+        try:
+            if self._reload is not None:
+                self._settings = self._reload()
+        except SettingsInvalid as error:
+            _say(f"the workers stay as they are. {error}")
+            return None
+        old = set(self._workers) - self._retired
+        self._fork()
+        return Roll(old=old, newest=self._newest)
+
+    def _retire(self, worker: int) -> None:
+        self._retired.add(worker)
+        with suppress(ProcessLookupError):
+            os.kill(worker, RETIRE_SIGNAL)
+
+
+@dataclass(slots=True)
+class Roll:
+    """A replacement of the workers that is under way: those to be replaced, and the newest of the new ones."""
+
+    old: set[int]
+    newest: int
+
+
+def _say(what: str) -> None:
+    print(f"farebox: {what}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _stop_when_orphaned(lifeline: int) -> None:

@@ -14,7 +14,7 @@ from ledger.model import Block, Reservation, ReservationRef, Scope, Tags, Wallet
 from ledger.outcomes import Applied, Outcome, Rejected, UsageRecorded
 from ledger.state import State
 from ledger.store.protocol import PAGE_MAX, Position, Store, StoreUnavailable, Transaction, WalletBlocks
-from ledger.writer import QUEUE_MAX, WAIT_S, Abandoned, Writer
+from ledger.writer import QUEUE_MAX, WAIT_S, Abandoned, Observed, Writer
 
 SWEEP_PAGE = 200
 """How many candidates a sweep reads, and settles, at once."""
@@ -82,7 +82,7 @@ class Ledger:
         read_wallet: ReadWallet | None = None,
     ) -> None:
         self._store = store
-        self._read_wallet: ReadWallet = read_wallet or store.wallet
+        self._read_wallet = read_wallet
         self._applied = applied
         self._writer = writer
         self._clock = clock
@@ -99,6 +99,7 @@ class Ledger:
         queue_max: int = QUEUE_MAX,
         wait_s: float = WAIT_S,
         applied: Callable[[Applied], None] | None = None,
+        observed: Observed | None = None,
         read_wallet: ReadWallet | None = None,
     ) -> "Ledger":
         """Put a writer in front of *store*, which is then the ledger's to close.
@@ -108,9 +109,10 @@ class Ledger:
             new_command_id: makes the ids of the sweep's own commands; unique, and time-ordered.
             abandoned: see :class:`~ledger.writer.Writer`.
             applied: sees every command that was applied here and its facts, to count them; it must not fail.
+            observed: see :class:`~ledger.writer.Writer`.
             read_wallet: reads a wallet for a view of it, instead of the store; never older than what was answered.
         """
-        writer = Writer(store.run_batch, abandoned=abandoned, queue_max=queue_max, wait_s=wait_s)
+        writer = Writer(store.run_batch, abandoned=abandoned, observed=observed, queue_max=queue_max, wait_s=wait_s)
         return cls(store, writer, clock, new_command_id, applied, read_wallet=read_wallet)
 
     async def close(self) -> None:
@@ -146,7 +148,7 @@ class Ledger:
 
         *unfunded* is the line that a reservation would name, as in :class:`~ledger.commands.Hold`.
         """
-        found = await _reading(self._read_wallet(ref))
+        found = await _reading(self._wallet(ref))
         if found is None:
             return None
         wallet, blocks = found
@@ -161,9 +163,12 @@ class Ledger:
             receivable=wallet.receivable,
         )
 
+    def _wallet(self, ref: WalletRef) -> Awaitable[WalletBlocks | None]:
+        return (self._read_wallet or self._store.wallet)(ref)
+
     async def _line(self, ref: WalletRef, now_us: int) -> int:
         """What is left of a line for credits that the operator was not paid for."""
-        found = await _reading(self._read_wallet(ref))
+        found = await _reading(self._wallet(ref))
         return 0 if found is None else sum(block.free for block in payable(found.blocks, NO_TAGS, now_us))
 
     async def reservation(self, ref: ReservationRef) -> Reservation | None:

@@ -3,7 +3,9 @@
 How it works. There is no timer: while a batch commits, the next one gathers. A refusal is a value in its batch. When
 the store is unavailable the batch is tried again, a few times with growing waits; then, and at once when the failure is
 not the store's, it is cut in halves, so that one command that cannot be written fails alone. Two halves that find the
-store unavailable tell of an outage: then all fail, and nobody waits for more of it.
+store unavailable tell of an outage: then all fail, and nobody waits for more of it. During an outage one batch every
+``PROBE_S`` finds out, with a single attempt, whether it is over; whoever waits by then fails with it. A store that
+answers nothing at all for longer than a caller waits turns further callers away at once.
 """
 
 import asyncio
@@ -11,6 +13,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 from ledger.commands import AnyCommand
 from ledger.errors import LedgerUnavailable
@@ -29,14 +32,36 @@ WAIT_S = 10.0
 RETRY_WAITS_S = (0.02, 0.1, 0.5)
 """The waits before trying a batch again; each is drawn from half of it to all of it."""
 
+PROBE_S = 0.25
+"""During an outage, the pause before another batch tries whether it is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRun:
+    """One attempt to write a batch, for those who watch the ledger.
+
+    Attributes:
+        outcomes: None when it failed as a whole.
+        waited_s: how long the command that came first had waited.
+        took_s: until it was durable, or had failed.
+    """
+
+    commands: Sequence[AnyCommand]
+    outcomes: Sequence[Outcome] | None
+    waited_s: float
+    took_s: float
+
+
 RunBatch = Callable[[Sequence[AnyCommand]], Awaitable[list[Outcome]]]
 Abandoned = Callable[[AnyCommand, Outcome], None]
+Observed = Callable[[BatchRun], None]
 
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
     command: AnyCommand
     answer: asyncio.Future[Outcome]
+    since_s: float
 
 
 class Writer:
@@ -44,6 +69,7 @@ class Writer:
 
     Args:
         abandoned: gets the outcome of a command whose caller had stopped waiting when its batch was under way already.
+        observed: is told of each attempt to write a batch; it must not fail.
     """
 
     def __init__(
@@ -51,6 +77,7 @@ class Writer:
         run_batch: RunBatch,
         *,
         abandoned: Abandoned | None = None,
+        observed: Observed | None = None,
         batch_max: int = BATCH_MAX,
         queue_max: int = QUEUE_MAX,
         wait_s: float = WAIT_S,
@@ -58,6 +85,7 @@ class Writer:
     ) -> None:
         self._run_batch = run_batch
         self._abandoned = abandoned
+        self._observed = observed
         self._batch_max = batch_max
         self._queue_max = queue_max
         self._wait_s = wait_s
@@ -65,6 +93,13 @@ class Writer:
         self._queue: OrderedDict[_Waiting, None] = OrderedDict()
         self._working: asyncio.Task[None] | None = None
         self._closed = False
+        self._away = False
+        self._running_since_s: float | None = None
+
+    @property
+    def away(self) -> bool:
+        """Whether the last batch found no store."""
+        return self._away
 
     @property
     def queue_length(self) -> int:
@@ -81,9 +116,11 @@ class Writer:
         """
         if self._closed:
             raise LedgerUnavailable("the ledger is shut down")
+        if self._stalled:
+            raise LedgerUnavailable(f"the store has not answered for {self._wait_s} s")
         if len(self._queue) >= self._queue_max:
             raise LedgerUnavailable(f"{self._queue_max} commands wait already")
-        waiting = _Waiting(command, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(command, asyncio.get_running_loop().create_future(), monotonic())
         self._queue[waiting] = None
         if self._working is None:
             self._working = asyncio.create_task(self._work(), name="ledger-writer")
@@ -92,7 +129,8 @@ class Writer:
                 return await waiting.answer
         except TimeoutError:
             if waiting.answer.cancelled():
-                raise LedgerUnavailable(f"no answer within {self._wait_s} s") from None
+                taken = waiting not in self._queue
+                raise LedgerUnavailable(f"no answer within {self._wait_s} s", in_doubt=taken) from None
             return waiting.answer.result()  # The answer and the end of the wait fell together.
         except asyncio.CancelledError:
             if not waiting.answer.cancelled() and waiting.answer.exception() is None:
@@ -100,6 +138,11 @@ class Writer:
             raise
         finally:
             self._queue.pop(waiting, None)
+
+    @property
+    def _stalled(self) -> bool:
+        since_s = self._running_since_s
+        return since_s is not None and asyncio.get_running_loop().time() - since_s > self._wait_s
 
     async def close(self) -> None:
         """Take no more, and wait until everything that waits has its answer."""
@@ -110,11 +153,28 @@ class Writer:
     async def _work(self) -> None:
         try:
             while self._queue:
-                await asyncio.sleep(0)  # Let whoever is ready to submit join this batch.
+                if self._away:
+                    await self._sleep(PROBE_S)
+                else:
+                    await asyncio.sleep(0)  # Let whoever is ready to submit join this batch.
                 taken = [self._queue.popitem(last=False)[0] for _ in range(min(len(self._queue), self._batch_max))]
-                await self._run_with_retries(taken)
+                if self._away:
+                    await self._probe(taken)
+                else:
+                    await self._run_with_retries(taken)
         finally:
             self._working = None
+
+    async def _probe(self, batch: list[_Waiting]) -> None:
+        """Find out whether an outage is over; if it is not, nobody waits for the next attempt."""
+        failure = await self._run(batch)
+        if isinstance(failure, StoreUnavailable):
+            self._fail(batch, failure)
+            waiting = list(self._queue)
+            self._queue.clear()
+            self._fail(waiting, failure, tried=False)
+        elif failure is not None:
+            await self._bisect(batch, failure)
 
     async def _run_with_retries(self, batch: list[_Waiting]) -> None:
         for wait_s in RETRY_WAITS_S:
@@ -127,6 +187,7 @@ class Writer:
         else:
             failure = await self._run(batch)
         if failure is not None:
+            self._away = isinstance(failure, StoreUnavailable)
             await self._bisect(batch, failure)
 
     async def _bisect(self, batch: list[_Waiting], failure: Exception) -> None:
@@ -148,10 +209,18 @@ class Writer:
         """Run *batch* and answer everybody in it; or the failure, and nobody has an answer."""
         if not batch:
             return None
+        self._running_since_s = asyncio.get_running_loop().time()
+        commands = [waiting.command for waiting in batch]
+        began_s = monotonic()
         try:
-            outcomes = await self._run_batch([waiting.command for waiting in batch])
+            outcomes = await self._run_batch(commands)
         except Exception as failure:
+            self._observe(batch, commands, None, began_s)
             return failure
+        finally:
+            self._running_since_s = None
+        self._away = False
+        self._observe(batch, commands, outcomes, began_s)
         abandoned = []
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if waiting.answer.done():
@@ -161,18 +230,27 @@ class Writer:
         self._abandon(abandoned)
         return None
 
+    def _observe(
+        self, batch: list[_Waiting], commands: list[AnyCommand], outcomes: list[Outcome] | None, began_s: float
+    ) -> None:
+        if self._observed is not None:
+            self._observed(BatchRun(commands, outcomes, began_s - batch[0].since_s, monotonic() - began_s))
+
     def _abandon(self, outcomes: list[tuple[AnyCommand, Outcome]]) -> None:
         if self._abandoned is not None:
             for command, outcome in outcomes:
                 self._abandoned(command, outcome)
 
-    def _fail(self, batch: list[_Waiting], failure: Exception) -> None:
-        """Tell the callers. A failure that is not the store's is a bug of ours, and is shown as it is."""
+    def _fail(self, batch: list[_Waiting], failure: Exception, *, tried: bool = True) -> None:
+        """Tell the callers. A failure that is not the store's is a bug of ours, and is shown as it is.
+
+        A commit whose answer is lost looks like one that failed, so whatever was *tried* is in doubt.
+        """
         for waiting in batch:
             if waiting.answer.done():
                 continue
             if isinstance(failure, StoreUnavailable):
-                unavailable = LedgerUnavailable(str(failure))
+                unavailable = LedgerUnavailable(str(failure), in_doubt=tried)
                 unavailable.__cause__ = failure
                 waiting.answer.set_exception(unavailable)
             else:

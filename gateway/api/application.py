@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from gateway import __version__
 from gateway.api import apps, chat, credits, customers, docs, funding, health, keys, models, quote, requests, topup
 from gateway.api.access import SECURITY
-from gateway.api.frame import REQUEST_ID, Frame
+from gateway.api.frame import REFUSAL, REQUEST_ID, Frame
 from gateway.api.services import Services
 from gateway.errors import ApiError, internal_error, invalid_request, method_not_allowed, not_found
 from gateway.refusals import REFUSALS
@@ -93,6 +93,7 @@ def create_api(services: Services) -> ASGIApp:
 
 
 def _answer(request: Request, refusal: ApiError) -> Response:
+    request.scope[REFUSAL] = refusal.code
     body = refusal.to_body(request.scope[REQUEST_ID])
     return Response(body, refusal.status, dict(refusal.headers), media_type="application/json")
 

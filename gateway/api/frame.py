@@ -12,9 +12,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.access import EXTRA_HEADERS
-from gateway.telemetry import CLIENT_LEFT, Metrics
+from gateway.proxy.journey import CLIENT_LEFT
+from gateway.telemetry import Metrics
 
 REQUEST_ID: Final = "farebox.request_id"
+REFUSAL: Final = "farebox.refusal"
+"""Where in a request's scope the code of its refusal is."""
+
 UNMATCHED: Final = "unmatched"
 
 log = structlog.get_logger(__name__)
@@ -56,5 +60,7 @@ class Frame:
             log.exception("request failed", request_id=request_id)
         finally:
             route = getattr(scope.get("route"), "path_format", UNMATCHED)
-            self._metrics.requests.labels(route, scope["method"], str(status)).inc()
-            self._metrics.request_seconds.labels(route).observe(time.perf_counter() - began_s)
+            self._metrics.requests(route, scope["method"], str(status)).inc()
+            if (code := scope.get(REFUSAL)) is not None:
+                self._metrics.refusals(code).inc()
+            self._metrics.request_seconds(route).observe(time.perf_counter() - began_s)

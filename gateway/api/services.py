@@ -15,6 +15,7 @@ from gateway.prices import ServedModels
 from gateway.proxy.quoting import Quoter
 from gateway.proxy.rate_limit import RateLimit
 from gateway.proxy.routing import Router
+from gateway.readiness import Readiness
 from gateway.settings import Settings
 from gateway.shared.changes import Changes
 from gateway.telemetry import Metrics
@@ -23,14 +24,11 @@ from ledger.ledger import Ledger
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """*redis* tells whether Redis is there, in words; None where the installation has none."""
-
     settings: Settings
     database: Database
     ledger: Ledger
     principals: Principals
     changes: Changes
-    redis: Callable[[], str] | None
     tenants: Tenants
     customers: Customers
     rate_limit: RateLimit
@@ -41,7 +39,7 @@ class Services:
     metrics: Metrics
     now_us: Callable[[], int]
     new_id: Callable[[str], str]
-    draining: Callable[[], bool]
+    readiness: Readiness
 
 
 def services_of(request: Request) -> Services:

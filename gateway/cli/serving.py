@@ -24,7 +24,10 @@ def serve(
     port: PortOption = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, max=256, help="Processes. Default 1.")] = None,
 ) -> None:
-    """Serve the gateway until SIGTERM, which lets open requests finish and exits with 0."""
+    """Serve the gateway until SIGTERM, which lets open requests finish and exits with 0.
+
+    With several processes, SIGHUP reads the settings anew and replaces them one by one, without refusing a request.
+    """
     from gateway import supervisor  # noqa: PLC0415
     from gateway.migrations import migrate_or_check  # noqa: PLC0415
     from gateway.stores import require_supported, whereabouts  # noqa: PLC0415
@@ -41,7 +44,12 @@ def serve(
             err=True,
         )
     base_url = base_url_of(settings, listener.getsockname()[1])
-    code = supervisor.serve(settings, listener, started=lambda: typer.echo(f"Farebox serves {base_url}", err=True))
+    code = supervisor.serve(
+        settings,
+        listener,
+        started=lambda: typer.echo(f"Farebox serves {base_url}", err=True),
+        reload=lambda: settings_from(config, host=host, port=port, workers=workers),
+    )
     raise typer.Exit(code)
 
 

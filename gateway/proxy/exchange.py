@@ -6,6 +6,7 @@ from time import monotonic
 from typing import Any, Final
 
 from gateway.errors import ApiError, invalid_api_key, invalid_request, request_too_large
+from gateway.proxy.journey import JOURNEY, Journey
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -58,6 +59,7 @@ class Exchange:
         extra: headers to send with whatever the response will be.
         started: the response's status has been sent, so it can only be ended.
         gone: the client has closed the connection, as far as is known.
+        journey: where is noted what is done, for whoever counts.
     """
 
     __slots__ = (
@@ -69,6 +71,7 @@ class Exchange:
         "_writing_since_s",
         "extra",
         "gone",
+        "journey",
         "request_id",
         "started",
     )
@@ -86,6 +89,8 @@ class Exchange:
         self.extra: list[tuple[bytes, bytes]] = []
         self.started = False
         self.gone = False
+        self.journey: Journey = scope.get(JOURNEY) or Journey()
+        self.journey.request_id = request_id
 
     # The request.
 

@@ -4,6 +4,7 @@ Each round is idempotent and safe in every process at once; a round that fails i
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -12,18 +13,21 @@ import structlog
 from gateway.proxy.hold import LiveHolds
 from gateway.proxy.journal import SettlementJournal
 from ledger.errors import LedgerUnavailable
-from ledger.ledger import Ledger
+from ledger.ledger import Ledger, Swept
 
 SWEEP_S: Final = 5.0
 """How long an orphan may wait beyond its time, at most."""
 
 REPLAY_S: Final = 1.0
 
+PAUSE_LEAST: Final = 0.75
+"""Each pause is drawn from this part of it to all of it."""
+
 log = structlog.get_logger(__name__)
 
 
 class Upkeep:
-    """Three loops, from ``start`` to ``stop``."""
+    """Three loops, from ``start`` to ``stop``. *swept* is told what each sweep did."""
 
     def __init__(
         self,
@@ -33,6 +37,7 @@ class Upkeep:
         journal: SettlementJournal,
         heartbeat_s: float,
         now_us: Callable[[], int],
+        swept: Callable[[Swept], None] = lambda swept: None,
         sweep_s: float = SWEEP_S,
         replay_s: float = REPLAY_S,
     ) -> None:
@@ -40,6 +45,7 @@ class Upkeep:
         self._live = live
         self._journal = journal
         self._now_us = now_us
+        self._swept = swept
         self._rounds = {
             "heartbeat": (heartbeat_s, self._live.heartbeat),
             "sweep": (sweep_s, self.sweep),
@@ -61,6 +67,7 @@ class Upkeep:
     async def sweep(self) -> None:
         """Settle every reservation, and book every block, whose time has passed."""
         swept = await self._ledger.sweep(self._now_us())
+        self._swept(swept)
         if swept.reservations or swept.failures:
             log.info("swept", reservations=swept.reservations, wallets=swept.wallets, failures=len(swept.failures))
 
@@ -78,4 +85,5 @@ class Upkeep:
                 log.warning("the ledger is away", upkeep=name)
             except Exception:
                 log.exception("upkeep failed", upkeep=name)
-            await asyncio.sleep(pause_s)
+            # Processes that found the ledger back in the same moment do not come in step for ever.
+            await asyncio.sleep(pause_s * random.uniform(PAUSE_LEAST, 1))  # noqa: S311

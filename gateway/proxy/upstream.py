@@ -89,6 +89,7 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
         path: below the upstream's base URL, beginning with a slash.
         stream: whether server-sent events are asked for; the body says so too.
         request_id: ours, for the upstream's logs.
+        headers: with which the upstream can go on with the caller's trace.
     """
 
     path: str
@@ -96,6 +97,7 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     stream: bool
     request_id: str
     method: str = "POST"
+    headers: Mapping[str, str] = {}
 
 
 class UpstreamResponse(Protocol):
@@ -257,6 +259,7 @@ class HTTPUpstream:
                         **self._headers,
                         "Accept": "text/event-stream" if request.stream else "application/json",
                         "X-Client-Request-Id": request.request_id,
+                        **request.headers,
                     },
                     allow_redirects=False,
                 )

@@ -39,7 +39,7 @@ from ledger.batch import (
     reserved_wallets,
     used_up,
 )
-from ledger.commands import AnyCommand, Freeze, Hold, Revoke
+from ledger.commands import AnyCommand, Freeze, Hold, Refund, Revoke
 from ledger.draft import RETURN_BLOCKS
 from ledger.model import Reservation, ReservationRef, ReservationState, Scope, WalletRef
 from ledger.outcomes import Outcome
@@ -161,8 +161,8 @@ class Batches:
     def _recall(self, named: Needs, commands: Sequence[AnyCommand]) -> _Known | None:
         """What is kept of all that *commands* concern; None when something of it is not known, or often moves."""
         kept = self._kept.state
-        if not self._kept.server:
-            return None
+        if not self._kept.server or any(isinstance(command, Refund) for command in commands):
+            return None  # A refund fills blocks again that are not kept, because nothing was left in them.
         made = {command.reservation for command in commands if isinstance(command, Hold)}
         state = State()
         wallets = set(named.wallets)

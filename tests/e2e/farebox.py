@@ -254,7 +254,7 @@ class Gateway(Process):
 
     def __init__(self, *arguments: str, log: Path, cwd: Path, clock: Clock | None = None, **environ: str) -> None:
         program = ("gateway.cli",) if clock is None else ("tests.e2e.clocked", str(clock.file))
-        super().__init__(*program, "serve", "--port", "0", *arguments, log=log, cwd=cwd, **environ)
+        super().__init__(*program, "serve", *_port(arguments), *arguments, log=log, cwd=cwd, **environ)
         self.base_url = self.line_with("Farebox serves", of=lambda: self.err).split()[-1]
 
     def get(self, path: str, key: str) -> httpx.Response:
@@ -263,6 +263,11 @@ class Gateway(Process):
     def post(self, path: str, key: str, body: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"}
         return httpx.post(f"{self.base_url}{path}", headers=headers, json=body, timeout=30)
+
+
+def _port(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """A free port, unless one is named."""
+    return () if "--port" in arguments else ("--port", "0")
 
 
 @dataclass(frozen=True, slots=True)

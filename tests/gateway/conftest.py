@@ -10,12 +10,12 @@ import pytest
 import structlog
 
 from gateway.database import Database
-from gateway.telemetry import configure_logging
+from gateway.logs import configure_logging
 from tests.gateway.office import Office, open_office
 from tests.gateway.rig import empty_database, name_database
 
 STORES = ("sqlite", "postgresql")
-ON_EVERY_STORE = ("test_journey_", "test_api_", "test_isolation")
+ON_EVERY_STORE = ("test_journey_", "test_api_", "test_isolation", "test_readiness", "test_metrics")
 
 
 @dataclass

@@ -23,6 +23,7 @@ from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
 from gateway.identity.wallets import app_wallet, customer_wallet, pool_wallet
 from gateway.ids import new_id
+from gateway.migrations import HEAD
 from gateway.prices import price_book
 from gateway.proxy.chat import ChatProxy
 from gateway.proxy.exchange import Receive, Scope, Send
@@ -368,6 +369,8 @@ def empty_database() -> bytes:
     engine = create_engine("sqlite://")
     with engine.connect() as connection:
         SQLModel.metadata.create_all(connection)
+        connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
+        connection.exec_driver_sql(f"INSERT INTO alembic_version VALUES ('{HEAD}')")
         connection.commit()
         made = connection.connection.driver_connection
         assert isinstance(made, sqlite3.Connection)

@@ -239,7 +239,7 @@ async def test_management_has_a_rate_limit_of_its_own(tmp_path):
 
 
 async def test_a_gateway_that_shuts_down_takes_no_new_request(office: Office):
-    office.gateway.draining = True
+    office.gateway.draining = office.gateway._stopping = True
     assert (await office.refused("GET", "/v1/customers"))[:2] == (503, "shutting_down")
     ready = await office.ask_plain("/health/ready")
     assert (ready.status_code, ready.json()["checks"]["process"]) == (503, "shutting down")

@@ -3,11 +3,9 @@
 import re
 import sqlite3
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
-from gateway.database import DatabaseUnavailable
 from tests.gateway.office import Office, open_office
 
 
@@ -126,33 +124,6 @@ async def test_models_are_listed_as_openai_lists_them(tmp_path):
 async def test_every_priced_model_is_listed_where_none_is_named(office: Office):
     names = {model["id"] for model in (await office.get("/v1/models"))["data"]}
     assert {"gpt-4o-mini", "gpt-4o", "claude-sonnet-4-5", "gemini-2.5-flash"} <= names
-
-
-async def test_readiness_says_what_is_wrong(office: Office, monkeypatch: pytest.MonkeyPatch):
-    ready = await office.ask_plain("/health/ready")
-    assert (ready.status_code, ready.json()) == (200, {"status": "ok", "checks": {"database": "ok", "process": "ok"}})
-
-    async def unavailable() -> None:
-        raise DatabaseUnavailable("disk I/O error")
-
-    monkeypatch.setattr(office.gateway.services.database, "check", unavailable)
-    broken = await office.ask_plain("/health/ready")
-    assert broken.status_code == 503
-    assert broken.json()["checks"]["database"] == "not usable: disk I/O error"
-    assert (await office.ask_plain("/health/live")).status_code == 200
-
-
-@pytest.mark.sqlite
-async def test_a_gateway_whose_file_was_removed_or_replaced_is_not_ready(office: Office, tmp_path: Path):
-    path, kept = tmp_path / "farebox.db", tmp_path / "kept.db"
-    assert (await office.ask_plain("/health/ready")).status_code == 200
-    path.rename(kept)
-    gone = await office.ask_plain("/health/ready")
-    assert (gone.status_code, "no longer the file" in gone.text) == (503, True)
-    path.write_bytes(kept.read_bytes())
-    assert (await office.ask_plain("/health/ready")).status_code == 503
-    kept.rename(path)
-    assert (await office.ask_plain("/health/ready")).status_code == 200
 
 
 @pytest.mark.sqlite

@@ -106,7 +106,8 @@ def test_help_is_everywhere_and_imports_nothing_that_is_slow(tmp_path: Path):
 import sys
 from gateway.cli import main
 commands = ["", "serve", "demo", "init", "migrate", "verify", "copy", "grant", "statement"]
-commands += ["keys", "keys list", "keys create", "keys revoke", "tenants", "tenants list", "tenants create"]
+commands += ["keys", "keys list", "keys create", "keys revoke"]
+commands += ["tenants", "tenants list", "tenants create", "tenants change"]
 commands += ["prices", "prices list", "prices show", "prices check"]
 for command in commands:
     sys.argv = ["farebox", *command.split(), "--help"]
@@ -125,7 +126,7 @@ assert not slow, slow
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Usage: farebox") == 20
+    assert done.stdout.count("Usage: farebox") == 21
 
 
 def test_init_prints_what_is_needed_once(tmp_path: Path, run: Run):
@@ -149,11 +150,16 @@ def test_demo_serves_what_it_prints_and_leaves_nothing(tmp_path: Path, run: Run)
         assert installed.keys() == INSTALLED
         for key in ("live_key", "test_key"):
             answer = httpx.post(
-                f"{installed['base_url']}/chat/completions", json=QUESTION, headers=headers(installed, key)
+                f"{installed['base_url']}/chat/completions",
+                json=QUESTION,
+                headers=headers(installed, key),
+                timeout=WAIT_S,
             )
             assert answer.status_code == 200, answer.text
             assert float(answer.json()["usage"]["balance"]) > 999
-            developer = httpx.get(f"{installed['base_url']}/funding", headers=headers(installed, key)).json()
+            developer = httpx.get(
+                f"{installed['base_url']}/funding", headers=headers(installed, key), timeout=WAIT_S
+            ).json()
             assert developer["developer"]["balance_decimal"] == "1000"
         assert not [name for name in answer.headers if name.startswith("x-ratelimit")]
         port = installed["base_url"].rpartition(":")[2].removesuffix("/v1")
@@ -175,7 +181,9 @@ def test_a_second_demo_on_the_same_database_prints_keys_that_work(tmp_path: Path
     for _ in range(2):
         with started(tmp_path, "demo", "--port", "0", "--json", line="base_url", **shared) as (process, line):
             installed = json.loads(line)
-            answer = httpx.post(f"{installed['base_url']}/chat/completions", json=QUESTION, headers=headers(installed))
+            answer = httpx.post(
+                f"{installed['base_url']}/chat/completions", json=QUESTION, headers=headers(installed), timeout=WAIT_S
+            )
             assert answer.status_code == 200
             users.append((installed["tenant_id"], installed["app_id"], answer.json()["usage"]["balance"]))
             assert stop(process) == 0
@@ -196,7 +204,7 @@ def test_sigterm_lets_a_stream_finish_and_turns_new_requests_away(tmp_path: Path
             process.send_signal(signal.SIGTERM)
             rest = [text for text in lines if text]
             with pytest.raises(httpx.ConnectError):
-                httpx.get(f"{installed['base_url']}/models", headers=headers(installed))
+                httpx.get(f"{installed['base_url']}/models", headers=headers(installed), timeout=WAIT_S)
         assert rest[-1] == "data: [DONE]"
         assert process.wait(WAIT_S) == 0
 
@@ -227,9 +235,11 @@ def test_serve_migrates_its_file_and_several_workers_share_the_work(tmp_path: Pa
     with started(tmp_path, *arguments, line="Farebox serves") as (process, line):
         base_url = line.rpartition(" ")[2]
         for _ in range(6):
-            answer = httpx.post(f"{base_url}/chat/completions", json=QUESTION, headers=headers(installed, "test_key"))
+            answer = httpx.post(
+                f"{base_url}/chat/completions", json=QUESTION, headers=headers(installed, "test_key"), timeout=WAIT_S
+            )
             assert answer.status_code == 200
-        metrics = httpx.get(f"{base_url.removesuffix('/v1')}/metrics").text
+        metrics = httpx.get(f"{base_url.removesuffix('/v1')}/metrics", timeout=WAIT_S).text
         assert 'farebox_requests_total{method="POST",route="/v1/chat/completions",status="200"} 6.0' in metrics
         worker = children(process.pid)[0]
         os.kill(worker, signal.SIGKILL)
@@ -324,6 +334,10 @@ def test_tenants_keys_and_grants(run: Run):
     listed = json.loads(run("tenants", "list", "--json"))
     assert [tenant["unfunded_limit"] for tenant in listed] == [None, 5_000_000_000]
     assert "Beta" in run("tenants", "list")
+    opened = run("tenants", "change", beta["id"], "--when-ledger-is-down", "open", "--open-allowance", "50")
+    assert "up to 50 credits" in opened
+    closed = run("tenants", "change", beta["id"], "--when-ledger-is-down", "closed")
+    assert "refused" in closed
 
     key = json.loads(run("keys", "create", "--tenant", beta["id"], "--mode", "test", "--json"))
     assert key["key"].startswith("fb_test_")

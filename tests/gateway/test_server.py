@@ -3,45 +3,74 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
-from uvicorn.server import ServerState
 
-from gateway.server import HEAD_BYTES_MAX, Connection
+from gateway.server import HEAD_BYTES_MAX, LINGER_S, Connection, State
 
 LEAST = b"GET / HTTP/1.1\r\nHost: farebox\r\n"
 ONE_READ = 2**18
 WAIT_S = 20
 
 
-async def hello(scope: Scope, receive: Receive, send: Send) -> None:
-    assert scope["type"] == "http"
-    while (await receive()).get("more_body"):
-        pass
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
-    await send({"type": "http.response.body", "body": b"hello"})
+class Served:
+    """An application behind `Connection`, which a test tells to end."""
+
+    def __init__(self) -> None:
+        self.state = State()
+        self.go_on = asyncio.Event()
+        self._config = uvicorn.Config(
+            self._app, http=Connection, ws="none", lifespan="off", log_config=None, interface="asgi3"
+        )
+        self._config.load()
+
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+        if scope["path"] == "/stream":
+            await self.go_on.wait()
+        await send({"type": "http.response.body", "body": b"hello"})
+
+    @property
+    def connections(self) -> list[Connection]:
+        return [connection for connection in self.state.connections if isinstance(connection, Connection)]
+
+    def end(self) -> None:
+        """As the server does it, after it has stopped listening."""
+        self.state.draining = True
+        for connection in self.connections:
+            connection.shutdown()
+
+    async def heard(self, head: bytes) -> None:
+        """Wait until so much of a head has come."""
+        while not any(each._in_head and each._head_bytes >= len(head) for each in self.connections):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+    @contextlib.asynccontextmanager
+    async def connected(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Connection(config=self._config, server_state=self.state, app_state={}), "127.0.0.1", 0
+        )
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+            server.close()
+            await server.wait_closed()
 
 
-@contextlib.asynccontextmanager
-async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    config = uvicorn.Config(hello, http=Connection, ws="none", lifespan="off", log_config=None)
-    config.load()
-    state = ServerState()
-    server = await asyncio.get_running_loop().create_server(
-        lambda: Connection(config=config, server_state=state, app_state={}), "127.0.0.1", 0
-    )
-    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-    try:
-        yield reader, writer
-    finally:
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-        server.close()
-        await server.wait_closed()
+@pytest.fixture
+def served() -> Served:
+    return Served()
 
 
 async def answered(reader: asyncio.StreamReader) -> tuple[int, bytes]:
@@ -52,9 +81,9 @@ async def answered(reader: asyncio.StreamReader) -> tuple[int, bytes]:
 
 
 @pytest.mark.parametrize("part", [b"GET /" + b"a" * 1000, b"X-Long: " + b"a" * 1000, b"X-Many: a\r\n" * 100])
-async def test_a_request_whose_head_never_ends_is_refused(part: bytes):
+async def test_a_request_whose_head_never_ends_is_refused(served: Served, part: bytes):
     sent = 0
-    async with connected() as (reader, writer):
+    async with served.connected() as (reader, writer):
         writer.write(b"" if part.startswith(b"GET") else LEAST)
         with contextlib.suppress(ConnectionError):
             while not reader.at_eof() and sent < 2 * (HEAD_BYTES_MAX + ONE_READ):
@@ -66,18 +95,90 @@ async def test_a_request_whose_head_never_ends_is_refused(part: bytes):
     assert (status, json.loads(body)["error"]["code"]) == (400, "invalid_request")
 
 
-async def test_what_is_not_http_is_refused_in_our_envelope():
-    async with connected() as (reader, writer):
+async def test_what_is_not_http_is_refused_in_our_envelope(served: Served):
+    async with served.connected() as (reader, writer):
         writer.write(b"HELO farebox\r\n\r\n")
         status, body = await answered(reader)
     assert (status, json.loads(body)["error"]["type"]) == (400, "invalid_request_error")
 
 
-async def test_a_body_and_later_requests_have_nothing_to_do_with_the_heads_limit():
+async def test_a_body_and_later_requests_have_nothing_to_do_with_the_heads_limit(served: Served):
     length = 4 * HEAD_BYTES_MAX
-    async with connected() as (reader, writer):
+    async with served.connected() as (reader, writer):
         for _ in range(3):
             writer.write(LEAST.replace(b"GET", b"POST") + b"Content-Length: %d\r\n" % length)
             await writer.drain()
             writer.write(b"\r\n" + b"a" * length)
             assert await answered(reader) == (200, b"hello")
+
+
+async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """The head of the answer to one request."""
+    writer.write(LEAST + b"\r\n")
+    async with asyncio.timeout(WAIT_S):
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert await reader.readexactly(5) == b"hello"
+    return head.lower()
+
+
+async def ended(reader: asyncio.StreamReader) -> bool:
+    async with asyncio.timeout(WAIT_S):
+        return await reader.read() == b""
+
+
+async def test_while_it_drains_each_response_asks_to_close(served: Served):
+    async with served.connected() as (reader, writer):
+        assert b"connection: close" not in await ask(reader, writer)
+        served.state.draining = True
+        assert b"connection: close" in await ask(reader, writer)
+        assert await ended(reader)
+
+
+async def test_a_request_that_comes_just_after_the_end_was_ordered_is_served(served: Served):
+    async with served.connected() as (reader, writer):
+        await ask(reader, writer)
+        served.end()
+        assert b"connection: close" in await ask(reader, writer)
+        assert await ended(reader)
+
+
+async def test_a_request_whose_head_is_on_its_way_is_served(served: Served):
+    async with served.connected() as (reader, writer):
+        await ask(reader, writer)
+        writer.write(LEAST)
+        await asyncio.wait_for(served.heard(LEAST), WAIT_S)
+        served.end()
+        writer.write(b"\r\n")
+        assert b"connection: close" in (await reader.readuntil(b"\r\n\r\n")).lower()
+
+
+async def test_an_idle_connection_is_closed_soon(served: Served):
+    async with served.connected() as (reader, writer):
+        await ask(reader, writer)
+        began_s = time.monotonic()
+        served.end()
+        assert await ended(reader)
+        assert LINGER_S * 0.5 < time.monotonic() - began_s < LINGER_S + WAIT_S
+
+
+async def test_one_that_was_idle_for_long_is_closed_at_once(served: Served):
+    async with served.connected() as (reader, writer):
+        await ask(reader, writer)
+        (connection,) = served.connections
+        connection._idle_since_s -= 2 * LINGER_S
+        served.end()
+        closing = connection.timeout_keep_alive_task
+        assert closing is not None
+        assert closing.when() < asyncio.get_running_loop().time()
+        assert await ended(reader)
+
+
+async def test_a_stream_that_has_begun_keeps_the_connection_that_it_promised(served: Served):
+    async with served.connected() as (reader, writer):
+        writer.write(LEAST.replace(b"/ ", b"/stream ") + b"\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"connection: close" not in head.lower()
+        served.end()
+        served.go_on.set()
+        assert await reader.readexactly(5) == b"hello"
+        assert b"connection: close" in await ask(reader, writer), "the next one is served, and is the last"

@@ -9,7 +9,7 @@ import structlog
 
 from gateway.identity.keys import generate
 from gateway.ids import new_id
-from gateway.telemetry import masked
+from gateway.logs import masked
 
 KEY = generate("live", new_id("key")).token
 
@@ -22,6 +22,14 @@ KEY = generate("live", new_id("key")).token
         ("sk-proj-abcdefghijklmnopqrstuv", "abcdefghijklmnopqrstuv"),
         ("whsec_abcdefghijklmnopqrstuv", "cdefghijklmnopqrstuv"),
         ("cannot connect to postgresql://farebox:hunter2@db/farebox", "hunter2"),
+        ("postgresql+asyncpg://farebox:hunt@er/2@db:5432/farebox?sslmode=require", "hunt@er/2"),
+        ("redis://:hunter2@cache:6379/0 refused", "hunter2"),
+        ("rediss://default:hunter2@cache:6379/0 refused", "hunter2"),
+        ("http://proxy.example/?api_key=hunter2&x=1", "hunter2"),
+        ("dsn: host=db user=farebox password=hunter2", "hunter2"),
+        ('{"password": "hunter2", "user": "farebox"}', "hunter2"),
+        ("Authorization: Basic ZmFyZWJveDpodW50ZXIy", "ZXIy"),
+        ("whoever sends AIzaSyA1234567890abcdefghij", "1234567890abcdefghij"),
     ],
 )
 def test_what_looks_like_a_secret_is_masked(said: str, secret: str):
@@ -29,7 +37,15 @@ def test_what_looks_like_a_secret_is_masked(said: str, secret: str):
     assert masked(said) != said
 
 
-@pytest.mark.parametrize("said", ["cus_01k7m3v9c2q8x5t4n6r1b0w3ye has 12.5 credits", "skip this", "Bearer of bad news"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "cus_01k7m3v9c2q8x5t4n6r1b0w3ye has 12.5 credits",
+        "skip this",
+        "Bearer of bad news",
+        "40 tokens at http://127.0.0.1:8080/v1",
+    ],
+)
 def test_what_is_no_secret_is_left(said: str):
     assert masked(said) == said
 
