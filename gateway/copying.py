@@ -30,6 +30,7 @@ import gateway.tables  # noqa: F401  (fills the metadata)
 import ledger.store.tables  # noqa: F401  (fills the metadata)
 from gateway.migrations import CONNECT_TIMEOUT_S, HEAD, migrate, revision
 from ledger.model import Scope
+from ledger.store.postgres_connection import server_url
 from ledger.store.row_security import naming
 from ledger.store.sqlite import database_path
 
@@ -165,7 +166,7 @@ def _engine(url: str, begin: str) -> AsyncEngine:
     if not _is_sqlite(url):
 
         async def connect() -> asyncpg.Connection:
-            return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_S)
+            return await asyncpg.connect(server_url(url), timeout=CONNECT_TIMEOUT_S)
 
         return create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
     engine = create_async_engine(f"sqlite+aiosqlite:///{database_path(url)}", poolclass=NullPool)

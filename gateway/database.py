@@ -241,6 +241,20 @@ def insert_new(table: type[SQLModel], dialect: str) -> Any:
     return insert(table).on_conflict_do_nothing()
 
 
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """Take a database for away that does not answer the block within *seconds*.
+
+    Raises:
+        DatabaseUnavailable
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise DatabaseUnavailable(f"no answer within {seconds} s") from None
+
+
 class _unavailable:  # noqa: N801 - reads as a statement
     """Turns a driver's infrastructure errors into ours; an integrity error stays what it is."""
 

@@ -6,11 +6,24 @@ commands one after the other on the loaded state, each on top of those before it
 the store has to write. So a batch comes to what its commands come to one by one, in its order.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ledger.commands import AnyCommand, Commit, Debit, Extend, Freeze, Grant, Hold, Lapse, Release, Reserve, Revoke
+from ledger.commands import (
+    AnyCommand,
+    Commit,
+    Debit,
+    Extend,
+    Freeze,
+    Grant,
+    Hold,
+    Lapse,
+    Refund,
+    Release,
+    Reserve,
+    Revoke,
+)
 from ledger.core import decide
 from ledger.draft import RETURN_BLOCKS
 from ledger.model import Block, Reservation, ReservationRef, Scope, Wallet, WalletRef
@@ -67,6 +80,10 @@ def needs(commands: Iterable[AnyCommand]) -> Needs:
                 named.wallets.update(_wallets_named(command))
             case Extend() | Commit() | Release() | Lapse():
                 named.reservations.add(command.reservation)
+            case Refund():
+                named.reservations.add(command.reservation)
+                named.wallets.update(command.wallets)
+                named.blocks.update(_blocks_refunded(command))
             case Grant():
                 named.wallets.update(_wallets_named(command))
                 named.blocks.add((command.wallet, command.block_id))
@@ -119,6 +136,14 @@ def pools(state: State, commands: Sequence[AnyCommand]) -> set[WalletRef]:
     return found
 
 
+def _blocks_refunded(command: Refund) -> Iterator[BlockRef]:
+    """The blocks that a refund may fill again: nothing may be left in them."""
+    for payment in command.payments:
+        yield payment.wallet, payment.block or RETURN_BLOCKS[True]
+        if payment.pool is not None:
+            yield from return_blocks((payment.pool,))
+
+
 def return_blocks(pool_wallets: Iterable[WalletRef]) -> set[BlockRef]:
     return {(pool, block_id) for pool in pool_wallets for block_id in RETURN_BLOCKS.values()}
 
@@ -137,6 +162,8 @@ def _wallets_touched(state: State, command: AnyCommand) -> set[WalletRef]:
         case Extend() | Commit() | Release() | Lapse():
             reservation = state.reservations.get(command.reservation)
             return set() if reservation is None else reserved_wallets(reservation)
+        case Refund():
+            return set(command.wallets)
         case _:
             return {command.wallet}
 
@@ -270,7 +297,7 @@ def _decide_one(state: State, command: AnyCommand, clock_us: int, writes: Writes
         JournalRow(command.scope, command.id, kind_of(command), now_us, tuple(kept), tuple(transfers), outcome.result)
     )
     writes.events.extend(outcome.events)
-    if outcome.answers is not None and isinstance(command, Commit) and command.response is not None:
+    if outcome.answers is not None and isinstance(command, Commit | Debit) and command.response is not None:
         expires_at_us = now_us + RESPONSE_LIFE_US
         writes.responses.append(
             response_row(command.scope, *outcome.answers, command.response, expires_at_us=expires_at_us)

@@ -1,12 +1,13 @@
 """What the ledger can be asked to do, as values. Ids come from the caller, so a retry is the same command."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from ledger.model import (
     UNRESTRICTED,
     Funding,
+    Payment,
     ReservationRef,
     Restriction,
     Scope,
@@ -158,9 +159,41 @@ class Lapse(Command, frozen=True, kw_only=True, tag="lapse"):
 
 
 class Debit(Hold, frozen=True, kw_only=True, tag="debit"):
-    """Charge at once, or refuse: a reservation and its commit in one step."""
+    """Charge at once: a reservation and its commit in one step.
+
+    With *beyond* ``refuse`` it is refused when the legs' minimums are not there. With ``receivable`` it tells of work
+    that was done without asking: it is never refused for lack of funds, and what neither blocks nor an agreed overdraft
+    cover is owed by each leg's first wallet. It then also settles a reservation of the same request that is there
+    already, because nobody knew whether it had been made.
+    """
 
     settlement: Settlement
+    beyond: Literal["refuse", "receivable"] = "refuse"
+    response: StoredResponse | None = None
+
+
+class Refund(Command, frozen=True, kw_only=True, tag="refund"):
+    """Give back all or part of what was charged, to the slices that paid, the last one first.
+
+    What goes back to a block that has expired meanwhile lapses. A debt that was charged is owed no more; if it was
+    repaid, what repaid it comes back as a block. The limits and the unfunded line that were drawn on stay drawn.
+
+    Attributes:
+        payments: as the reservation has them. They name what has to be loaded; if they are others by now, the refund
+            is refused.
+        amounts: one a leg; None gives back all that is left of the charge.
+    """
+
+    reservation: ReservationRef
+    payments: tuple[Payment, ...]
+    amounts: tuple[int, ...] | None = None
+
+    @property
+    def wallets(self) -> list[WalletRef]:
+        """Every wallet that it touches: those that paid, and the pools that markup was returned to."""
+        named = [payment.wallet for payment in self.payments]
+        named += [pool for payment in self.payments if (pool := payment.pool) is not None]
+        return named
 
 
 class Revoke(Command, frozen=True, kw_only=True, tag="revoke"):
@@ -195,4 +228,6 @@ class SetOverdraft(Command, frozen=True, kw_only=True, tag="set_overdraft"):
     limit: int
 
 
-AnyCommand = Grant | Reserve | Extend | Commit | Release | Lapse | Debit | Revoke | Expire | Freeze | SetOverdraft
+AnyCommand = (
+    Grant | Reserve | Extend | Commit | Release | Lapse | Debit | Refund | Revoke | Expire | Freeze | SetOverdraft
+)

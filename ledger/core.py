@@ -21,6 +21,7 @@ from ledger.commands import (
     Grant,
     Hold,
     Lapse,
+    Refund,
     Release,
     Reserve,
     Revoke,
@@ -34,7 +35,9 @@ from ledger.outcomes import (
     Outcome,
     Reason,
     Rejected,
+    Reserved,
 )
+from ledger.refunding import refund
 from ledger.reserving import extend, reserve
 from ledger.settling import commit, debit, lapse, release
 from ledger.state import State
@@ -42,16 +45,17 @@ from ledger.state import State
 
 def decide(state: State, command: AnyCommand, now_us: int) -> Outcome:
     """What *command* comes to at *now_us*. Changes nothing: fold the facts with ``evolve``."""
+    taken = None
     if command.key is not None:
         taken = state.keys.get((command.scope, command.key.operation, command.key.key))
         if taken is not None and taken.digest != command.key.digest:
             return Rejected(Reason.KEY_REUSED)
-        if taken is not None:
+        if taken is not None and not _settles_own(command, taken):
             return Applied(result=taken.result, replayed=True)
     if _subject(command)[:2] != command.scope:
         return Rejected(Reason.NOT_FOUND)
     outcome = _DECISIONS[type(command)](state, command, now_us)
-    if command.key is None or isinstance(outcome, Rejected) or outcome.replayed:
+    if command.key is None or taken is not None or isinstance(outcome, Rejected) or outcome.replayed:
         return outcome
     taken = KeyTaken(
         scope=command.scope,
@@ -63,12 +67,21 @@ def decide(state: State, command: AnyCommand, now_us: int) -> Outcome:
     return msgspec.structs.replace(outcome, facts=(*outcome.facts, taken))
 
 
+def _settles_own(command: AnyCommand, taken: KeyTaken) -> bool:
+    """Whether a debit's key was taken by the reservation of its own request, which it is there to settle."""
+    return (
+        isinstance(command, Debit)
+        and isinstance(taken.result, Reserved)
+        and taken.result.reservation == command.reservation.reservation
+    )
+
+
 def _subject(command: AnyCommand) -> ReservationRef | WalletRef:
     """What a command is about. What belongs to another tenant or mode is not found."""
     return command.reservation if isinstance(command, _ON_RESERVATIONS) else command.wallet
 
 
-_ON_RESERVATIONS = (Hold, Extend, Commit, Release, Lapse)
+_ON_RESERVATIONS = (Hold, Extend, Commit, Release, Lapse, Refund)
 
 _DECISIONS: dict[type[AnyCommand], Callable[[State, Any, int], Outcome]] = {
     Grant: grant,
@@ -78,6 +91,7 @@ _DECISIONS: dict[type[AnyCommand], Callable[[State, Any, int], Outcome]] = {
     Release: release,
     Lapse: lapse,
     Debit: debit,
+    Refund: refund,
     Revoke: revoke,
     Expire: expire,
     Freeze: freeze,

@@ -29,7 +29,7 @@ from ledger.state import State, changed_block
 BlockRef = tuple[WalletRef, str]
 
 RETURN_BLOCKS = {True: "blk_returns_paid", False: "blk_returns_unpaid"}
-"""The blocks of a pool that take what comes back to it, by whether the operator was paid for it.
+"""The blocks of a wallet that take what comes back to it, by whether the operator was paid for it.
 
 A store loads them even when nothing is left in them."""
 
@@ -277,22 +277,27 @@ class Draft:
             return
         pool = self.open_wallet(block.pool, source.wallet.asset)
         self.spend(source, amount, account=pool.account, reference=reference)
-        block_id = RETURN_BLOCKS[block.operator_paid]
-        returns = self._blocks_opened.get((pool.ref, block_id)) or self.state.blocks.get(pool.ref, {}).get(block_id)
-        if returns is None:
-            returns = Block(
-                wallet=pool.ref,
-                id=block_id,
-                sequence=self.next_block_sequence(pool),
-                granted=0,
-                created_at_us=self.now_us,
-                effective_at_us=self.now_us,
-                source="returned",
-                funding=Funding.PAID if block.operator_paid else Funding.EXTERNAL,
-                operator_paid=block.operator_paid,
-            )
-            self.open_block(returns)
-        self.change_block(returns, granted=amount)
+        self.change_block(self.returns_block(pool, operator_paid=block.operator_paid), granted=amount)
+
+    def returns_block(self, wallet: Wallet, *, operator_paid: bool) -> Block:
+        """The block of *wallet* that takes what comes back to it, made when it is missing."""
+        block_id = RETURN_BLOCKS[operator_paid]
+        known = self._blocks_opened.get((wallet.ref, block_id)) or self.state.blocks.get(wallet.ref, {}).get(block_id)
+        if known is not None:
+            return known
+        opened = Block(
+            wallet=wallet.ref,
+            id=block_id,
+            sequence=self.next_block_sequence(wallet),
+            granted=0,
+            created_at_us=self.now_us,
+            effective_at_us=self.now_us,
+            source="returned",
+            funding=Funding.PAID if operator_paid else Funding.EXTERNAL,
+            operator_paid=operator_paid,
+        )
+        self.open_block(opened)
+        return opened
 
     def collect(self, slices: tuple[Slice, ...]) -> None:
         """Take what was clawed back of the blocks of *slices* while it was held, and is free now: it is owed no more.
@@ -303,12 +308,13 @@ class Draft:
             block = None if block_id is None else self.block_after(self.block(ref, block_id))
             if block is None or block.clawed == 0:
                 continue
-            taken = min(block.clawed - block.consumed - block.reserved, block.free, self._owed(ref))
+            taken = min(block.clawed - block.consumed - block.reserved, block.free, self.owed(ref))
             if taken > 0:
                 self.change_block(block, revoked=taken, clawed=-taken)
                 self.change_wallet(ref, receivable=-taken)
 
-    def _owed(self, ref: WalletRef) -> int:
+    def owed(self, ref: WalletRef) -> int:
+        """The wallet's receivable after this draft."""
         wallet, change = self.wallet(ref), self._wallets.get(ref)
         return (0 if wallet is None else wallet.receivable) + (0 if change is None else change.receivable)
 

@@ -71,7 +71,14 @@ class LimitReached(_Short):
 
 
 class LedgerUnavailable(LedgerError):
-    """The ledger cannot answer now: its database fails or is too slow. The command may be tried again as it is."""
+    """The ledger cannot answer now: its database fails or is too slow. The command may be tried again as it is.
+
+    *in_doubt* tells that it may have happened, or may still happen; else it has not, and will not.
+    """
+
+    def __init__(self, message: str, *, in_doubt: bool = False) -> None:
+        super().__init__(message)
+        self.in_doubt = in_doubt
 
 
 _ERRORS: dict[Reason, Callable[[Rejected], LedgerError]] = {

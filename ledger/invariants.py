@@ -14,6 +14,7 @@ import msgspec
 
 from ledger.model import (
     USD_ASSET,
+    WALLET_PREFIX,
     Account,
     Block,
     Charge,
@@ -38,7 +39,7 @@ from ledger.outcomes import (
 from ledger.state import KeyRef, State, evolve
 from ledger.store.protocol import JournalEntry
 
-_WALLET_ACCOUNT = "wallet:"
+_WALLET_ACCOUNT = WALLET_PREFIX
 
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
@@ -123,6 +124,11 @@ def check_reservation(reservation: Reservation) -> Iterator[Violation]:
             "what was charged is what was paid",
             {"reservation": reservation.ref, "charged": reservation.charged, "paid": tuple(paid)},
         )
+    by_name = {payment.name: payment for payment in reservation.payments}
+    for given in reservation.refunds:
+        paid_there = by_name.get(given.name)
+        if paid_there is None or not (0 <= given.base <= paid_there.base and 0 <= given.markup <= paid_there.markup):
+            yield Violation("no more is given back than was paid", {"reservation": reservation.ref, "refund": given})
 
 
 def check_transfer(state: State, transfer: Transfer) -> Iterator[Violation]:
@@ -170,6 +176,7 @@ class Audit:
         self.usage_sum = 0
         """The sum of the digests of all usage: equal for the same records in any order."""
         self._expired: dict[ReservationRef, Reservation] = {}
+        self._refunded: dict[ReservationRef, Reservation] = {}
         self._accounts: Counter[WalletRef] = Counter()
         self._remaining: Counter[WalletRef] = Counter()
         self._held: Counter[HeldRef] = Counter()
@@ -197,7 +204,7 @@ class Audit:
             if self._acceptable(fact, entry):
                 if isinstance(fact, ReservationChanged):
                     charged.update(_bookings(fact.reservation))
-                    charged.subtract(_bookings(self._before(fact.reservation.ref)))
+                    charged.subtract(_bookings(self._before_in(fact.reservation, entry.kind)))
                 self._fold(fact, wallets, held)
         for transfer in entry.transfers:
             self.found += check_scopes(transfer, entry.scope, self.operator)
@@ -244,12 +251,12 @@ class Audit:
             ),
             (
                 WalletChanged,
-                lambda fact, entry: self._debt_agreed(fact, entry.kind),
-                "a wallet goes below zero only as far as agreed, or by a claw-back",
+                self._debt_agreed,
+                "a wallet goes below zero only as far as agreed, by a claw-back, or for work done without asking",
             ),
             (
                 ReservationChanged,
-                lambda fact, _: fact.reservation.ref not in self.settled or self._late(fact.reservation),
+                lambda fact, entry: self._may_change(fact.reservation, entry.kind),
                 "a settled reservation stays settled",
             ),
             (
@@ -259,16 +266,32 @@ class Audit:
             ),
         )
 
-    def _debt_agreed(self, change: WalletChanged, kind: str) -> bool:
+    def _debt_agreed(self, change: WalletChanged, entry: JournalEntry) -> bool:
         wallet = self.state.wallets[change.wallet]
-        if change.receivable <= 0 or kind == "revoke":
+        if change.receivable <= 0 or entry.kind == "revoke":
             return True
         agreed = max(wallet.overdraft_limit, wallet.receivable + wallet.overdraft_reserved)
+        if entry.kind == "debit":
+            # What its reservation says that it was left owing; that it says so, and is charged for it, is one fact.
+            for fact in entry.facts:
+                if isinstance(fact, ReservationChanged):
+                    for leg, owed in zip(fact.reservation.legs, fact.reservation.owed, strict=False):
+                        agreed += owed if leg.wallets[0] == change.wallet else 0
+        if entry.kind == "refund":
+            # A pool gives back the markup that it was given, and may have spent it since.
+            agreed += sum(entry_of.amount for entry_of in entry.transfers if entry_of.debit == wallet.account)
         return wallet.receivable + change.receivable <= agreed
 
-    def _late(self, reservation: Reservation) -> bool:
-        """Only what expired by itself may still be committed, once."""
-        return reservation.ref in self._expired and reservation.state is ReservationState.COMMITTED
+    def _may_change(self, reservation: Reservation, kind: str) -> bool:
+        """What is settled changes by refunds alone; and what expired by itself may still be committed, once."""
+        ref = reservation.ref
+        if ref not in self.settled:
+            return True
+        if kind == "refund":
+            before = self._before(ref) or msgspec.structs.replace(reservation, refunds=())
+            same = msgspec.structs.replace(reservation, refunds=before.refunds) == before
+            return same and digest(before) == self.settled[ref]
+        return ref in self._expired and reservation.state is ReservationState.COMMITTED
 
     def _fold(self, fact: Fact, wallets: dict[WalletRef, None], held: dict[HeldRef, None]) -> None:
         """Fold *fact*, and note what it touches in *wallets* and *held*."""
@@ -312,11 +335,14 @@ class Audit:
             self._held[part.wallet, part.block] += part.amount
             held[part.wallet, part.block] = None
         self._expired.pop(ref, None)
+        self._refunded.pop(ref, None)
         if reservation.state is ReservationState.OPEN:
             self.state.reservations[ref] = reservation
             return
         self.settled[ref] = digest(reservation)
-        if reservation.state is ReservationState.EXPIRED:
+        if reservation.refunds:
+            self._refunded[ref] = reservation
+        elif reservation.state is ReservationState.EXPIRED:
             self._expired[ref] = reservation
 
     def _check_touched(self, wallets: Iterable[WalletRef], held: Iterable[HeldRef]) -> None:
@@ -339,7 +365,14 @@ class Audit:
             self.found += () if block is None else check_block(block)
 
     def _before(self, ref: ReservationRef) -> Reservation | None:
-        return self.state.reservations.get(ref) or self._expired.get(ref)
+        return self.state.reservations.get(ref) or self._expired.get(ref) or self._refunded.get(ref)
+
+    def _before_in(self, reservation: Reservation, kind: str) -> Reservation | None:
+        """A reservation before the entry that made it *reservation*. Of what is over the first refund tells it."""
+        before = self._before(reservation.ref)
+        if before is None and kind == "refund":
+            return msgspec.structs.replace(reservation, refunds=())
+        return before
 
     def _check_booked(self, entry: JournalEntry, charged: Counter[_Booking]) -> None:
         """What was paid, by which block and to whom, is the same in the reservation and in the journal's entries."""
@@ -347,7 +380,10 @@ class Audit:
         booked: Counter[_Booking] = Counter()
         for transfer in entry.transfers:
             to = transfer.credit.partition(":")[0]
-            if to in _CHARGE_ACCOUNTS or (settles and transfer.credit.startswith(_WALLET_ACCOUNT)):
+            if entry.kind == "refund":
+                if to != Account.BREAKAGE:
+                    booked[transfer.scope, transfer.credit, transfer.block, transfer.debit] -= transfer.amount
+            elif to in _CHARGE_ACCOUNTS or (settles and transfer.credit.startswith(_WALLET_ACCOUNT)):
                 booked[transfer.scope, transfer.debit, transfer.block, transfer.credit] += transfer.amount
         if booked != charged:
             wrong = [booking for booking in {**booked, **charged} if booked[booking] != charged[booking]]
@@ -377,6 +413,10 @@ def _bookings(reservation: Reservation | None) -> Counter[_Booking]:
         payer = f"{_WALLET_ACCOUNT}{payment.wallet.wallet}"
         booked[payment.wallet.scope, payer, payment.block, payment.base_account] += payment.base
         booked[payment.wallet.scope, payer, payment.block, payment.markup_account] += payment.markup
+    for given in reservation.refunds:
+        payer = f"{_WALLET_ACCOUNT}{given.wallet.wallet}"
+        booked[given.wallet.scope, payer, given.block, given.base_account] -= given.base
+        booked[given.wallet.scope, payer, given.block, given.markup_account] -= given.markup
     booked[reservation.ref.scope, Account.METER_SHORTFALL, None, Account.REVENUE] += reservation.shortfall
     return booked
 

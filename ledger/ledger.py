@@ -82,7 +82,7 @@ class Ledger:
         read_wallet: ReadWallet | None = None,
     ) -> None:
         self._store = store
-        self._read_wallet: ReadWallet = read_wallet or store.wallet
+        self._read_wallet = read_wallet
         self._applied = applied
         self._writer = writer
         self._clock = clock
@@ -112,7 +112,14 @@ class Ledger:
             observed: see :class:`~ledger.writer.Writer`.
             read_wallet: reads a wallet for a view of it, instead of the store; never older than what was answered.
         """
-        writer = Writer(store.run_batch, abandoned=abandoned, observed=observed, queue_max=queue_max, wait_s=wait_s)
+        writer = Writer(
+            store.run_batch,
+            at_once=store.batches_at_once,
+            abandoned=abandoned,
+            observed=observed,
+            queue_max=queue_max,
+            wait_s=wait_s,
+        )
         return cls(store, writer, clock, new_command_id, applied, read_wallet=read_wallet)
 
     async def close(self) -> None:
@@ -148,7 +155,7 @@ class Ledger:
 
         *unfunded* is the line that a reservation would name, as in :class:`~ledger.commands.Hold`.
         """
-        found = await _reading(self._read_wallet(ref))
+        found = await _reading(self._wallet(ref))
         if found is None:
             return None
         wallet, blocks = found
@@ -163,9 +170,12 @@ class Ledger:
             receivable=wallet.receivable,
         )
 
+    def _wallet(self, ref: WalletRef) -> Awaitable[WalletBlocks | None]:
+        return (self._read_wallet or self._store.wallet)(ref)
+
     async def _line(self, ref: WalletRef, now_us: int) -> int:
         """What is left of a line for credits that the operator was not paid for."""
-        found = await _reading(self._read_wallet(ref))
+        found = await _reading(self._wallet(ref))
         return 0 if found is None else sum(block.free for block in payable(found.blocks, NO_TAGS, now_us))
 
     async def reservation(self, ref: ReservationRef) -> Reservation | None:

@@ -48,6 +48,10 @@ class ReservationRef(NamedTuple):
         return Scope(self.tenant, self.mode)
 
 
+WALLET_PREFIX = "wallet:"
+"""What an account of the journal begins with that is a wallet."""
+
+
 class Account:
     """The accounts of the journal that are not wallets: append-only, never a locked row."""
 
@@ -127,7 +131,7 @@ class Wallet(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     @property
     def account(self) -> str:
-        return f"wallet:{self.ref.wallet}"
+        return f"{WALLET_PREFIX}{self.ref.wallet}"
 
 
 class Block(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -260,6 +264,22 @@ class Payment(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     base_account: str
     markup_account: str
 
+    @property
+    def total(self) -> int:
+        return self.base + self.markup
+
+    @property
+    def name(self) -> tuple[object, ...]:
+        """What two payments have in common that can be told as one."""
+        return (self.leg, self.wallet, self.block, self.base_account, self.markup_account)
+
+    @property
+    def pool(self) -> WalletRef | None:
+        """The wallet that the markup was returned to."""
+        if not self.markup_account.startswith(WALLET_PREFIX):
+            return None
+        return WalletRef(self.wallet.tenant, self.wallet.mode, self.markup_account.removeprefix(WALLET_PREFIX))
+
 
 class Leg(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Who pays one part of a charge: the wallets in the order in which they pay."""
@@ -275,7 +295,9 @@ class Reservation(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     it, because a late commit debits only what is missing. ``charged`` is what was charged so far, a leg each.
     ``reserved`` is the most that the paying legs held, ``balance`` that of the first leg's first wallet when it was
     last charged or settled. ``settled_by`` is the command that settled it: repeating that one is a replay. ``key``
-    names the idempotency key that a release frees again.
+    names the idempotency key that a release frees again. ``owed`` is what each leg's first wallet was left owing
+    without an agreement, for work that was done while the ledger was away. ``refunds`` is what was given back of
+    ``payments`` since, under the same names; ``charged`` and ``payments`` stay what they were.
     """
 
     ref: ReservationRef
@@ -301,6 +323,16 @@ class Reservation(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     settled_by: str | None = None
     key: tuple[str, str] | None = None
     metadata: dict[str, Any] = {}
+    owed: tuple[int, ...] = ()
+    refunds: tuple[Payment, ...] = ()
+
+    @property
+    def refunded(self) -> tuple[int, ...]:
+        """What was given back to each leg."""
+        given = [0] * len(self.legs)
+        for payment in self.refunds:
+            given[payment.leg] += payment.total
+        return tuple(given)
 
     @property
     def held(self) -> int:

@@ -69,6 +69,15 @@ class Settled(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="se
     late: bool = False
 
 
+class Refunded(msgspec.Struct, frozen=True, gc=False, tag="refunded"):
+    """*amounts* was given back now and *refunded* in all, a leg each; *balance* as in :class:`Settled`."""
+
+    reservation: str
+    amounts: tuple[int, ...]
+    refunded: tuple[int, ...]
+    balance: int
+
+
 class Revoked(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="revoked"):
     """*amount* was unspent and is gone; *owed* was spent and joined *receivable*, all that the wallet owes."""
 
@@ -87,7 +96,7 @@ class Changed(msgspec.Struct, frozen=True, gc=False, tag="changed"):
     """The command had nothing more to tell."""
 
 
-Result = Granted | Reserved | Settled | Revoked | Expired | Changed
+Result = Granted | Reserved | Settled | Refunded | Revoked | Expired | Changed
 
 
 class Transfer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="transfer"):

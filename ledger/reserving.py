@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from ledger.commands import Debit, Extend, Hold, Reserve
+from ledger.commands import Debit, Extend, Hold, Reserve, ReserveLeg
 from ledger.draft import NO_TAGS, Draft, Source, total
 from ledger.model import (
     AMOUNT_MAX,
@@ -60,7 +60,12 @@ def debit_hold(draft: Draft, command: Debit) -> Reservation | Rejected:
     if known is not None:
         return Rejected(Reason.ALREADY_EXISTS, state=known.state)
     usage = command.settlement.usage
-    return hold_all(draft, command, ttl_us=0, request_id=None if usage is None else usage.request_id)
+    request_id = None if usage is None else usage.request_id
+    if command.beyond == "receivable":
+        # Nothing is asked for, so nothing is refused: the charge takes what there is.
+        nothing = tuple([ReserveLeg(leg.wallets, 0, 0) for leg in command.legs])
+        command = msgspec.structs.replace(command, legs=nothing)
+    return hold_all(draft, command, ttl_us=0, request_id=request_id)
 
 
 def _well_formed(command: Hold) -> bool:

@@ -8,6 +8,7 @@ from ledger.model import (
     LIMIT_LEG,
     UNFUNDED_LEG,
     USD_ASSET,
+    WALLET_PREFIX,
     Account,
     Block,
     Charge,
@@ -32,7 +33,7 @@ def commit(state: State, command: Commit, now_us: int) -> Outcome:
         return Applied(result=settled(reservation), replayed=True)
     if not may_charge(reservation, command.settlement):
         return Rejected(Reason.INVALID_AMOUNT)
-    if reservation.state in (ReservationState.COMMITTED, ReservationState.RELEASED):
+    if _over(reservation):
         return already_settled(reservation)
     draft = Draft(state, command, now_us)
     late = reservation.state is ReservationState.EXPIRED
@@ -78,11 +79,39 @@ def debit(state: State, command: Debit, now_us: int) -> Outcome:
     if known is not None and known.settled_by == command.id:
         return Applied(result=settled(known), replayed=True)
     draft = Draft(state, command, now_us)
-    reservation = debit_hold(draft, command)
-    if isinstance(reservation, Rejected):
-        return reservation
-    after = _settle(draft, reservation, command.settlement, ReservationState.COMMITTED)
-    return draft.applied(settled(after), after)
+    beyond = command.beyond == "receivable"
+    settlement = command.settlement
+    late = False
+    reservation: Reservation | Rejected
+    if known is not None and beyond and _of_same_request(known, command):
+        if not may_charge(known, settlement):
+            return Rejected(Reason.INVALID_AMOUNT)
+        if _over(known):
+            return already_settled(known)
+        late = known.state is ReservationState.EXPIRED
+        settlement = _missing(settlement, known.mark) if late else settlement
+        reservation = known
+    else:
+        reservation = debit_hold(draft, command)
+        if isinstance(reservation, Rejected):
+            return reservation
+    after = _settle(draft, reservation, settlement, ReservationState.COMMITTED, beyond=beyond)
+    answers = None
+    if command.response is not None and command.key is not None:
+        answers = (command.key.operation, command.key.key)
+    return draft.applied(settled(after, late=late), after, answers=answers)
+
+
+def _over(reservation: Reservation) -> bool:
+    """Whether no more can be charged: what has expired can, once, unless that charge was given back."""
+    if reservation.state is ReservationState.EXPIRED:
+        return len(reservation.refunds) > 0
+    return reservation.state is not ReservationState.OPEN
+
+
+def _of_same_request(reservation: Reservation, command: Debit) -> bool:
+    usage = command.settlement.usage
+    return usage is not None and reservation.request_id == usage.request_id
 
 
 def _missing(settlement: Settlement, mark: Settlement | None) -> Settlement:
@@ -110,13 +139,18 @@ def _missing(settlement: Settlement, mark: Settlement | None) -> Settlement:
 
 
 def _settle(
-    draft: Draft, reservation: Reservation, settlement: Settlement | None, ends_as: ReservationState
+    draft: Draft,
+    reservation: Reservation,
+    settlement: Settlement | None,
+    ends_as: ReservationState,
+    *,
+    beyond: bool = False,
 ) -> Reservation:
     """Charge *settlement*, if any, and unless the reservation stays open free the rest of it; what it is then."""
     final = ends_as is not ReservationState.OPEN
     slices = list(reservation.slices)
     if settlement is not None:
-        reservation = _charge(draft, reservation, settlement, slices, final=final)
+        reservation = _charge(draft, reservation, settlement, slices, final=final, beyond=beyond)
     payer = reservation.legs[0].wallets[0]
     if not final:
         return msgspec.structs.replace(reservation, slices=tuple(slices), balance=draft.balance(payer))
@@ -144,11 +178,18 @@ def _free(draft: Draft, slices: list[Slice]) -> None:
 
 
 def _charge(
-    draft: Draft, reservation: Reservation, settlement: Settlement, slices: list[Slice], *, final: bool
+    draft: Draft,
+    reservation: Reservation,
+    settlement: Settlement,
+    slices: list[Slice],
+    *,
+    final: bool,
+    beyond: bool,
 ) -> Reservation:
     """Charge every leg and draw on the limits: what the reservation is then, but for its *slices*, used up in place.
 
-    Each leg uses its own slices first. What one leg does not need of them is free for another before we bear a loss.
+    Each leg uses its own slices first. What one leg does not need of them is free for another before we bear a loss,
+    or, with *beyond*, before its first wallet owes it.
     """
     charges = settlement.charges
     parts = [_use_slices(draft, slices, charge.total, leg=leg) for leg, charge in enumerate(charges)]
@@ -157,6 +198,13 @@ def _charge(
         slices[:] = [held for held in slices if held.leg < 0]
     for leg, charge in enumerate(charges):
         parts[leg] += _use_more(draft, reservation, leg, charge.total - total(parts[leg]))
+    owed: list[int] = []
+    if beyond:
+        for leg, charge in enumerate(charges):
+            missing = charge.total - total(parts[leg])
+            owed.append(missing)
+            if missing > 0:
+                parts[leg].append(_owe(draft, reservation, leg, missing))
     payments: list[Payment] = []
     charged: list[Charge] = []
     shortfall = 0
@@ -178,7 +226,8 @@ def _charge(
         reservation,
         charged=tuple(map(_sum_of_charges, reservation.charged, charged)),
         shortfall=reservation.shortfall + shortfall,
-        payments=_merged([*reservation.payments, *payments]),
+        payments=merged([*reservation.payments, *payments]),
+        owed=tuple(owed) if any(owed) else reservation.owed,
         commits=reservation.commits + 1,
         mark=None,
     )
@@ -188,20 +237,27 @@ def _sum_of_charges(one: Charge, other: Charge) -> Charge:
     return Charge(one.base + other.base, one.markup + other.markup)
 
 
-def _merged(payments: list[Payment]) -> tuple[Payment, ...]:
+def _owe(draft: Draft, reservation: Reservation, leg: int, amount: int) -> Source:
+    """Make *amount* a receivable of the leg's first wallet, whatever was agreed."""
+    wallet = draft.open_wallet(reservation.legs[leg].wallets[0], reservation.asset)
+    owed = Source(wallet, None, amount)
+    draft.use(owed, amount, held=False)
+    return owed
+
+
+def merged(payments: list[Payment]) -> tuple[Payment, ...]:
     """Join what one block paid at several times, at the place of the first: many commits stay a short list."""
     if len(payments) < 2:
         return tuple(payments)
-    merged: dict[tuple[object, ...], Payment] = {}
+    joined: dict[tuple[object, ...], Payment] = {}
     for payment in payments:
-        name = (payment.leg, payment.wallet, payment.block, payment.base_account, payment.markup_account)
-        before = merged.get(name)
+        before = joined.get(payment.name)
         if before is None:
-            merged[name] = payment
+            joined[payment.name] = payment
         else:
             base, markup = before.base + payment.base, before.markup + payment.markup
-            merged[name] = msgspec.structs.replace(before, base=base, markup=markup)
-    return tuple(merged.values())
+            joined[payment.name] = msgspec.structs.replace(before, base=base, markup=markup)
+    return tuple(joined.values())
 
 
 def _use_more(draft: Draft, reservation: Reservation, leg: int, amount: int) -> list[Source]:
@@ -286,7 +342,7 @@ def _returns_markup(block: Block | None) -> bool:
 
 def _markup_account(block: Block | None, developer: str | None) -> str:
     if block is not None and block.pool is not None and _returns_markup(block):
-        return f"wallet:{block.pool.wallet}"
+        return f"{WALLET_PREFIX}{block.pool.wallet}"
     if block is not None and block.funding is Funding.PAID and developer is not None:
         return f"{Account.DEVELOPER_PAYABLE}:{developer}"
     return Account.TENANT_MARGIN

@@ -123,6 +123,22 @@ def valkey_server() -> Iterator[ValkeyServer]:
     server.close()
 
 
+@pytest.fixture(scope="session")
+def valkey_cluster() -> Iterator[ValkeyServer]:
+    """A cluster of one node for the whole session."""
+    server = ValkeyServer(cluster=True).start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def redis_cluster_url(valkey_cluster: ValkeyServer) -> str:
+    """That cluster, emptied."""
+    with valkey_cluster.client() as client:
+        client.flushall()
+    return valkey_cluster.url
+
+
 @pytest.fixture
 def redis_url(valkey_server: ValkeyServer) -> str:
     """That server, emptied."""

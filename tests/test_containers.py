@@ -259,7 +259,7 @@ def test_the_gateway_is_not_the_owner_of_its_tables(monkeypatch: pytest.MonkeyPa
 def test_the_gateway_has_time_to_stop_and_keeps_its_journal(monkeypatch: pytest.MonkeyPatch) -> None:
     service = SERVICES["gateway"]
     given = settings_of(service["environment"], monkeypatch)
-    assert int(service["stop_grace_period"].removesuffix("s")) > given.shutdown_grace_s
+    assert int(service["stop_grace_period"].removesuffix("s")) > given.drain_delay_s + given.shutdown_grace_s
     kept = [mount.split(":")[1] for mount in service["volumes"]]
     assert any(given.journal_dir.is_relative_to(folder) for folder in kept)
 

@@ -10,6 +10,7 @@ from gateway.api.services import Here
 from gateway.api.wire import Credits, Millicredits, Time, View, amounts, time_text, time_text_or_none
 from gateway.errors import not_found
 from gateway.identity.principals import Principal
+from gateway.proxy.open_serving import LEDGER_AWAY
 from ledger.ledger import Receipt
 from ledger.model import Payment, ReservationState, UsageRecord
 from pricing.money import Asset, format_decimal
@@ -45,7 +46,7 @@ class MarginView(View):
 
 class ReceiptView(View):
     request_id: str
-    status: str = Field(description="in_progress, charged or released.")
+    status: str = Field(description="in_progress, charged, released or, when all was given back, refunded.")
     model: str | None
     action: str | None
     app_id: str | None
@@ -59,6 +60,9 @@ class ReceiptView(View):
     reserved_decimal: Credits
     charged: Millicredits
     charged_decimal: Credits
+    refunded: Millicredits
+    refunded_decimal: Credits
+    ledger_away: bool = Field(description="It was served while the ledger could not be reached, and charged later.")
     price_version: str | None
     payments: list[PaymentView] = Field(description="The blocks that paid.")
     upstream: str | None = Field(default=None, description="Only with `admin`.")
@@ -83,10 +87,10 @@ def _may_see(principal: Principal, receipt: Receipt) -> bool:
 def receipt_view(receipt: Receipt, request_id: str, principal: Principal) -> ReceiptView:
     reservation, asset = receipt.reservation, principal.asset
     record = receipt.usage[-1].record if receipt.usage else UsageRecord(request_id=request_id)
-    charged = sum(leg.total for leg in reservation.charged)
+    charged, refunded = sum(leg.total for leg in reservation.charged), sum(reservation.refunded)
     view = ReceiptView(
         request_id=request_id,
-        status=STATUS[reservation.state],
+        status="refunded" if refunded == charged > 0 else STATUS[reservation.state],
         model=record.model or reservation.tags.model,
         action=record.action,
         app_id=record.app_id or reservation.tags.app,
@@ -100,7 +104,8 @@ def receipt_view(receipt: Receipt, request_id: str, principal: Principal) -> Rec
         reserved_decimal=asset.format(reservation.reserved),
         price_version=record.price_version,
         payments=[_payment(payment, asset) for payment in reservation.payments],
-        **amounts(asset, charged=charged),
+        ledger_away=LEDGER_AWAY.items() <= record.metadata.items(),
+        **amounts(asset, charged=charged, refunded=refunded),
     )
     if not sees_margins(principal):
         return view

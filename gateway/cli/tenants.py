@@ -1,6 +1,6 @@
 """`tenants`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,7 +16,7 @@ from gateway.cli.shared import (
     with_books,
 )
 
-tenants = typer.Typer(help="Tenants: list, create.", no_args_is_help=True)
+tenants = typer.Typer(help="Tenants: list, create, change.", no_args_is_help=True)
 
 
 @tenants.command("list")
@@ -29,13 +29,14 @@ def list_tenants(config: ConfigOption = None, as_json: JsonOption = False) -> No
         print_json([{**asdict(tenant), "created_at": time_of(tenant.created_at_us)} for tenant in found])
         return
     print_table(
-        ("id", "name", "first", ">unfunded limit", "created"),
+        ("id", "name", "first", ">unfunded limit", ">open allowance", "created"),
         [
             (
                 tenant.id,
                 tenant.name,
                 "yes" if tenant.is_first else "",
                 "none" if tenant.unfunded_limit is None else credits_text(tenant.unfunded_limit),
+                credits_text(tenant.open_allowance) if tenant.open_allowance else "",
                 time_of(tenant.created_at_us),
             )
             for tenant in found
@@ -63,3 +64,38 @@ def create_tenant(
         print_json(asdict(tenant))
     else:
         typer.echo(f"Created {tenant.id}.")
+
+
+@tenants.command("change")
+def change_tenant(
+    tenant_id: Annotated[str, typer.Argument(metavar="TENANT", help="ten_…")],
+    when_ledger_is_down: Annotated[
+        Literal["closed", "open"] | None,
+        typer.Option(
+            "--when-ledger-is-down",
+            help="While the ledger cannot be reached: refuse (closed), or serve from the allowance (open).",
+        ),
+    ] = None,
+    open_allowance: Annotated[
+        str | None,
+        typer.Option("--open-allowance", help="Credits that each process may serve before the ledger is back."),
+    ] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Change what is given. What is served while the ledger is away is charged when it is back, or owed."""
+    from msgspec.structs import asdict  # noqa: PLC0415
+
+    allowance = None if open_allowance is None else units_of(open_allowance, "--open-allowance")
+    tenant = with_books(
+        settings_from(config),
+        lambda books: books.tenants.change_tenant(
+            tenant_id, when_ledger_is_down=when_ledger_is_down, open_allowance=allowance
+        ),
+    )
+    if as_json:
+        print_json(asdict(tenant))
+    elif tenant.open_allowance:
+        typer.echo(f"{tenant.id} is served up to {credits_text(tenant.open_allowance)} credits by each process.")
+    else:
+        typer.echo(f"{tenant.id} is refused while the ledger cannot be reached.")

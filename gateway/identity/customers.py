@@ -15,13 +15,19 @@ from sqlmodel import col
 
 from gateway import errors
 from gateway.clock import now_us
-from gateway.database import Database, Transactions, insert_new, of
+from gateway.database import Database, DatabaseUnavailable, Transactions, insert_new, of, within
 from gateway.ids import new_id, reserved_prefix
 from gateway.lru import LRU
 from gateway.tables import EXTERNAL_ID_LENGTH_MAX, Customer
 
 CUSTOMERS_MAX: Final = 100_000
 """How many customers' ids a process remembers; at some 300 bytes each."""
+
+LOOK_UP_S: Final = 10.0
+"""How long a customer may take to be found or created before the database is taken for away."""
+
+LOOK_UPS_MAX: Final = 1_000
+"""Look-ups under way at once. More are refused: an outage must not fill the memory."""
 
 CUSTOMER_PREFIX: Final = "cus_"
 UNSEEN_CATEGORIES: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -91,6 +97,8 @@ class Customers:
         check_external_id(external_id, param=param)
         task = self._under_way.get(name)
         if task is None:
+            if len(self._under_way) >= LOOK_UPS_MAX:
+                raise DatabaseUnavailable(f"{LOOK_UPS_MAX} look-ups are under way already")
             task = asyncio.create_task(self._find_or_create(name))
             self._under_way[name] = task
             task.add_done_callback(lambda done: self._landed(name, done))
@@ -175,6 +183,12 @@ class Customers:
         return await self.find(tenant_id, mode, customer_id)
 
     async def _find_or_create(self, name: CustomerName) -> str:
+        async with within(LOOK_UP_S):
+            customer_id = await self._found_or_created(name)
+        self._ids.put(name, customer_id)
+        return customer_id
+
+    async def _found_or_created(self, name: CustomerName) -> str:
         query = select(col(Customer.id)).where(
             col(Customer.tenant) == name.tenant_id,
             col(Customer.mode) == name.mode,
@@ -199,7 +213,6 @@ class Customers:
                 # Whoever was first, the row that is there now is the customer.
                 customer_id = (await connection.execute(query)).scalar_one()
         assert isinstance(customer_id, str)
-        self._ids.put(name, customer_id)
         return customer_id
 
     def _landed(self, name: CustomerName, task: asyncio.Task[str]) -> None:

@@ -16,14 +16,28 @@ from sqlmodel import col
 
 from gateway import errors
 from gateway.clock import now_us
-from gateway.database import Database, DatabaseUnavailable
+from gateway.database import Database, DatabaseUnavailable, within
 from gateway.identity import keys
+from gateway.identity.availability import open_allowance
 from gateway.identity.keys import KeyScope
 from gateway.lru import LRU
 from gateway.tables import ApiKey, App, AssetVersion, Tenant
 from pricing.money import Asset
 
 LEASE_S: Final = 1.0
+OUTAGE_LEASE_S: Final = 600.0
+"""How long beyond its lease a principal is used while the database cannot be asked, where the tenant chose to be served
+then. A key that is revoked in that time works until the database is back, and no longer than this."""
+
+OUTAGE_LOOK_S: Final = 1.0
+"""How long the database is taken for away after a look-up has failed, for those who may go on without it."""
+
+LOOK_UP_S: Final = 5.0
+"""How long a look-up may take before the database is taken for away."""
+
+LOOK_UPS_MAX: Final = 1_000
+"""Look-ups under way at once. More are refused: an outage must not fill the memory."""
+
 PRINCIPALS_MAX: Final = 10_000
 UNKNOWN_MAX: Final = 1_000
 
@@ -37,6 +51,7 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
 
     `app_id` is None for the installation's key, which acts on live data unless an endpoint says otherwise.
     `unfunded_limit` is in the asset's smallest unit; None is no limit. `on_disconnect` None follows the settings.
+    `open_allowance`, in the same unit, is what each process may serve while the ledger cannot be reached; 0 is nothing.
     """
 
     tenant_id: str
@@ -49,6 +64,7 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
     on_disconnect: OnDisconnect | None
     asset: Asset
     unfunded_limit: int | None
+    open_allowance: int = 0
 
     def require(self, scope: KeyScope) -> None:
         """Raises ApiError 403 when the key lacks *scope*."""
@@ -87,6 +103,7 @@ class Principals:
         self._known: LRU[bytes, Lease] = LRU(PRINCIPALS_MAX)
         self._unknown: LRU[bytes, float] = LRU(UNKNOWN_MAX)
         self._under_way: dict[bytes, asyncio.Task[Principal | None]] = {}
+        self._away_until_s = 0.0
 
     async def authenticate(self, token: bytes) -> Principal:
         """The principal of a key.
@@ -102,14 +119,29 @@ class Principals:
         if lease is not None and now_s < lease.until_s:
             self._looked_up(True)
             return lease.principal
+        stale = self._stale(lease, now_s)
+        if stale is not None and now_s < self._away_until_s:
+            return stale
         parsed = keys.parse(token)
         if parsed is None or now_s < (self._unknown.get(digest) or 0):
             raise errors.invalid_api_key()
         self._looked_up(False)
-        principal = await self._look_up_once(digest, parsed.key_id)
+        try:
+            principal = await self._look_up_once(digest, parsed.key_id)
+        except DatabaseUnavailable:
+            self._away_until_s = self._monotonic_s() + OUTAGE_LOOK_S
+            if stale is not None:
+                return stale
+            raise errors.ledger_unavailable() from None
         if principal is None:
             raise errors.invalid_api_key()
         return principal
+
+    def _stale(self, lease: Lease | None, now_s: float) -> Principal | None:
+        """Who may go on for a while without the database: a principal whose tenant chose to be served in an outage."""
+        if lease is None or lease.principal.open_allowance == 0 or now_s >= lease.until_s + OUTAGE_LEASE_S:
+            return None
+        return lease.principal
 
     def invalidate(self) -> None:
         """Forget everything: the next request of each key asks the database, whatever is being looked up now."""
@@ -118,16 +150,19 @@ class Principals:
         self._under_way.clear()
 
     async def _look_up_once(self, digest: bytes, key_id: str) -> Principal | None:
-        """All who ask for a key while it is looked up get one answer; one who goes away does not stop the others."""
+        """All who ask for a key while it is looked up get one answer; one who goes away does not stop the others.
+
+        Raises:
+            DatabaseUnavailable
+        """
         task = self._under_way.get(digest)
         if task is None:
+            if len(self._under_way) >= LOOK_UPS_MAX:
+                raise DatabaseUnavailable(f"{LOOK_UPS_MAX} look-ups are under way already")
             task = asyncio.create_task(self._look_up(digest, key_id))
             self._under_way[digest] = task
             task.add_done_callback(lambda done: self._landed(digest, done))
-        try:
-            return await asyncio.shield(task)
-        except DatabaseUnavailable:
-            raise errors.ledger_unavailable() from None
+        return await asyncio.shield(task)
 
     def _landed(self, digest: bytes, task: asyncio.Task[Principal | None]) -> None:
         if self._under_way.get(digest) is task:
@@ -138,7 +173,8 @@ class Principals:
     async def _look_up(self, digest: bytes, key_id: str) -> Principal | None:
         # The lease begins before the row is read: what changes while we read is noticed a lease later at most.
         until_s = self._monotonic_s() + self._lease_s
-        principal = await self._read(digest, key_id)
+        async with within(LOOK_UP_S):
+            principal = await self._read(digest, key_id)
         if self._under_way.get(digest) is asyncio.current_task():  # Otherwise it was invalidated while we read.
             if principal is None:
                 self._known.discard(digest)
@@ -162,6 +198,7 @@ class Principals:
                 col(App.on_disconnect),
                 col(App.archived),
                 col(Tenant.unfunded_limit),
+                col(Tenant.settings),
                 col(AssetVersion.code),
                 col(AssetVersion.scale),
                 col(AssetVersion.usd_value_picos),
@@ -197,4 +234,5 @@ class Principals:
             on_disconnect=cast(OnDisconnect | None, row.on_disconnect),
             asset=Asset(code=row.code, scale=row.scale, usd_value_picos=row.usd_value_picos),
             unfunded_limit=row.unfunded_limit,
+            open_allowance=open_allowance(row.settings),
         )

@@ -13,6 +13,7 @@ from gateway import errors
 from gateway.clock import now_us
 from gateway.database import Database, Rows, Transactions, of
 from gateway.identity import keys
+from gateway.identity.availability import Availability, open_allowance, with_availability
 from gateway.identity.keys import APP_SCOPES, INSTALLATION_SCOPES, KeyKind, KeyScope
 from gateway.identity.principals import BillingMode, OnDisconnect
 from gateway.ids import new_id
@@ -29,7 +30,13 @@ class TenantInfo(msgspec.Struct, frozen=True):
     is_first: bool
     asset_code: str
     unfunded_limit: int | None
+    settings: dict[str, Any]
     created_at_us: int
+
+    @property
+    def open_allowance(self) -> int:
+        """What each process may serve to it while the ledger cannot be reached; 0 where it is refused then."""
+        return open_allowance(self.settings)
 
 
 class AppInfo(msgspec.Struct, frozen=True):
@@ -115,11 +122,12 @@ class Tenants:
             is_first=first,
             asset_code=asset.code,
             unfunded_limit=None if first else unfunded_limit,
+            settings={},
             created_at_us=self._now_us(),
         )
         try:
             async with self._transactions.write(of(tenant.id)) as connection:
-                await connection.execute(insert(Tenant).values(**msgspec.structs.asdict(tenant), settings={}))
+                await connection.execute(insert(Tenant).values(**msgspec.structs.asdict(tenant)))
                 await connection.execute(
                     insert(AssetVersion).values(
                         tenant=tenant.id,
@@ -149,6 +157,31 @@ class Tenants:
         """All of the installation's tenants, the oldest first."""
         async with self._database.read_every_tenant() as connection:
             return await _selected(connection, TenantInfo, Tenant)
+
+    async def change_tenant(
+        self,
+        tenant_id: str,
+        *,
+        when_ledger_is_down: Availability | None = None,
+        open_allowance: int | None = None,
+    ) -> TenantInfo:
+        """Change what is not None. All processes follow within a lease.
+
+        Args:
+            open_allowance: in the asset's smallest unit, for each process.
+
+        Raises:
+            ApiError: 400 for an allowance out of range, 404 for an unknown tenant.
+        """
+        if open_allowance is not None and not 0 <= open_allowance <= AMOUNT_MAX:
+            raise errors.invalid_request(f"open_allowance is 0 to {AMOUNT_MAX}.", param="open_allowance")
+        await self.tenant(tenant_id)
+        async with self._transactions.write(of(tenant_id)) as connection:
+            query = select(col(Tenant.settings)).where(col(Tenant.id) == tenant_id)
+            settings = (await connection.execute(query)).scalar_one()
+            changed = with_availability(settings, choice=when_ledger_is_down, allowance=open_allowance)
+            await connection.execute(update(Tenant).where(col(Tenant.id) == tenant_id).values(settings=changed))
+        return await self.tenant(tenant_id)
 
     async def create_app(
         self,

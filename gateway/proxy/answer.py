@@ -58,6 +58,9 @@ class Answer:
         return msgspec.json.encode({**self._fields, "usage": {**reported, **quota}})
 
 
-def quota_of(asset: Asset, *, cost: int, balance: int) -> dict[str, str]:
-    """What we say of a charge beside the upstream's usage: decimal credits."""
-    return {"cost": asset.format(cost), "balance": asset.format(balance)}
+def quota_of(asset: Asset, *, cost: int, balance: int | None) -> dict[str, str]:
+    """What we say of a charge beside the upstream's usage: decimal credits. A balance that nobody knows is left out."""
+    quota = {"cost": asset.format(cost)}
+    if balance is not None:
+        quota["balance"] = asset.format(balance)
+    return quota

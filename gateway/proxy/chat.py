@@ -19,6 +19,7 @@ from gateway.errors import (
     ApiError,
     ErrorTable,
     charge_waits,
+    idempotency_key_reused,
     insufficient_credits,
     internal_error,
     invalid_request,
@@ -37,6 +38,7 @@ from gateway.proxy.exchange import ClientGone, Exchange, Receive, Scope, Send
 from gateway.proxy.hold import Hold, LiveHolds
 from gateway.proxy.journal import SettlementJournal
 from gateway.proxy.meter import StreamMeter
+from gateway.proxy.open_serving import OpenServing
 from gateway.proxy.payer import Payer, resolve_payer
 from gateway.proxy.quoting import Plan, Quoter
 from gateway.proxy.rate_limit import RateLimit
@@ -57,7 +59,7 @@ from gateway.proxy.upstream import (
 )
 from gateway.settings import Settings
 from ledger.commands import Key, Reserve, StoredResponse
-from ledger.errors import InsufficientCredits, LimitReached, ReceivableOutstanding
+from ledger.errors import InsufficientCredits, LedgerUnavailable, LimitReached, ReceivableOutstanding
 from ledger.ledger import Ledger
 from ledger.model import (
     ReservationRef,
@@ -66,7 +68,7 @@ from ledger.model import (
     UsageRecord,
 )
 from ledger.model import Scope as LedgerScope
-from ledger.outcomes import Reserved
+from ledger.outcomes import Applied, Reserved, Settled
 from pricing.usage import Usage
 
 OPERATION: Final = "chat"
@@ -75,6 +77,10 @@ OPERATION: Final = "chat"
 KEY_LENGTH_MAX: Final = 255
 ANSWER_BYTES_MAX: Final = 64 * 2**20
 ERROR_BYTES_MAX: Final = 2**20
+
+WAITING_BYTES_MAX: Final = 512 * 2**20
+"""The bodies of all requests that wait for their reservation, together. More are turned away: when the ledger hangs,
+what waits for it must not fill the memory."""
 
 RETRY_WAIT_S: Final = 0.05
 TRIED_AGAIN: Final = frozenset({502, 503, 504})
@@ -126,6 +132,8 @@ class ChatProxy:
         self._new_id = new_id
         self._now_us = now_us
         self._shield = shield
+        self._waiting_bytes = 0
+        self._open = OpenServing(ledger=ledger, journal=journal, shield=shield, new_id=new_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, *, path_user: str | None = None) -> None:
         exchange = Exchange(scope, receive, send, request_id=self._new_id("req"))
@@ -170,7 +178,7 @@ class ChatProxy:
         exchange.journey.model, exchange.journey.stream = request.model, request.stream
         key = _idempotency_key(exchange, payer, body)
         with exchange.journey.trace.step("reserve"):
-            hold = await self._reserve(exchange, plan, principal, payer, key=key, began_us=began_us)
+            hold = await self._reserve(exchange, plan, principal, payer, key=key, began_us=began_us, size=len(body))
         if hold is None:
             return
         async with self._held(hold):
@@ -206,7 +214,15 @@ class ChatProxy:
     # Reserve.
 
     async def _reserve(
-        self, exchange: Exchange, plan: Plan, principal: Principal, payer: Payer, *, key: Key | None, began_us: int
+        self,
+        exchange: Exchange,
+        plan: Plan,
+        principal: Principal,
+        payer: Payer,
+        *,
+        key: Key | None,
+        began_us: int,
+        size: int,
     ) -> Hold | None:
         """Set the plan's credits aside. None when the request's key had an earlier answer, which has been given."""
         tenant, mode, asset = principal.tenant_id, principal.mode, principal.asset
@@ -240,16 +256,19 @@ class ChatProxy:
             ),
         )
         try:
-            applied = await self._ledger.execute(command)
+            applied = await self._asked(command, size)
+        except LedgerUnavailable as error:
+            return await self._reserve_open(exchange, plan, principal, command, record=record, unavailable=error)
         except _UNAFFORDABLE as error:
             if plan.tariff.action is not None and error.needed != plan.tariff.action.price:
                 raise subsidy_unaffordable() from None
             raise insufficient_credits(needed=error.needed, available=error.available, asset=asset) from None
         reserved = applied.result
-        assert isinstance(reserved, Reserved)
+        assert isinstance(reserved, Reserved | Settled)
         if applied.replayed and reserved.reservation != reservation.reservation:
             await self._answer_again(exchange, principal, ReservationRef(tenant, mode, reserved.reservation), key)
             return None
+        assert isinstance(reserved, Reserved), "a key that a settlement took is another request's"
         exchange.add("X-Quota-Reserved", asset.format(reserved.held[0]))
         return Hold(
             ledger=self._ledger,
@@ -265,6 +284,71 @@ class ChatProxy:
             ttl_us=ttl_us,
         )
 
+    async def _asked(self, command: Reserve, size: int) -> Applied:
+        """Have the ledger do *command* for a request of so many bytes, within the bound on what waits."""
+        if self._waiting_bytes + size > WAITING_BYTES_MAX:
+            raise LedgerUnavailable(f"requests of {WAITING_BYTES_MAX} bytes wait already")
+        self._waiting_bytes += size
+        try:
+            return await self._ledger.execute(command)
+        finally:
+            self._waiting_bytes -= size
+
+    async def _reserve_open(
+        self,
+        exchange: Exchange,
+        plan: Plan,
+        principal: Principal,
+        command: Reserve,
+        *,
+        record: UsageRecord,
+        unavailable: LedgerUnavailable,
+    ) -> Hold | None:
+        """The ledger is away: serve the request out of the tenant's allowance, if it has one, or refuse it.
+
+        Failing open is the tenant's own choice, and bounded; what is served is charged when the ledger is back.
+
+        Raises:
+            LedgerUnavailable: the tenant has chosen otherwise, or there is nothing left to serve from.
+        """
+        hold = None
+        try:
+            if principal.open_allowance > 0:
+                if command.key is not None and await self._answer_open(exchange, principal, command.key):
+                    return None
+                hold = await self._open.hold(
+                    command,
+                    limit=principal.open_allowance,
+                    tariff=plan.tariff,
+                    record=record,
+                    prompt_tokens=plan.prompt_tokens,
+                    prompt_tokens_max=plan.prompt_tokens_max,
+                )
+        finally:
+            if hold is None and unavailable.in_doubt:
+                self._journal.withdraw(command)
+        if hold is None:
+            raise unavailable
+        exchange.add("X-Quota-Reserved", principal.asset.format(hold.held[0]))
+        exchange.add("X-Quota-Ledger", "away")
+        return hold
+
+    async def _answer_open(self, exchange: Exchange, principal: Principal, key: Key) -> bool:
+        """Give the answer that this process gave under *key* since the ledger went away; False if it gave none."""
+        earlier = self._open.answer(LedgerScope(principal.tenant_id, principal.mode), key)
+        if earlier is None:
+            return False
+        if earlier.digest != key.digest:
+            raise idempotency_key_reused()
+        if earlier.cost is None:
+            raise request_in_progress()
+        if earlier.response is None:
+            raise request_already_completed(earlier.request_id)
+        exchange.request_id = earlier.request_id
+        exchange.add("X-Quota-Ledger", "away")
+        await _replay(exchange, earlier.response, quota_of(principal.asset, cost=earlier.cost, balance=None))
+        return True
+
     async def _answer_again(
         self, exchange: Exchange, principal: Principal, ref: ReservationRef, key: Key | None
     ) -> None:
@@ -278,11 +362,7 @@ class ChatProxy:
             raise request_already_completed(earlier.request_id or ref.reservation)
         exchange.request_id = earlier.request_id or exchange.request_id  # It is that one's receipt.
         quota = quota_of(principal.asset, cost=earlier.charged[0].total, balance=earlier.balance)
-        exchange.add("X-Idempotent-Replayed", "true")
-        exchange.add("X-Quota-Cost", quota["cost"])
-        exchange.add("X-Quota-Balance", quota["balance"])
-        headers = [(name.encode(), value.encode()) for name, value in stored.headers]
-        await exchange.respond(stored.status, Answer(stored.body).body(quota), headers)
+        await _replay(exchange, stored, quota)
 
     @contextlib.asynccontextmanager
     async def _held(self, hold: Hold) -> AsyncIterator[None]:
@@ -390,11 +470,10 @@ class ChatProxy:
         with exchange.journey.trace.step("settle"):
             charged = await hold.settle(Ending.FINISHED, reported=answer.reported, counted=counted, response=stored)
         exchange.journey.settled(Ending.FINISHED, charged.usage)
-        if charged.settled is None:
+        if charged.cost is None:
             raise charge_waits()
-        quota = quota_of(plan.tariff.asset, cost=charged.settled.charged[0].total, balance=charged.settled.balance)
-        exchange.add("X-Quota-Cost", quota["cost"])
-        exchange.add("X-Quota-Balance", quota["balance"])
+        quota = quota_of(plan.tariff.asset, cost=charged.cost, balance=charged.balance)
+        _show(exchange, quota)
         await exchange.respond(response.status, answer.body(quota), headers)
 
     def _grace_s(self, principal: Principal, plan: Plan) -> float:
@@ -406,6 +485,19 @@ class ChatProxy:
     def _counter_of(self, hold: Hold) -> Callable[[], Counter]:
         model = hold.tariff.card.model
         return lambda: self._new_counter(model)
+
+
+async def _replay(exchange: Exchange, stored: StoredResponse, quota: dict[str, str]) -> None:
+    exchange.add("X-Idempotent-Replayed", "true")
+    _show(exchange, quota)
+    headers = [(name.encode(), value.encode()) for name, value in stored.headers]
+    await exchange.respond(stored.status, Answer(stored.body).body(quota), headers)
+
+
+def _show(exchange: Exchange, quota: dict[str, str]) -> None:
+    """What a whole answer cost, in its headers."""
+    for name, value in quota.items():
+        exchange.add(f"X-Quota-{name.title()}", value)
 
 
 def _idempotency_key(exchange: Exchange, payer: Payer, body: bytes) -> Key | None:

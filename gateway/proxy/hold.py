@@ -7,12 +7,14 @@ that debits only what is missing.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 import msgspec
+import structlog
 
 from gateway.proxy.journal import SettlementJournal
+from gateway.proxy.reconcile import give_back
 from gateway.proxy.settlement import Action, Ending, UsageSource, settle
 from gateway.proxy.shield import Shield
 from gateway.proxy.tariff import Tariff
@@ -39,7 +41,12 @@ RENEWALS_AT_ONCE: Final = 128
 
 UNLIMITED_TOKENS: Final = 2**62
 
+DRY: Final = {"code": "insufficient_credits", "message": "The wallet affords no more. Top up to continue."}
+"""The reason in the last chunk of a stream that we stop."""
+
 _NO_MORE: Final = (InsufficientCredits, LimitReached, WalletFrozen, ReceivableOutstanding, ReservationSettled, NotFound)
+
+log = structlog.get_logger(__name__)
 
 
 class Hold:
@@ -49,7 +56,10 @@ class Hold:
         held: what each leg holds, in the asset's smallest unit.
         progress: the usage up to now, cheap to ask; None before anything has come.
         settled: nothing is held any more.
+        dry: the reason to give when it can cover no more.
     """
+
+    dry: Mapping[str, str] = DRY
 
     def __init__(
         self,
@@ -138,15 +148,16 @@ class Hold:
         assert isinstance(extended, Reserved)
         self._cover(extended.held)
 
-    def heartbeat(self) -> Extend:
-        """The command that keeps the hold alive, with a mark of how far the work has come."""
-        return Extend(
+    async def renew(self) -> None:
+        """Keep the hold alive, with a mark of how far the work has come."""
+        command = Extend(
             id=self._new_id("cmd"),
             scope=self._scope,
             reservation=self.reservation,
             ttl_us=self._ttl_us,
             mark=self._mark(),
         )
+        await self._ledger.execute(command)
 
     def _mark(self) -> Settlement | None:
         """What to charge if this process dies now; None where the reservation's own mark still holds."""
@@ -171,30 +182,31 @@ class Hold:
         decision = settle(ending=ending, reported=reported, counted=counted, delivered=delivered)
         if decision.action is Action.RELEASE:
             await self.release()
-            return Charged(usage=decision.usage, settled=None)
+            return Charged(usage=decision.usage)
         assert decision.source is not None
         record = msgspec.structs.replace(self.record, source=decision.source, ending=ending)
+        settlement = self.tariff.settlement(decision.usage, record)
+        self.settled = True
+        return await self._shield.run(self._charge(decision.usage, settlement, response))
+
+    async def _charge(self, usage: Usage, settlement: Settlement, response: StoredResponse | None) -> "Charged":
         command = Commit(
             id=self._new_id("cmd"),
             scope=self._scope,
             reservation=self.reservation,
-            settlement=self.tariff.settlement(decision.usage, record),
+            settlement=settlement,
             response=response,
         )
-        self.settled = True
-        return Charged(usage=decision.usage, settled=await self._shield.run(self._commit(command)))
-
-    async def _commit(self, command: Commit) -> Settled | None:
         result: Result | None
         try:
             result = (await self._ledger.execute(command)).result
         except ReservationSettled as error:
             result = error.result
         except LedgerUnavailable:
-            await self._journal.keep(command)
-            return None
+            await self._keep(command)
+            return Charged(usage=usage)
         assert isinstance(result, Settled)
-        return result
+        return Charged(usage=usage, cost=result.charged[0].total, balance=result.balance)
 
     async def release(self) -> None:
         """Give everything back. Where the ledger cannot be reached, the journal does it later."""
@@ -204,11 +216,16 @@ class Hold:
     async def _release(self) -> None:
         command = Release(id=self._new_id("cmd"), scope=self._scope, reservation=self.reservation)
         try:
-            await self._ledger.execute(command)
-        except ReservationSettled:
-            return
+            await give_back(self._ledger, command)
         except LedgerUnavailable:
+            await self._keep(command)
+
+    async def _keep(self, command: Commit | Release) -> None:
+        """Have the journal do it later. If even the disk refuses, and this process dies, the mark is what remains."""
+        try:
             await self._journal.keep(command)
+        except OSError as error:
+            log.error("a settlement could not be written", request_id=self.record.request_id, error=str(error))
 
     @property
     def _scope(self) -> Scope:
@@ -216,13 +233,15 @@ class Hold:
 
 
 class Charged(NamedTuple):
-    """How a hold was settled: for which usage, and what the ledger says.
+    """How a hold was settled: for which usage, what that cost the payer, and what is left of the wallet.
 
-    *settled* is None when nothing was charged, or when the charge waits in the journal.
+    *cost* is None when nothing was charged, or when nobody can say yet what was. *balance* is None when the charge is
+    certain but the ledger has still to book it.
     """
 
     usage: Usage
-    settled: Settled | None
+    cost: int | None = None
+    balance: int | None = None
 
 
 class LiveHolds:
@@ -258,4 +277,4 @@ class LiveHolds:
 
     async def _renew(self, hold: Hold) -> None:
         if not hold.settled:
-            await self._ledger.execute(hold.heartbeat())
+            await hold.renew()

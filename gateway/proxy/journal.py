@@ -1,31 +1,46 @@
 """The settlement journal: what the ledger could not be told is kept on local disk until it can.
 
-How it works. One file for each process, appended to and synced before anybody relies on it, and locked for the life of
-the process. Replaying is safe at any time and any number of times, because a settlement names its reservation and
-its command. At start a process adopts the files whose lock nobody holds: their owners are dead.
+How it works. Each process has a file of its own (``journal_file``), and keeps in memory what is in it. A line is a
+command of the ledger; of several lines for one reservation the last one counts. A request that is served while the
+ledger is away writes an intent before it is forwarded: what to charge if this process dies. Its settlement, or its
+release, takes the intent's place. Replaying is safe at any time and any number of times, because a settlement names
+its reservation and its command. A process adopts the files whose lock nobody holds: their owners are dead.
 """
 
 import asyncio
 import fcntl
-import itertools
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, NamedTuple
 
 import msgspec
 
 from gateway.ids import new_id
-from ledger.commands import AnyCommand, Commit, Release, Reserve
+from gateway.proxy.journal_file import SUFFIX, JournalFile
+from gateway.proxy.reconcile import Kept, tell
+from ledger.commands import AnyCommand, Debit, Release, Reserve
 from ledger.errors import LedgerError, LedgerUnavailable
 from ledger.ledger import Ledger
+from ledger.model import ReservationRef, Scope
 from ledger.outcomes import Applied, Outcome, Reserved
 
-Kept = Commit | Release
+TOLD_AT_ONCE: Final = 128
+"""Settlements that the ledger is told together: enough for one batch, and no herd."""
 
-SUFFIX: Final = ".settlements"
+UNWRITTEN_MAX: Final = 10_000
+"""Most settlements that are remembered although they are not on disk."""
 
 _DECODER: Final = msgspec.json.Decoder(Kept)
+
+
+class _Adopted(NamedTuple):
+    """A dead process's file, locked as long as something of it has to be told."""
+
+    path: Path
+    file: IO[bytes]
+    commands: dict[ReservationRef, Kept]
 
 
 class SettlementJournal:
@@ -36,13 +51,18 @@ class SettlementJournal:
         name: of this process, for people. A file of that name which is there already is another's.
     """
 
-    def __init__(self, folder: Path, *, name: str, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, *, name: str, report: Callable[[str], None], file: JournalFile | None = None
+    ) -> None:
         self._folder = folder
-        self._name = name
         self._report = report
-        self._file: IO[bytes] | None = None
-        self._waiting: list[Kept] = []
-        self._writing = asyncio.Lock()
+        self._file = file or JournalFile(folder, name=name)
+        self._waiting: dict[ReservationRef, Kept] = {}
+        self._intents: dict[ReservationRef, Debit] = {}
+        self._unwritten: set[ReservationRef] = set()
+        self._told: dict[ReservationRef, Callable[[], None]] = {}
+        self._adopted: list[_Adopted] = []
+        self._adopted_charges: Counter[Scope] = Counter()
         self._replaying = asyncio.Lock()
 
     def prepare(self) -> None:
@@ -51,51 +71,71 @@ class SettlementJournal:
         Raises:
             OSError: it cannot be made or written to.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(self._folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"journal_dir {self._folder} cannot be written to")
+        self._file.prepare()
 
     @property
     def waiting(self) -> int:
         """Settlements kept and not yet replayed."""
         return len(self._waiting)
 
-    async def keep(self, command: Kept) -> None:
-        """Write *command* durably.
+    def adopted_charges(self, scope: Scope) -> int:
+        """What dead processes served to *scope* while the ledger was away, and this one has yet to tell."""
+        return self._adopted_charges[scope]
+
+    async def intend(self, debit: Debit) -> None:
+        """Write durably what to charge for a request if this process dies before it is settled.
+
+        Repeating it with another settlement replaces the one before.
 
         Raises:
-            OSError: the disk refused; the reservation's mark is what remains.
+            OSError: the disk refused. What was intended before still is; else nothing may be forwarded.
         """
-        async with self._writing:
-            await asyncio.to_thread(self._append, command)
-            self._waiting.append(command)
+        before = self._intents.get(debit.reservation)
+        self._intents[debit.reservation] = debit
+        try:
+            await self._file.append(_line(debit))
+        except BaseException as error:
+            if before is not None:
+                self._intents[debit.reservation] = before
+            else:
+                # The line may be on disk all the same: another one has to say that nothing was done.
+                self._intents.pop(debit.reservation, None)
+                self._remember(_release_of(debit), unwritten=isinstance(error, OSError))
+            raise
 
-    def _append(self, command: Kept) -> None:
-        if self._file is None:
-            self.prepare()
-            self._file = self._open()
-            folder = os.open(self._folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        self._file.write(msgspec.json.encode(command) + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    async def keep(self, command: Kept, *, told: Callable[[], None] | None = None) -> None:
+        """Write *command* durably; *told* is called once the ledger knows it.
 
-    def _open(self) -> IO[bytes]:
-        """A new file, locked: not one that a dead process of our name left behind, which is adopted like any other."""
-        for number in itertools.count():
-            path = self._folder / f"{self._name}{f'-{number}' if number else ''}{SUFFIX}"
-            try:
-                file = path.open("xb")
-            except FileExistsError:
-                continue
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_nlink:
-                return file
-            file.close()  # Somebody took it for a dead one's before it was locked, and removed it.
-        raise AssertionError("there is always one more number")
+        Raises:
+            OSError: the disk refused. The reservation's mark, or the intent, is what remains if this process dies;
+                as long as it lives it will tell the ledger all the same.
+        """
+        self._intents.pop(command.reservation, None)
+        self._remember(command)
+        if told is not None:
+            self._told[command.reservation] = told
+        try:
+            await self._file.append(_line(command))
+        except OSError:
+            self._remember(_without_response(command), unwritten=True)
+            raise
+
+    def _remember(self, command: Kept, *, unwritten: bool = False) -> None:
+        """Tell the ledger of *command* when it is back. What is on no disk is remembered within a bound."""
+        ref = command.reservation
+        if unwritten and ref not in self._unwritten:
+            if len(self._unwritten) >= UNWRITTEN_MAX:
+                self._forget(ref)
+                return
+            self._unwritten.add(ref)
+        self._waiting[ref] = command
+
+    def _forget(self, ref: ReservationRef) -> None:
+        self._waiting.pop(ref, None)
+        self._unwritten.discard(ref)
+        told = self._told.pop(ref, None)
+        if told is not None:
+            told()
 
     def undo(self, command: AnyCommand, outcome: Outcome) -> None:
         """Give back what was reserved after its request had stopped waiting for it: nothing was forwarded.
@@ -106,48 +146,96 @@ class SettlementJournal:
             return
         reserved = outcome.result
         if isinstance(reserved, Reserved) and reserved.reservation == command.reservation.reservation:
-            self._waiting.append(Release(id=new_id("cmd"), scope=command.scope, reservation=command.reservation))
+            self.withdraw(command)
+
+    def withdraw(self, command: Reserve) -> None:
+        """Give back what *command* may have reserved, unless its request was served, and will be charged."""
+        ref = command.reservation
+        if ref not in self._intents and ref not in self._waiting:
+            release = Release(id=new_id("cmd"), scope=command.scope, reservation=ref)
+            self._remember(release, unwritten=True)
 
     async def replay(self, ledger: Ledger) -> int:
-        """Tell *ledger* all that waits; how much it took. The file is emptied once nothing waits."""
+        """Tell *ledger* all that waits, in order; how much it took. What is told is forgotten on disk."""
         told = 0
         async with self._replaying:
-            while self._waiting and await self._tell(ledger, self._waiting[0]):
-                self._waiting.pop(0)
-                told += 1
-        async with self._writing:
-            if told and not self._waiting and self._file is not None:
-                await asyncio.to_thread(self._empty, self._file)
+            while self._waiting:
+                page = list(self._waiting.values())[:TOLD_AT_ONCE]
+                answered = await asyncio.gather(*(self._tell(ledger, command) for command in page))
+                for command, known in zip(page, answered, strict=True):
+                    if known and self._waiting.get(command.reservation) is command:
+                        self._forget(command.reservation)
+                told += sum(answered)
+                if not all(answered):
+                    break
+            if told:
+                await self._file.tidy(self._needed)
         return told
 
-    def _empty(self, file: IO[bytes]) -> None:
-        file.truncate(0)
-        file.seek(0)
+    def _needed(self) -> list[bytes]:
+        return [_line(command) for command in (*self._waiting.values(), *self._intents.values())]
 
     async def adopt(self, ledger: Ledger) -> int:
         """Replay the journals of processes that are gone, and remove each that was told in full."""
+        known = {adopted.path for adopted in self._adopted}
+        found = sorted(self._folder.glob(f"*{SUFFIX}")) if self._folder.is_dir() else []
+        for path in found:
+            if path not in known:
+                adopted = await asyncio.to_thread(self._take_over, path)
+                if adopted is not None:
+                    self._adopted.append(adopted)
+                    for command in adopted.commands.values():
+                        self._adopted_charges[command.scope] += _charge_of(command)
         told = 0
-        for path in sorted(self._folder.glob(f"*{SUFFIX}")) if self._folder.is_dir() else ():
-            try:
-                file = path.open("r+b")
-            except FileNotFoundError:  # Another process adopted it.
-                continue
-            with file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:  # Its process lives, this one perhaps; or another adopts it now.
-                    continue
-                if not os.fstat(file.fileno()).st_nlink:
-                    continue
-                commands = [command for line in file if (command := self._read(line, path)) is not None]
-                answered = [await self._tell(ledger, command) for command in commands]
-                told += sum(answered)
-                if all(answered):
-                    path.unlink()
+        for adopted in list(self._adopted):
+            told += await self._tell_adopted(ledger, adopted)
+            if adopted.commands:
+                continue  # The ledger is away, or refuses one of them for a fault of ours.
+            adopted.path.unlink(missing_ok=True)
+            adopted.file.close()
+            self._adopted.remove(adopted)
         return told
+
+    async def _tell_adopted(self, ledger: Ledger, adopted: _Adopted) -> int:
+        told = 0
+        while adopted.commands:
+            page = list(adopted.commands.values())[:TOLD_AT_ONCE]
+            answered = await asyncio.gather(*(self._tell(ledger, command) for command in page))
+            for command, known in zip(page, answered, strict=True):
+                if known:
+                    del adopted.commands[command.reservation]
+                    self._adopted_charges[command.scope] -= _charge_of(command)
+            told += sum(answered)
+            if not all(answered):
+                break
+        return told
+
+    def _take_over(self, path: Path) -> _Adopted | None:
+        """The commands of a dead process; None where it lives, or another has adopted it."""
+        try:
+            file = path.open("r+b")
+        except FileNotFoundError:  # Another process adopted it.
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # Its process lives, this one perhaps; or another adopts it now.
+            file.close()
+            return None
+        if not os.fstat(file.fileno()).st_nlink:
+            file.close()
+            return None
+        commands: dict[ReservationRef, Kept] = {}
+        for line in file:
+            command = self._read(line, path)
+            if command is not None:
+                commands.pop(command.reservation, None)
+                commands[command.reservation] = command
+        return _Adopted(path, file, commands)
 
     def _read(self, line: bytes, path: Path) -> Kept | None:
         try:
+            if not line.endswith(b"\n"):
+                raise msgspec.DecodeError
             kept: Kept = _DECODER.decode(line)
         except msgspec.DecodeError:
             # The process died while it wrote this line, so it never relied on it.
@@ -158,16 +246,38 @@ class SettlementJournal:
     async def _tell(self, ledger: Ledger, command: Kept) -> bool:
         """Whether the ledger has dealt with *command*: applied, now or before, or refused for good."""
         try:
-            await ledger.execute(command)
+            await tell(ledger, command)
         except LedgerUnavailable:
             return False
         except LedgerError as error:
             self._report(f"the ledger refused the settlement of {command.reservation.reservation}: {error}")
+        except Exception as error:
+            # A bug of ours must not keep the others waiting; this one stays, and is told again.
+            self._report(f"the settlement of {command.reservation.reservation} fails: {error!r}")
+            return False
         return True
 
     def close(self) -> None:
-        """Let the file go; what waits in it is adopted by the next process."""
-        if self._file is not None:
-            if not self._waiting:
-                Path(self._file.name).unlink(missing_ok=True)
-            self._file.close()
+        """Let the files go; what waits in them is adopted by the next process."""
+        self._file.close(empty=not self._waiting and not self._intents)
+        for adopted in self._adopted:
+            adopted.file.close()
+        self._adopted.clear()
+
+
+def _line(command: Kept) -> bytes:
+    return msgspec.json.encode(command) + b"\n"
+
+
+def _release_of(debit: Debit) -> Release:
+    return Release(id=new_id("cmd"), scope=debit.scope, reservation=debit.reservation)
+
+
+def _without_response(command: Kept) -> Kept:
+    """What is only in memory must be small: its answer is not replayed."""
+    return command if isinstance(command, Release) else msgspec.structs.replace(command, response=None)
+
+
+def _charge_of(command: Kept) -> int:
+    """What was spent of an allowance."""
+    return sum(charge.total for charge in command.settlement.charges) if isinstance(command, Debit) else 0

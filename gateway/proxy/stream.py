@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Final
 
 from gateway.errors import ApiError, charge_waits, ledger_unavailable, upstream_error, upstream_timeout
 from gateway.proxy.answer import quota_of
@@ -15,9 +14,6 @@ from gateway.proxy.sse import SSETooLarge
 from gateway.proxy.upstream import UpstreamError, UpstreamResponse, UpstreamTimeout
 from ledger.errors import LedgerUnavailable
 from pricing.usage import Usage
-
-DRY: Final = {"code": "insufficient_credits", "message": "The wallet affords no more. Top up to continue."}
-"""The reason in the last chunk of a stream that we stop."""
 
 
 class StreamedAnswer:
@@ -150,16 +146,14 @@ class StreamedAnswer:
         if ending is Ending.BROKEN:
             await self._exchange.finish(self._error_event(self._refusal()))
             return
-        if charged.settled is None:
+        if charged.cost is None:
             await self._exchange.finish(self._error_event(charge_waits()))
             return
-        quota = quota_of(
-            self._plan.tariff.asset, cost=charged.settled.charged[0].total, balance=charged.settled.balance
-        )
+        quota = quota_of(self._plan.tariff.asset, cost=charged.cost, balance=charged.balance)
         if ending is Ending.FINISHED:
             await self._exchange.finish(self._meter.ending(charged.usage, quota))
         else:
-            await self._exchange.finish(self._meter.cut_short(charged.usage, quota, DRY))
+            await self._exchange.finish(self._meter.cut_short(charged.usage, quota, self._hold.dry))
 
     def _refusal(self) -> ApiError:
         """What to tell of a stream that broke; *delivered* parts have been charged."""

@@ -4,6 +4,7 @@ Each round is idempotent and safe in every process at once; a round that fails i
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -18,6 +19,9 @@ SWEEP_S: Final = 5.0
 """How long an orphan may wait beyond its time, at most."""
 
 REPLAY_S: Final = 1.0
+
+PAUSE_LEAST: Final = 0.75
+"""Each pause is drawn from this part of it to all of it."""
 
 log = structlog.get_logger(__name__)
 
@@ -81,4 +85,5 @@ class Upkeep:
                 log.warning("the ledger is away", upkeep=name)
             except Exception:
                 log.exception("upkeep failed", upkeep=name)
-            await asyncio.sleep(pause_s)
+            # Processes that found the ledger back in the same moment do not come in step for ever.
+            await asyncio.sleep(pause_s * random.uniform(PAUSE_LEAST, 1))  # noqa: S311

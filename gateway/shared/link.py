@@ -89,6 +89,7 @@ class Link:
         Raises:
             RedisAway: at once, while Redis is away.
         """
+        self._let_go()
         if self._wire is None or len(self._waiting) >= WAITING_MAX:
             self._metrics.redis_failures.labels(use).inc()
             raise RedisAway(self._reason)
@@ -102,6 +103,11 @@ class Link:
         if self._timer is None:
             self._timer = loop.call_later(self.timeout_s, self._look_late)
         return command.reply
+
+    def _let_go(self) -> None:
+        """Of the oldest commands that have their reply."""
+        while self._waiting and self._waiting[0].reply.done():
+            self._waiting.popleft()
 
     def _send(self) -> None:
         unsent, self._unsent = self._unsent, []
@@ -117,8 +123,7 @@ class Link:
     def _judge(self) -> None:
         loop = asyncio.get_running_loop()
         self._timer = None
-        while self._waiting and self._waiting[0].reply.done():
-            self._waiting.popleft()
+        self._let_go()
         if not self._waiting:
             return
         late_s = loop.time() - self._waiting[0].asked_s - self.timeout_s

@@ -4,7 +4,9 @@ Nothing here sleeps to wait: each wait polls a condition until its deadline, and
 """
 
 import asyncio
+import fcntl
 import json
+import mmap
 import os
 import signal
 import socket
@@ -12,12 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 import httpx
+import psycopg
+
+from tests.e2e.books import Books
 
 ROOT: Final = Path(__file__).parents[2]
 START_S: Final = 60.0
@@ -67,13 +72,13 @@ def until(condition: Callable[[], object], *, within_s: float, what: str) -> Non
         time.sleep(POLL_S)
 
 
-async def until_async(condition: Callable[[], object], *, within_s: float, what: str) -> None:
+async def until_async(condition: Callable[[], object], *, within_s: float, what: str, poll_s: float = POLL_S) -> None:
     """The same, while the loop's other tasks go on."""
     deadline = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"within {within_s} s there was no {what}")
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(poll_s)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -88,13 +93,32 @@ class Process:
     def __init__(self, *arguments: str, log: Path, cwd: Path, **environ: str) -> None:
         self._out, self._err = log.with_suffix(".out"), log.with_suffix(".err")
         with self._out.open("wb") as out, self._err.open("wb") as err:
+            # By way of a pipe, so that a limit on the files that the process may write does not stop its log.
+            self._copies = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=err)
+            assert self._copies.stdin is not None
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", *arguments], stdout=out, stderr=err, cwd=cwd, env=environment(**environ)
+                [sys.executable, "-m", *arguments],
+                stdout=out,
+                stderr=self._copies.stdin,
+                cwd=cwd,
+                env=environment(**environ),
             )
+            self._copies.stdin.close()
 
     @property
     def pid(self) -> int:
         return self._popen.pid
+
+    @property
+    def workers(self) -> list[int]:
+        """The ids of its live children."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return [int(child) for child in children.read_text().split() if _state_of(int(child)) not in ("Z", "")]
+
+    @property
+    def resident_bytes(self) -> int:
+        """The memory that it and its children have."""
+        return sum(_resident_bytes(pid) for pid in (self.pid, *self.workers))
 
     @property
     def out(self) -> str:
@@ -119,9 +143,15 @@ class Process:
         return found()[0]
 
     def kill(self) -> None:
-        """SIGKILL, also to one that is paused; it is gone when this returns."""
+        """SIGKILL to it and its children, also to those that are paused; they are gone when this returns."""
+        workers = self.workers
         self._popen.kill()
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
         self._popen.wait(STOP_S)
+        until(lambda: all(_state_of(worker) in ("Z", "") for worker in workers), within_s=STOP_S, what="end of workers")
+        self._copies.wait(STOP_S)
 
     def pause(self) -> None:
         """SIGSTOP; it stands still when this returns."""
@@ -136,7 +166,9 @@ class Process:
 
     def ended(self) -> int:
         """Wait for its end; the exit code."""
-        return self._popen.wait(STOP_S)
+        code = self._popen.wait(STOP_S)
+        self._copies.wait(STOP_S)
+        return code
 
     def stop(self) -> int:
         """SIGTERM, and the exit code. Nothing happens to one that has ended."""
@@ -150,11 +182,37 @@ class Process:
     def __exit__(self, *_: object) -> None:
         if self.running:
             self.kill()
+        self._copies.wait(STOP_S)
 
 
 def _state_of(pid: int) -> str:
-    stat = Path(f"/proc/{pid}/stat").read_text()
+    """The letter of /proc; empty when there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
     return stat.rpartition(")")[2].split()[0]
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(pages) * mmap.PAGESIZE
+
+
+class Clock:
+    """The time of day of the processes that are served with it; it steps for all of them at once."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.write_bytes(bytes(8))
+
+    def step(self, *, by_s: float) -> None:
+        """Go so far off from the machine's clock."""
+        with self.file.open("r+b") as file:
+            file.write(int(by_s * 10**9).to_bytes(8, "little", signed=True))
 
 
 class Upstream(Process):
@@ -194,8 +252,9 @@ class Upstream(Process):
 class Gateway(Process):
     """`farebox serve`, ready."""
 
-    def __init__(self, *arguments: str, log: Path, cwd: Path, **environ: str) -> None:
-        super().__init__("gateway.cli", "serve", *_port(arguments), *arguments, log=log, cwd=cwd, **environ)
+    def __init__(self, *arguments: str, log: Path, cwd: Path, clock: Clock | None = None, **environ: str) -> None:
+        program = ("gateway.cli",) if clock is None else ("tests.e2e.clocked", str(clock.file))
+        super().__init__(*program, "serve", *_port(arguments), *arguments, log=log, cwd=cwd, **environ)
         self.base_url = self.line_with("Farebox serves", of=lambda: self.err).split()[-1]
 
     def get(self, path: str, key: str) -> httpx.Response:
@@ -222,14 +281,20 @@ class Done:
 
 @dataclass(slots=True)
 class Farebox:
-    """An installation: a folder with a SQLite file, a configuration, and the first tenant's keys."""
+    """An installation on one host: a folder with a configuration and a journal, a database, the first tenant's keys.
+
+    Attributes:
+        database_url: as an auditor reaches it: directly, and as the superuser.
+    """
 
     folder: Path
     config: Path
+    database_url: str
     live_key: str = ""
     test_key: str = ""
     admin_key: str = ""
     user: str = ""
+    tenant_id: str = ""
     gateways: list[Gateway] = field(default_factory=list)
 
     @property
@@ -238,8 +303,38 @@ class Farebox:
 
     @property
     def write_lock(self) -> Path:
-        """What a process holds while it writes to the ledger."""
+        """What a process holds while it writes to a ledger on SQLite."""
         return self.folder / "farebox.db-lock"
+
+    @property
+    def on_sqlite(self) -> bool:
+        return self.database_url.startswith("sqlite:")
+
+    @property
+    def books(self) -> Books:
+        return Books(self.database_url)
+
+    @contextmanager
+    def held_up(self) -> Iterator[None]:
+        """Keep every process from writing to the ledger."""
+        if self.on_sqlite:
+            with self.write_lock.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+        else:
+            with psycopg.connect(self.database_url) as connection:
+                connection.execute("LOCK TABLE ledger_command IN EXCLUSIVE MODE")
+                yield
+
+    def beside(self, folder: Path, **settings: object) -> "Farebox":
+        """The same installation on another host: a journal of its own, the same database. Its user closes it."""
+        folder.mkdir(parents=True)
+        given = {"journal_dir": str(folder / "kept"), **settings}
+        lines = self.config.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.partition(" = ")[0] not in given]
+        config = folder / "farebox.toml"
+        config.write_text(_toml(given) + "".join(kept))
+        return replace(self, folder=folder, config=config, gateways=[])
 
     def run(self, *arguments: str, **environ: str) -> Done:
         """Run `farebox …` to its end."""
@@ -254,10 +349,10 @@ class Farebox:
         )
         return Done(done.returncode, done.stdout, done.stderr)
 
-    def serve(self, *arguments: str, **environ: str) -> Gateway:
-        """A gateway more on the same file."""
+    def serve(self, *arguments: str, clock: Clock | None = None, **environ: str) -> Gateway:
+        """A gateway more on the same database."""
         log = self.folder / f"gateway-{len(self.gateways)}"
-        gateway = Gateway(*arguments, log=log, cwd=self.folder, FAREBOX_CONFIG=str(self.config), **environ)
+        gateway = Gateway(*arguments, log=log, cwd=self.folder, clock=clock, FAREBOX_CONFIG=str(self.config), **environ)
         self.gateways.append(gateway)
         return gateway
 
@@ -289,12 +384,23 @@ class Farebox:
             gateway.__exit__()
 
 
+def _toml(settings: Mapping[str, object]) -> str:
+    """Plain settings, a line each."""
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+
+
 @contextmanager
 def installed(
-    folder: Path, upstream_url: str, *, models: str = MODELS, settings: Mapping[str, object] | None = None
+    folder: Path,
+    upstream_url: str,
+    *,
+    models: str = MODELS,
+    settings: Mapping[str, object] | None = None,
+    audited_url: str | None = None,
 ) -> Iterator[Farebox]:
     """Make an installation whose live traffic goes to *upstream_url*; its gateways are ended with the block.
 
+    The books are read at *audited_url* where the gateways' way to the database is another.
     The upstream "closed" is a port that nobody listens on, asked again and again for a second or two.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -307,19 +413,19 @@ def installed(
             "management_rate_limit_per_minute": 0,
             **(settings or {}),
         }
-        lines = [f"{name} = {json.dumps(value)}" for name, value in given.items()]
+        lines = []
         closed_url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
         for name, url, retries in (("upstream", upstream_url, 1), ("closed", closed_url, 5)):
             lines += ["[[upstreams]]", f'name = "{name}"', f'base_url = "{url}"', f"retries = {retries}"]
         config = folder / "farebox.toml"
-        config.write_text("\n".join(lines) + models)
-        farebox = Farebox(folder=folder, config=config)
+        config.write_text(_toml(given) + "\n".join(lines) + models)
+        farebox = Farebox(folder=folder, config=config, database_url=audited_url or str(given["database_url"]))
         done = farebox.run("init", "--json")
         assert done.code == 0, done.err
         (line,) = done.out.splitlines()
         keys = json.loads(line)
         farebox.live_key, farebox.test_key, farebox.admin_key = keys["live_key"], keys["test_key"], keys["admin_key"]
-        farebox.user = keys["user"]
+        farebox.user, farebox.tenant_id = keys["user"], keys["tenant_id"]
         try:
             yield farebox
         finally:

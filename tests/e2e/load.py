@@ -1,10 +1,12 @@
 """Clients of a gateway that remember what they saw of each request, however it ended."""
 
 import asyncio
+import itertools
 import json
 import random
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -17,6 +19,8 @@ CHAT: Final = "/chat/completions"
 DONE: Final = b"data: [DONE]\n\n"
 NARROW_BYTES: Final = 4096
 ANSWER_S: Final = 120
+PAUSE_S: Final = 0.1
+"""Before a client that was refused asks again."""
 
 
 @dataclass(slots=True)
@@ -26,6 +30,7 @@ class Seen:
     Attributes:
         status: 0 while no response has begun.
         complete: the whole body came, or the stream's `[DONE]`.
+        asked_s, ended_s: when, by the clock that only rises; ended is 0 while it goes on.
     """
 
     model: str
@@ -33,6 +38,13 @@ class Seen:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     complete: bool = False
+    asked_s: float = 0.0
+    ended_s: float = 0.0
+
+    @property
+    def served(self) -> bool:
+        """Whether it has the whole answer."""
+        return self.complete and self.status == 200
 
     @property
     def request_id(self) -> str | None:
@@ -66,6 +78,27 @@ def chat(model: str, *, prompt: str = "Hello", simulate: dict[str, Any] | None =
     return {"model": model, "messages": messages, "simulate": simulate or {}, **fields}
 
 
+def a_request(rng: random.Random, *, longest_ms: int = 1500) -> dict[str, Any]:
+    """One of the kinds that dwell in different phases, for *longest_ms* or, of a stream, a little more."""
+    kind = rng.random()
+    prompt = "word " * rng.randrange(1, 30)
+    if kind < 0.4:
+        simulate = {"tokens": rng.randrange(1, 40), "first_byte_delay_ms": rng.randrange(longest_ms // 15)}
+        return chat("meter", prompt=prompt, simulate=simulate, max_tokens=64)
+    if kind < 0.6:
+        delay_ms = rng.randrange(longest_ms // 8, longest_ms)
+        simulate = {"tokens": rng.randrange(1, 40), "first_byte_delay_ms": delay_ms}
+        return chat("meter", prompt=prompt, simulate=simulate, max_tokens=64)
+    simulate = {"tokens": rng.randrange(5, 80), "chunk_delay_ms": rng.randrange(1, longest_ms // 50)}
+    options = {"stream_options": {"include_usage": True}} if rng.random() < 0.5 else {}
+    return chat("meter", prompt=prompt, simulate=simulate, stream=True, **options)
+
+
+def a_brief_request(rng: random.Random) -> dict[str, Any]:
+    """The same kinds, soon over."""
+    return a_request(rng, longest_ms=300)
+
+
 def session() -> aiohttp.ClientSession:
     """As many connections as are wanted."""
     return aiohttp.ClientSession(
@@ -83,6 +116,7 @@ async def ask(
 ) -> Seen:
     """Send a chat request and read its answer as far as it comes."""
     seen = seen or Seen(model=body["model"])
+    seen.asked_s = time.monotonic()
     try:
         async with client.post(f"{base_url}{CHAT}", headers=headers, json=body) as response:
             seen.status = response.status
@@ -93,6 +127,7 @@ async def ask(
     except (aiohttp.ClientError, ConnectionError):
         # The stream is complete for its client when [DONE] has come, whatever becomes of the connection then.
         seen.complete = seen.body.endswith(DONE)
+    seen.ended_s = time.monotonic()
     return seen
 
 
@@ -201,3 +236,65 @@ class Traffic:
         seen = await ask_without_reading(self._base_url, self._users[0], body, self._read_now)
         self.seen.append(seen)
         self.in_flight -= seen.complete
+
+
+class Load:
+    """Clients that ask without a pause, of several gateways in turn, and go on whatever they get, until told to stop.
+
+    Attributes:
+        seen: of each client every request, as soon as it is sent.
+        served: how many answers came whole.
+    """
+
+    def __init__(
+        self,
+        base_urls: Sequence[str],
+        users: Sequence[dict[str, str]],
+        next_body: Callable[[random.Random], dict[str, Any]],
+        rng: random.Random,
+    ) -> None:
+        """*users* are the headers that the requests carry, in turn."""
+        self.base_urls = list(base_urls)
+        self._users = users
+        self._next_body = next_body
+        self._rng = rng
+        self._stopped = False
+        self.seen: list[list[Seen]] = []
+        self.served = 0
+
+    async def run(self, *, clients: int) -> None:
+        """Until they are stopped, and each has ended what it asked."""
+        self.seen = [[] for _ in range(clients)]
+        async with session() as client:
+            await asyncio.gather(*(self._ask(client, number) for number in range(clients)))
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    @property
+    def all(self) -> list[Seen]:
+        return [seen for of_one in self.seen for seen in of_one]
+
+    def served_again_s(self, since_s: float) -> float | None:
+        """When the last client got its first whole answer to what it asked after *since_s*; None if not all have."""
+        latest = since_s
+        for of_one in self.seen:
+            later = itertools.takewhile(lambda seen: seen.asked_s >= since_s, reversed(of_one))
+            ended = min((seen.ended_s for seen in later if seen.served), default=None)
+            if ended is None:
+                return None
+            latest = max(latest, ended)
+        return latest
+
+    async def _ask(self, client: aiohttp.ClientSession, number: int) -> None:
+        headers = self._users[number % len(self._users)]
+        turn = number
+        while not self._stopped:
+            body = self._next_body(self._rng)
+            seen = Seen(model=body["model"])
+            self.seen[number].append(seen)
+            await ask(client, self.base_urls[turn % len(self.base_urls)], headers, body, seen=seen)
+            turn += 1
+            self.served += seen.served
+            if not seen.served:
+                await asyncio.sleep(PAUSE_S)

@@ -5,17 +5,21 @@ import random
 from collections import Counter
 from typing import Any, Final
 
+import aiohttp
 import pytest
 
 from tests.conftest import Campaign
 from tests.e2e.books import Books
-from tests.e2e.conftest import Install
+from tests.e2e.conftest import FreshStore, Install
 from tests.e2e.farebox import UNITS_OF_OUTPUT, Farebox, Gateway
+from tests.e2e.fleet import Fleets
 from tests.e2e.load import Seen, ask, chat, session, units
 
 REQUESTS: Final = 500
 TOKENS: Final = 40
+CONNECTIONS: Final = 200
 PRICE: Final = "0.008"
+PRICE_MILLICREDITS: Final = 8
 """Of TOKENS output tokens; the prompt is free."""
 
 SERVED: Final = 333
@@ -42,7 +46,7 @@ async def all_at_once(
 
 def assert_sound(farebox: Farebox) -> None:
     """What holds of the books when nothing is under way."""
-    books = Books(farebox.database)
+    books = farebox.books
     assert books.open_requests() == set()
     assert books.reserved() == 0
     assert min(books.lowest_balances().values()) == 0, "no wallet was ever below zero, entry by entry"
@@ -76,11 +80,46 @@ async def test_exactly_those_are_served_whom_the_wallet_affords(install: Install
 
 
 @pytest.mark.campaign
-async def test_mixed_costs_never_overspend_and_leave_nothing_reserved(install: Install, campaign: Campaign) -> None:
+@pytest.mark.parametrize("workers", [(4,), (1, 1, 1, 1)], ids=["4 workers", "4 processes"])
+async def test_four_processes_on_one_server_serve_exactly_what_one_wallet_affords(
+    install: Install, fleets: Fleets, campaign: Campaign, workers: tuple[int, ...]
+) -> None:
+    """As above, with requests that keep coming, and more of them than a process has ever under way."""
+    requests = campaign.rounds(short=600, long=20_000)
+    served = requests * 2 // 3
+    farebox = install(database_url=fleets.servers.postgres.create_database())
+    gateways = [farebox.serve("--workers", str(many)) for many in workers]
+    assert sum(len(gateway.workers) or 1 for gateway in gateways) == 4
+    farebox.top_up(gateways[0], "alice", millicredits=served * PRICE_MILLICREDITS + PRICE_MILLICREDITS // 2)
+    body = chat("output-only", simulate={"tokens": TOKENS + 1}, max_tokens=TOKENS)
+    headers = {**farebox.headers("alice"), **REFUSE}
+    numbers = iter(range(requests))
+    seen: list[Seen] = []
+
+    async def ask_on(client: aiohttp.ClientSession) -> None:
+        for number in numbers:
+            seen.append(await ask(client, gateways[number % len(gateways)].base_url, headers, body))
+
+    async with session() as client:
+        await asyncio.gather(*(ask_on(client) for _ in range(CONNECTIONS)))
+
+    assert Counter(each.status for each in seen) == {200: served, 402: requests - served}
+    assert all(each.complete for each in seen)
+    booked = farebox.books.requests()
+    assert {each.request_id for each in seen if each.status == 200} == booked.keys()
+    assert {entry.charged for entry in booked.values()} == {units(PRICE)}
+    assert farebox.statement("alice")["balance_decimal"] == "0.004"
+    assert_sound(farebox)
+
+
+@pytest.mark.campaign
+async def test_mixed_costs_never_overspend_and_leave_nothing_reserved(
+    install: Install, fresh_store: FreshStore, campaign: Campaign
+) -> None:
     """Quotes above their costs, streams that grow, fixed prices: the wallet is used up, and never below zero."""
     rng = campaign.random()
     for _ in range(campaign.rounds(short=1, long=10)):
-        farebox = install()
+        farebox = install(**fresh_store())
         gateways = [farebox.serve(), farebox.serve()]
         farebox.top_up(gateways[0], "alice", millicredits=6_000)
         bodies = [mixed(rng) for _ in range(REQUESTS)]
@@ -90,7 +129,7 @@ async def test_mixed_costs_never_overspend_and_leave_nothing_reserved(install: I
         assert {each.status for each in seen} == {200, 402}
         assert all(each.complete for each in seen)
         assert_sound(farebox)
-        books = Books(farebox.database)
+        books = farebox.books
         booked = books.requests()
         shown = {each.request_id: each for each in seen if each.usage is not None}
         assert len(shown) > 50

@@ -6,7 +6,6 @@ from typing import Final
 
 import aiohttp
 
-from tests.e2e.books import Books
 from tests.e2e.conftest import Install
 from tests.e2e.farebox import Upstream, until_async
 from tests.e2e.load import Seen, ask, chat, session, units
@@ -46,7 +45,7 @@ async def test_open_streams_finish_or_are_settled_within_the_limit(install: Inst
 
     assert code == 0, gateway.err
     assert took_s < GRACE_S + MARGIN_S
-    booked = Books(farebox.database).requests()
+    booked = farebox.books.requests()
     for seen in finishing:
         entry = booked[seen.request_id or ""]
         assert seen.complete
@@ -58,7 +57,7 @@ async def test_open_streams_finish_or_are_settled_within_the_limit(install: Inst
         assert not seen.complete
         assert (entry.state, len(entry.endings)) == ("committed", 1)
         assert 0 < entry.charged == entry.recorded
-    assert Books(farebox.database).reserved() == 0
+    assert farebox.books.reserved() == 0
     farebox.verify()
 
 
@@ -78,7 +77,7 @@ async def test_new_requests_are_turned_away_while_streams_finish(install: Instal
         await asking
     assert open_one.complete
     assert await asyncio.to_thread(gateway.ended) == 0, gateway.err
-    entry = Books(farebox.database).requests()[open_one.request_id or ""]
+    entry = farebox.books.requests()[open_one.request_id or ""]
     assert (entry.state, entry.endings) == ("committed", ("finished",))
 
 

@@ -19,6 +19,8 @@ import pytest
 from gateway.cli import main
 from gateway.settings import Settings
 from gateway.supervisor import Supervisor
+from tests.gateway.conftest import STORES
+from tests.gateway.rig import DATABASE
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 60
@@ -29,6 +31,9 @@ QUESTION = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "He
 def environment(folder: Path, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FAREBOX_", "OPENAI_"))}
     return {**kept, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), **more}
+
+
+on_every_store = pytest.mark.parametrize("store", STORES, indirect=True)
 
 
 class Run(Protocol):
@@ -43,6 +48,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith(("FAREBOX_", "OPENAI_"))]:
         monkeypatch.delenv(name)
+    if (tmp_path / DATABASE).exists():
+        monkeypatch.setenv("FAREBOX_DATABASE_URL", (tmp_path / DATABASE).read_text())
 
     def run(*arguments: str, code: int = 0, **environ: str) -> str:
         with monkeypatch.context() as given:
@@ -106,7 +113,8 @@ def test_help_is_everywhere_and_imports_nothing_that_is_slow(tmp_path: Path):
 import sys
 from gateway.cli import main
 commands = ["", "serve", "demo", "init", "migrate", "verify", "copy", "grant", "statement"]
-commands += ["keys", "keys list", "keys create", "keys revoke", "tenants", "tenants list", "tenants create"]
+commands += ["keys", "keys list", "keys create", "keys revoke"]
+commands += ["tenants", "tenants list", "tenants create", "tenants change"]
 commands += ["prices", "prices list", "prices show", "prices check"]
 for command in commands:
     sys.argv = ["farebox", *command.split(), "--help"]
@@ -125,9 +133,10 @@ assert not slow, slow
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Usage: farebox") == 20
+    assert done.stdout.count("Usage: farebox") == 21
 
 
+@on_every_store
 def test_init_prints_what_is_needed_once(tmp_path: Path, run: Run):
     lines = run("init", "--json").splitlines()
     installed = json.loads(lines[0])
@@ -149,11 +158,16 @@ def test_demo_serves_what_it_prints_and_leaves_nothing(tmp_path: Path, run: Run)
         assert installed.keys() == INSTALLED
         for key in ("live_key", "test_key"):
             answer = httpx.post(
-                f"{installed['base_url']}/chat/completions", json=QUESTION, headers=headers(installed, key)
+                f"{installed['base_url']}/chat/completions",
+                json=QUESTION,
+                headers=headers(installed, key),
+                timeout=WAIT_S,
             )
             assert answer.status_code == 200, answer.text
             assert float(answer.json()["usage"]["balance"]) > 999
-            developer = httpx.get(f"{installed['base_url']}/funding", headers=headers(installed, key)).json()
+            developer = httpx.get(
+                f"{installed['base_url']}/funding", headers=headers(installed, key), timeout=WAIT_S
+            ).json()
             assert developer["developer"]["balance_decimal"] == "1000"
         assert not [name for name in answer.headers if name.startswith("x-ratelimit")]
         port = installed["base_url"].rpartition(":")[2].removesuffix("/v1")
@@ -175,7 +189,9 @@ def test_a_second_demo_on_the_same_database_prints_keys_that_work(tmp_path: Path
     for _ in range(2):
         with started(tmp_path, "demo", "--port", "0", "--json", line="base_url", **shared) as (process, line):
             installed = json.loads(line)
-            answer = httpx.post(f"{installed['base_url']}/chat/completions", json=QUESTION, headers=headers(installed))
+            answer = httpx.post(
+                f"{installed['base_url']}/chat/completions", json=QUESTION, headers=headers(installed), timeout=WAIT_S
+            )
             assert answer.status_code == 200
             users.append((installed["tenant_id"], installed["app_id"], answer.json()["usage"]["balance"]))
             assert stop(process) == 0
@@ -196,7 +212,7 @@ def test_sigterm_lets_a_stream_finish_and_turns_new_requests_away(tmp_path: Path
             process.send_signal(signal.SIGTERM)
             rest = [text for text in lines if text]
             with pytest.raises(httpx.ConnectError):
-                httpx.get(f"{installed['base_url']}/models", headers=headers(installed))
+                httpx.get(f"{installed['base_url']}/models", headers=headers(installed), timeout=WAIT_S)
         assert rest[-1] == "data: [DONE]"
         assert process.wait(WAIT_S) == 0
 
@@ -227,9 +243,11 @@ def test_serve_migrates_its_file_and_several_workers_share_the_work(tmp_path: Pa
     with started(tmp_path, *arguments, line="Farebox serves") as (process, line):
         base_url = line.rpartition(" ")[2]
         for _ in range(6):
-            answer = httpx.post(f"{base_url}/chat/completions", json=QUESTION, headers=headers(installed, "test_key"))
+            answer = httpx.post(
+                f"{base_url}/chat/completions", json=QUESTION, headers=headers(installed, "test_key"), timeout=WAIT_S
+            )
             assert answer.status_code == 200
-        metrics = httpx.get(f"{base_url.removesuffix('/v1')}/metrics").text
+        metrics = httpx.get(f"{base_url.removesuffix('/v1')}/metrics", timeout=WAIT_S).text
         assert 'farebox_requests_total{method="POST",route="/v1/chat/completions",status="200"} 6.0' in metrics
         worker = children(process.pid)[0]
         os.kill(worker, signal.SIGKILL)
@@ -318,12 +336,17 @@ def test_what_is_wrong_is_said_in_a_sentence(
     assert "hunter2" not in output
 
 
+@on_every_store
 def test_tenants_keys_and_grants(run: Run):
     installed = json.loads(run("init", "--json"))
     beta = json.loads(run("tenants", "create", "Beta", "--unfunded-limit", "5", "--json"))
     listed = json.loads(run("tenants", "list", "--json"))
     assert [tenant["unfunded_limit"] for tenant in listed] == [None, 5_000_000_000]
     assert "Beta" in run("tenants", "list")
+    opened = run("tenants", "change", beta["id"], "--when-ledger-is-down", "open", "--open-allowance", "50")
+    assert "up to 50 credits" in opened
+    closed = run("tenants", "change", beta["id"], "--when-ledger-is-down", "closed")
+    assert "refused" in closed
 
     key = json.loads(run("keys", "create", "--tenant", beta["id"], "--mode", "test", "--json"))
     assert key["key"].startswith("fb_test_")
@@ -342,6 +365,7 @@ def test_tenants_keys_and_grants(run: Run):
     assert "1012.5" in run("grant", installed["app_id"], "12.5")
 
 
+@on_every_store
 def test_a_grant_that_no_wallet_can_hold_is_refused(run: Run):
     run("init")
     for arguments, said in (

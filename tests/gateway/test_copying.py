@@ -87,6 +87,7 @@ async def fill(url: str, seed: random.Random) -> None:
 def full(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The URL of an installation with something of everything in it."""
     url = f"sqlite:///{tmp_path_factory.mktemp('full') / 'farebox.db'}"
+    migrate(url)
     asyncio.run(fill(url, random.Random(7)))
     empty = [table for table in SQLModel.metadata.tables if not count(url, table)]
     assert empty == [], "the test says nothing of a table that is empty"

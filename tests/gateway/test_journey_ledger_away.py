@@ -11,7 +11,7 @@ from gateway.ids import new_id
 from gateway.proxy.journal import SUFFIX, SettlementJournal
 from gateway.proxy.simulated import SimulatedUpstream
 from gateway.settings import Settings
-from ledger.commands import AnyCommand, Commit, Extend, Release, Reserve
+from ledger.commands import AnyCommand, Commit, Extend, Refund, Release, Reserve
 from ledger.model import ReservationRef, ReservationState, Scope
 from ledger.store.protocol import StoreUnavailable
 from pricing.encodings import count_text
@@ -368,6 +368,128 @@ async def test_a_late_commit_gives_nothing_back(tmp_path: Path) -> None:
         gate.allow()
         assert (await asking).status_code == 200
         assert await rig.balance() == orphan
+
+
+async def test_an_orphan_that_was_charged_and_comes_to_nothing_is_refunded(tmp_path: Path) -> None:
+    """The sweeper took this process for dead, and charged the mark; then the upstream turned out to have refused."""
+    gate = GatedUpstream()
+    async with gated(tmp_path, gate) as rig:
+        await rig.grant("1")
+        asking = asyncio.create_task(rig.chat(body(max_tokens=80, simulate={"status": 500})))
+        await gate.reached.wait()
+        rig.clock.pass_s(200)
+        await rig.upkeep.sweep()
+        assert Decimal(await rig.balance()) < 1
+        gate.allow()
+        refused = await asking
+        assert refused.status_code == 502
+        assert "Nothing was charged" in refused.json()["error"]["message"]
+        assert await rig.balance() == "1"
+        reservation = (await rig.newest_receipt()).reservation
+        assert reservation.state is ReservationState.EXPIRED
+        assert sum(reservation.refunded) == sum(leg.total for leg in reservation.charged) > 0
+
+
+async def test_the_refund_of_an_orphan_waits_for_the_ledger_too(tmp_path: Path) -> None:
+    gate = GatedUpstream()
+    async with gated(tmp_path, gate) as rig:
+        await rig.grant("1")
+        asking = asyncio.create_task(rig.chat(body(max_tokens=80, simulate={"status": 500})))
+        await gate.reached.wait()
+        rig.clock.pass_s(200)
+        await rig.upkeep.sweep()
+        rig.store.away = kinds(Refund)
+        gate.allow()
+        assert (await asking).status_code == 502
+        assert Decimal(await rig.balance()) < 1
+        await back(rig)
+        await rig.upkeep.replay()
+        assert await rig.balance() == "1"
+
+
+# A long outage.
+
+
+async def test_a_ledger_that_hangs_under_load_answers_callers_in_time_and_recovers_by_itself(tmp_path: Path) -> None:
+    settings = Settings(
+        default_upstream="simulated", rate_limit_per_minute=0, journal_dir=tmp_path / "kept", ledger_timeout_s=0.5
+    )
+    async with running(tmp_path, settings=settings) as rig:
+        await rig.grant("5")
+        assert (await rig.chat(body())).status_code == 200
+        loop, goes_on = asyncio.get_running_loop(), asyncio.Event()
+
+        async def hang(commands: Any) -> None:
+            await goes_on.wait()
+
+        rig.store.before = hang
+        tasks_before = len(asyncio.all_tasks())
+        took: list[float] = []
+
+        async def ask() -> int:
+            began_s = loop.time()
+            status = (await rig.chat(body())).status_code
+            took.append(loop.time() - began_s)
+            return status
+
+        waited = await asyncio.gather(*(ask() for _ in range(90)))
+        assert set(waited) == {503}
+        assert max(took) < 5
+        took.clear()
+        for _ in range(20):
+            assert await ask() == 503
+        assert sum(took) < 20 * 0.25, "whoever comes later is told at once"
+        assert rig.ledger.queue_length == 0
+        assert len(asyncio.all_tasks()) <= tasks_before + 110  # One for each connection that the client keeps open.
+        rig.store.before = nothing
+        goes_on.set()
+        began_s = loop.time()
+        while (await rig.chat(body())).status_code != 200:
+            assert loop.time() - began_s < 10
+        await back(rig)
+        assert Decimal(5) - Decimal(await rig.balance()) == 2 * COST
+        assert (await rig.wallet()).reserved == 0
+
+
+async def test_a_database_that_is_gone_under_load_keeps_nobody_waiting(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.grant("5")
+        rig.store.away = lambda command: True
+        loop = asyncio.get_running_loop()
+        assert (await rig.chat(body())).status_code == 503  # It was tried again, with growing waits.
+        longest: list[float] = []
+        for _ in range(3):
+            began_s = loop.time()
+            answers = await asyncio.gather(*(rig.chat(body()) for _ in range(60)))
+            longest.append(loop.time() - began_s)
+            assert {answer.status_code for answer in answers} == {503}
+        assert max(longest) < 3, longest
+        assert rig.ledger.queue_length == 0
+        rig.store.away = lambda command: False
+        assert (await rig.chat(body())).status_code == 200
+        await back(rig)
+        assert Decimal(5) - Decimal(await rig.balance()) == COST
+
+
+async def test_bodies_that_wait_for_the_ledger_are_bounded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.proxy.chat.WAITING_BYTES_MAX", 250)
+    async with running(tmp_path) as rig:
+        await rig.grant("5")
+        goes_on = asyncio.Event()
+
+        async def hang(commands: Any) -> None:
+            await goes_on.wait()
+
+        rig.store.before = hang
+        first = asyncio.create_task(rig.chat(body()))
+        while rig.store.count(Reserve) == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert (await rig.chat(body())).status_code == 503
+        goes_on.set()
+        assert (await first).status_code == 200
+        assert (await rig.chat(body())).status_code == 200
 
 
 async def test_a_streams_orphan_is_settled_for_its_last_mark(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from gateway.database import Database, DatabaseUnavailable, of
 from gateway.errors import ApiError
 from gateway.identity import keys
 from gateway.identity.keys import APP_SCOPES, INSTALLATION_SCOPES, KeyScope
-from gateway.identity.principals import UNKNOWN_MAX, Principals
+from gateway.identity.principals import LEASE_S, OUTAGE_LEASE_S, OUTAGE_LOOK_S, UNKNOWN_MAX, Principals
 from gateway.identity.tenants import Tenants
 from gateway.ids import new_id
 from gateway.tables import AssetVersion
@@ -245,3 +245,67 @@ async def test_a_database_that_is_away_is_not_a_wrong_key(
     assert (error.status, error.code) == (503, "ledger_unavailable")
     counted.away = False
     assert (await principals.authenticate(token)).key_id == key_id
+
+
+# The database is away.
+
+
+async def test_a_tenant_that_chose_it_is_known_for_a_while_without_the_database(
+    tenants: Tenants, principals: Principals, counted: CountedDatabase, clock: Clock
+):
+    token, tenant_id, _ = await new_key(tenants)
+    await tenants.change_tenant(tenant_id, when_ledger_is_down="open", open_allowance=7)
+    assert (await principals.authenticate(token)).open_allowance == 7
+    counted.away = True
+    clock.pass_s(LEASE_S)
+    reads = counted.reads
+    for _ in range(5):
+        assert (await principals.authenticate(token)).tenant_id == tenant_id
+    assert counted.reads == reads + 1, "it is asked once, and then taken for away for a moment"
+    clock.pass_s(OUTAGE_LOOK_S)
+    await principals.authenticate(token)
+    assert counted.reads == reads + 2
+    clock.pass_s(OUTAGE_LEASE_S)
+    assert (await refusal(principals, token)).status == 503
+
+
+async def test_a_tenant_that_did_not_choose_it_is_refused_without_the_database(
+    tenants: Tenants, principals: Principals, counted: CountedDatabase, clock: Clock
+):
+    token, _, _ = await new_key(tenants)
+    await principals.authenticate(token)
+    counted.away = True
+    clock.pass_s(LEASE_S)
+    assert (await refusal(principals, token)).status == 503
+
+
+async def test_a_key_that_was_revoked_meanwhile_ends_when_the_database_is_back(
+    tenants: Tenants, principals: Principals, counted: CountedDatabase, clock: Clock
+):
+    token, tenant_id, key_id = await new_key(tenants)
+    await tenants.change_tenant(tenant_id, when_ledger_is_down="open", open_allowance=7)
+    await principals.authenticate(token)
+    await tenants.revoke_key(tenant_id, key_id)
+    counted.away = True
+    clock.pass_s(LEASE_S)
+    await principals.authenticate(token)
+    counted.away = False
+    clock.pass_s(OUTAGE_LOOK_S)
+    assert (await refusal(principals, token)).status == 401
+
+
+async def test_look_ups_under_way_are_bounded_and_end(
+    tenants: Tenants, principals: Principals, counted: CountedDatabase, monkeypatch: pytest.MonkeyPatch
+):
+    token, _, _ = await new_key(tenants)
+    others = [(await new_key(tenants))[0] for _ in range(2)]
+    monkeypatch.setattr("gateway.identity.principals.LOOK_UPS_MAX", 2)
+    monkeypatch.setattr("gateway.identity.principals.LOOK_UP_S", 0.05)
+    counted.go_on.clear()
+    waiting = [asyncio.create_task(refusal(principals, other)) for other in others]
+    await asyncio.sleep(0)
+    assert (await refusal(principals, token)).status == 503
+    assert [(await each).status for each in waiting] == [503, 503], "a database that hangs is not waited for"
+    counted.go_on.set()
+    monkeypatch.undo()
+    await principals.authenticate(token)

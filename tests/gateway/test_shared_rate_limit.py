@@ -58,11 +58,21 @@ async def processes(url: str, *options: dict[str, float]) -> AsyncIterator[list[
         await process.link.stop()
 
 
-@pytest.fixture(params=["single", "cluster"])
-def server(request: pytest.FixtureRequest) -> Iterator[ValkeyServer]:
-    server = ValkeyServer(cluster=request.param == "cluster").start()
+@pytest.fixture
+def server() -> Iterator[ValkeyServer]:
+    """A server of the test's own, which it may kill."""
+    server = ValkeyServer().start()
     yield server
     server.close()
+
+
+@pytest.fixture(params=["single", "cluster"])
+def shared(request: pytest.FixtureRequest) -> ValkeyServer:
+    """An empty server or cluster that others use too."""
+    single = request.param == "single"
+    request.getfixturevalue("redis_url" if single else "redis_cluster_url")
+    server: ValkeyServer = request.getfixturevalue("valkey_server" if single else "valkey_cluster")
+    return server
 
 
 def counted(server: ValkeyServer, key: str = "key_a") -> int:
@@ -80,15 +90,15 @@ def pass_in_redis(server: ValkeyServer, seconds: float, key: str = "key_a") -> N
             client.zadd(found, {name: at_us - seconds * 1_000_000})
 
 
-async def test_exactly_the_limit_is_admitted_over_all_processes(server: ValkeyServer):
+async def test_exactly_the_limit_is_admitted_over_all_processes(shared: ValkeyServer):
     # Their clocks have nothing to do with each other.
-    async with processes(server.url, {"clock_s": 0.0}, {"clock_s": 3_600.0}, {"clock_s": 86_400.0}) as three:
+    async with processes(shared.url, {"clock_s": 0.0}, {"clock_s": 3_600.0}, {"clock_s": 86_400.0}) as three:
         admitted = await asyncio.gather(*(process.admitted(100, limit=50) for process in three))
         assert sum(admitted) == 50
         refused = await three[0].check(50)
         assert (refused.allowed, refused.remaining) == (False, 0)
         assert 55 <= refused.retry_after_s <= 60
-        assert counted(server) == 50
+        assert counted(shared) == 50
 
 
 async def test_the_window_moves_with_the_clock_of_redis(redis_url: str, valkey_server: ValkeyServer):
@@ -158,20 +168,20 @@ async def test_a_redis_whose_clock_is_set_back_keeps_nobody_out(redis_url: str, 
         assert (refused.allowed, refused.retry_after_s) == (False, 60)
 
 
-async def test_after_flushall_it_is_told_again_before_it_decides(server: ValkeyServer):
-    async with processes(server.url, {}) as (one,):
+async def test_after_flushall_it_is_told_again_before_it_decides(shared: ValkeyServer):
+    async with processes(shared.url, {}) as (one,):
         assert await one.admitted(7, limit=10) == 7
-        with server.client() as client:
+        with shared.client() as client:
             client.flushall()
         assert await one.admitted(10, limit=10) == 3
 
 
-async def test_after_flushall_an_idle_process_tells_within_a_lease(server: ValkeyServer):
-    async with processes(server.url, {}, {}) as (idle, busy):
+async def test_after_flushall_an_idle_process_tells_within_a_lease(shared: ValkeyServer):
+    async with processes(shared.url, {}, {}) as (idle, busy):
         assert await idle.admitted(7, limit=10) == 7
-        with server.client() as client:
+        with shared.client() as client:
             client.flushall()
-        await until(lambda: counted(server) == 7)
+        await until(lambda: counted(shared) == 7)
         assert await busy.admitted(10, limit=10) == 3
 
 

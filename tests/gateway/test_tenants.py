@@ -34,6 +34,23 @@ async def test_another_tenant_may_be_lent_the_operators_money_up_to_a_limit(tena
     assert caught.value.param == "unfunded_limit"
 
 
+async def test_a_tenant_is_refused_without_a_ledger_until_it_chooses_otherwise(tenants: Tenants):
+    tenant, other = await tenants.create_tenant("One"), await tenants.create_tenant("Other")
+    assert tenant.open_allowance == 0
+    chosen = await tenants.change_tenant(tenant.id, when_ledger_is_down="open")
+    assert chosen.open_allowance == 0, "without an allowance nothing is served"
+    assert (await tenants.change_tenant(tenant.id, open_allowance=50)).open_allowance == 50
+    assert (await tenants.change_tenant(tenant.id)).open_allowance == 50
+    assert (await tenants.change_tenant(tenant.id, when_ledger_is_down="closed")).open_allowance == 0
+    assert (await tenants.tenant(other.id)).settings == {}
+    with pytest.raises(ApiError) as caught:
+        await tenants.change_tenant(tenant.id, open_allowance=-1)
+    assert caught.value.param == "open_allowance"
+    with pytest.raises(ApiError) as caught:
+        await tenants.change_tenant("ten_none", open_allowance=1)
+    assert caught.value.code == "not_found"
+
+
 async def test_there_is_one_first_tenant(tenants: Tenants):
     await tenants.create_tenant("Operator", first=True)
     with pytest.raises(ApiError, match="first tenant already"):

@@ -17,6 +17,7 @@ from ledger.commands import (
     Freeze,
     Grant,
     Lapse,
+    Refund,
     Release,
     Reserve,
     ReserveLeg,
@@ -144,7 +145,7 @@ class Naive:
             made["mark"] = command.mark
         return answer
 
-    def _hold(self, command: Reserve | Debit, request: str | None) -> Prediction:
+    def _hold(self, command: Reserve | Debit, request: str | None, asked: list[ReserveLeg] | None = None) -> Prediction:
         legs = [tuple(dict.fromkeys(leg.wallets)) for leg in command.legs]
         made = {
             "state": "open",
@@ -161,10 +162,12 @@ class Naive:
             "until": self.now,
             "charged": [Charge()] * len(legs),
             "lost": 0,
+            "paid": [],
+            "given": [],
             "commits": 0,
         }
         self.reservations[command.reservation] = made
-        for number, leg in enumerate(command.legs):
+        for number, leg in enumerate(asked or command.legs):
             refused = self._hold_leg(made, number, leg)
             if refused:
                 del self.reservations[command.reservation]
@@ -238,35 +241,118 @@ class Naive:
         return {"word": "reserved", "held": self._held(known)}
 
     def _debit(self, command: Debit) -> Prediction:
-        if command.reservation in self.reservations:
-            return _no("already_exists")
-        answer = self._hold(command, None)
+        beyond = command.beyond == "receivable"
+        usage = command.settlement.usage
+        request = usage.request_id if usage is not None else None
+        known = self.reservations.get(command.reservation)
+        if known is not None:
+            if not beyond or request is None or known["request"] != request:
+                return _no("already_exists")
+            if known["state"] in ("committed", "released") or known["given"]:
+                return _no("reservation_settled")
+            late = known["state"] == "expired"
+            settlement = self._missing(known, command.settlement) if late else command.settlement
+            self._charge(command.reservation, settlement, final=True, beyond=True)
+            return self._end(known, "committed")
+        asked = [(leg.wallets, 0, 0) if beyond else (leg.wallets, leg.amount, leg.minimum) for leg in command.legs]
+        answer = self._hold(command, request, [ReserveLeg(*leg) for leg in asked])
         if answer.get("refused"):
             return answer
         made = self.reservations[command.reservation]
-        self._charge(command.reservation, command.settlement, final=True)
+        self._charge(command.reservation, command.settlement, final=True, beyond=beyond)
         return self._end(made, "committed")
 
     def _commit(self, command: Commit) -> Prediction:
         known = self.reservations.get(command.reservation)
         if known is None:
             return _no("not_found")
-        if known["state"] in ("committed", "released"):
-            return _no("reservation_settled")
-        settlement = command.settlement
         late = known["state"] == "expired"
-        if late and known["mark"] is not None:
-            charges = []
-            for actual, marked in zip(settlement.charges, known["mark"].charges, strict=True):
-                missing = max(0, actual.base + actual.markup - marked.base - marked.markup)
-                base = min(missing, max(0, actual.base - marked.base))
-                charges.append(Charge(base, missing - base))
-            settlement = Settlement(tuple(charges))
+        if known["state"] in ("committed", "released") or (late and known["given"]):
+            return _no("reservation_settled")
+        settlement = self._missing(known, command.settlement) if late else command.settlement
         self._charge(command.reservation, settlement, final=late or command.final)
         if late or command.final:
             return self._end(known, "committed")
         known["mark"] = None
         return self._told(known, "open")
+
+    def _missing(self, known: dict[str, Any], settlement: Settlement) -> Settlement:
+        """What is left to charge after the mark was."""
+        if known["mark"] is None:
+            return settlement
+        charges = []
+        for actual, marked in zip(settlement.charges, known["mark"].charges, strict=True):
+            missing = max(0, actual.base + actual.markup - marked.base - marked.markup)
+            base = min(missing, max(0, actual.base - marked.base))
+            charges.append(Charge(base, missing - base))
+        return Settlement(tuple(charges))
+
+    def _refund(self, command: Refund) -> Prediction:
+        """Go through what was paid from the end, and put each part where it came from."""
+        known = self.reservations.get(command.reservation)
+        if known is None:
+            return _no("not_found")
+        legs = len(known["legs"])
+        lines = self._paid_lines(known)
+        left = [sum(base + markup for line, (base, markup) in lines if line[0] == leg) for leg in range(legs)]
+        asked = list(left if command.amounts is None else command.amounts)
+        if len(asked) != legs or any(amount > most or amount < 0 for amount, most in zip(asked, left, strict=True)):
+            return _no("invalid_amount")
+        amounts = tuple(asked)
+        for line, (base, markup) in reversed(lines):
+            part = min(asked[line[0]], base + markup)
+            if part > 0:
+                asked[line[0]] -= part
+                self._put_back(known, line, base * part // (base + markup), part)
+        return {"word": "refunded", "amounts": amounts, "balance": self.balance(known["legs"][0][0])}
+
+    def _paid_lines(self, known: dict[str, Any]) -> list[tuple[Any, tuple[int, int]]]:
+        """By leg, block and accounts, in the order of the first payment: what was paid less what was given back."""
+        sums: dict[Any, list[int]] = {}
+        for line, base, markup in known["paid"]:
+            sums.setdefault(line, [0, 0])
+            sums[line][0] += base
+            sums[line][1] += markup
+        for line, base, markup in known["given"]:
+            sums[line][0] -= base
+            sums[line][1] -= markup
+        return [(line, (base, markup)) for line, (base, markup) in sums.items() if base + markup]
+
+    def _put_back(self, known: dict[str, Any], line: Any, base: int, part: int) -> None:
+        _, ref, name, base_account, markup_account = line
+        known["given"].append((line, base, part - base))
+        self._book(ref, base_account, -base)
+        if isinstance(markup_account, WalletRef):
+            self._take_from_pool(markup_account, part - base)
+        else:
+            self._book(ref, markup_account, base - part)
+        wallet = self.wallets[ref]
+        if name is None:
+            forgiven = min(part, wallet["owed"])
+            wallet["owed"] -= forgiven
+            if part > forgiven:
+                self._returns(ref, paid=True)["left"] += part - forgiven
+            return
+        block = self._block(ref, name)
+        block["used"] -= part
+        block["left"] += part
+        self._collect(ref, name)
+        if self._over(block):
+            lapsed = min(part, self._free(ref, block))
+            block["left"] -= lapsed
+            block["lapsed"] += lapsed
+            self._book(ref, "breakage", lapsed)
+
+    def _take_from_pool(self, ref: WalletRef, amount: int) -> None:
+        """First what was returned to it, then whatever it has; it owes the rest."""
+        blocks = self._payable(ref, Tags())
+        for returned in (True, False):
+            for block in blocks:
+                if block["name"].startswith("blk_returns") is returned:
+                    part = min(amount, self._free(ref, block))
+                    self._use(ref, block["name"], part)
+                    amount -= part
+        self.wallets[ref]["owed"] += amount
 
     def _release(self, command: Release) -> Prediction:
         known = self.reservations.get(command.reservation)
@@ -314,7 +400,7 @@ class Naive:
     def _told(self, known: dict[str, Any], state: str) -> Prediction:
         return {"word": state, "charged": tuple(known["charged"]), "shortfall": known["lost"]}
 
-    def _charge(self, ref: Any, settlement: Settlement, *, final: bool) -> None:
+    def _charge(self, ref: Any, settlement: Settlement, *, final: bool, beyond: bool = False) -> None:
         """Every leg from its own pins; then, the rest of the pins freed, from whatever is free; then nobody pays."""
         known = self.reservations[ref]
         known["commits"] += 1
@@ -335,6 +421,10 @@ class Naive:
                     self._use(wallet, name, part)
                     parts[leg].append((wallet, name, part))
                     missing -= part
+            if beyond and missing:
+                self._open(known["legs"][leg][0])["owed"] += missing
+                parts[leg].append((known["legs"][leg][0], None, missing))
+                continue
             known["lost"] += missing
             self.accounts[ref.tenant, ref.mode, "meter_shortfall"] -= missing
             self.accounts[ref.tenant, ref.mode, "revenue"] += missing
@@ -357,15 +447,18 @@ class Naive:
             markup = part - base
             block = self._block(ref, name) if name is not None else None
             paid = block is None or block["paid"]
-            self._book(ref, "revenue" if paid else "tenant_due", base)
+            base_account = "revenue" if paid else "tenant_due"
+            self._book(ref, base_account, base)
             if block is None or not paid:
                 unfunded += base
             if block is not None and block["funding"] == "developer_grant":
+                markup_account = block["pool"]
                 self._give_back(block, markup)
-            elif block is not None and block["funding"] == "paid" and known["developer"]:
-                self._book(ref, f"developer_payable:{known['developer']}", markup)
             else:
-                self._book(ref, "tenant_margin", markup)
+                payable = block is not None and block["funding"] == "paid" and known["developer"]
+                markup_account = f"developer_payable:{known['developer']}" if payable else "tenant_margin"
+                self._book(ref, markup_account, markup)
+            known["paid"].append(((leg, ref, name, base_account, markup_account), base, markup))
             before = known["charged"][leg]
             known["charged"][leg] = Charge(before.base + base, before.markup + markup)
         return unfunded
@@ -399,15 +492,19 @@ class Naive:
         self._book(ref, "limit", used)
 
     def _give_back(self, block: dict[str, Any], amount: int) -> None:
-        pool = self._open(block["pool"])
-        name = "blk_returns_paid" if block["paid"] else "blk_returns_unpaid"
-        if amount and all(other["name"] != name for other in pool["blocks"]):
-            self._add_block(
-                pool, name, 0, prio=0, start=self.now, end=None, apps=(), paid=block["paid"], pool=None,
-                funding="paid" if block["paid"] else "external",
-            )  # fmt: skip
+        self._open(block["pool"])
         if amount:
-            self._block(block["pool"], name)["left"] += amount
+            self._returns(block["pool"], paid=block["paid"])["left"] += amount
+
+    def _returns(self, ref: WalletRef, *, paid: bool) -> dict[str, Any]:
+        wallet = self.wallets[ref]
+        name = "blk_returns_paid" if paid else "blk_returns_unpaid"
+        if all(other["name"] != name for other in wallet["blocks"]):
+            self._add_block(
+                wallet, name, 0, prio=0, start=self.now, end=None, apps=(), paid=paid, pool=None,
+                funding="paid" if paid else "external",
+            )  # fmt: skip
+        return self._block(ref, name)
 
     def _revoke(self, command: Revoke) -> Prediction:
         wallet = self.wallets.get(command.wallet)

@@ -7,7 +7,9 @@ of the journal from its entries alone.
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ledger.commands import AnyCommand, Hold
+import msgspec
+
+from ledger.commands import AnyCommand, Hold, Refund
 from ledger.model import Reservation, ReservationState, Scope
 from ledger.outcomes import (
     Applied,
@@ -122,6 +124,8 @@ def check_step(state: State, command: AnyCommand, outcome: Applied, now_us: int)
         allowed |= {Scope(ref.tenant, ref.mode) for ref in (*command.limits, *filter(None, [command.unfunded]))}
     reservation = getattr(command, "reservation", None)
     known = state.reservations.get(reservation) if reservation is not None else None
+    if isinstance(command, Refund):
+        assert not any(isinstance(fact, KeyFreed | UsageRecorded) for fact in outcome.facts), "a refund only gives back"
     if known is not None:
         refs = [ref for leg in known.legs for ref in leg.wallets] + [*known.limits, *filter(None, [known.unfunded])]
         allowed |= {Scope(ref.tenant, ref.mode) for ref in refs}
@@ -132,7 +136,11 @@ def check_step(state: State, command: AnyCommand, outcome: Applied, now_us: int)
             assert fact.amount > 0
             assert fact.debit != fact.credit
         if isinstance(fact, ReservationChanged):
-            _check_change(state.reservations.get(fact.reservation.ref), fact.reservation)
+            before = state.reservations.get(fact.reservation.ref)
+            if isinstance(command, Refund):
+                _check_refund(before, fact.reservation)
+            else:
+                _check_change(before, fact.reservation)
     versions = [fact.wallet for fact in outcome.facts if isinstance(fact, WalletChanged)]
     assert len(versions) == len(set(versions)), "a command raises a wallet's version once"
     moved = {fact.wallet for fact in outcome.facts if isinstance(fact, BlockChanged)}
@@ -151,12 +159,27 @@ def _check_change(before: Reservation | None, after: Reservation) -> None:
     if before is None:
         return
     assert before.state not in FINAL, "what is settled stays settled"
+    assert before.state is ReservationState.OPEN or not before.refunds, "what was given back is not charged again"
     if before.state is ReservationState.EXPIRED:
         assert after.state is ReservationState.COMMITTED, "only a late commit changes what has expired"
     assert after.expires_at_us >= before.expires_at_us
     for was, now in zip(before.charged, after.charged, strict=True):
         assert now.base >= was.base, "what was charged stays charged"
         assert now.markup >= was.markup
+
+
+def _check_refund(before: Reservation | None, after: Reservation) -> None:
+    assert before is not None
+    assert msgspec.structs.replace(after, refunds=before.refunds) == before, "a refund changes nothing else"
+    given = {payment.name: payment for payment in after.refunds}
+    assert len(given) == len(after.refunds)
+    for was in before.refunds:
+        assert given[was.name].base >= was.base, "what was given back stays given back"
+        assert given[was.name].markup >= was.markup
+    paid = {payment.name: payment for payment in after.payments}
+    for name, payment in given.items():
+        assert 0 <= payment.base <= paid[name].base, "no more is given back than was paid"
+        assert 0 <= payment.markup <= paid[name].markup
 
 
 def _scope(fact: Fact) -> Scope:

@@ -23,6 +23,7 @@ from ledger.commands import (
     Grant,
     Key,
     Lapse,
+    Refund,
     Release,
     Reserve,
     ReserveLeg,
@@ -42,6 +43,7 @@ from ledger.model import (
     UsageRecord,
     WalletRef,
 )
+from ledger.outcomes import Settled
 from ledger.store.postgres import PostgresStore
 from ledger.store.protocol import Store
 from ledger.store.sqlite import SqliteStore
@@ -215,6 +217,14 @@ class Say:
             **more,
         )
 
+    def refund(self, settled: Settled, amount: int | None = None, **more: Any) -> Refund:
+        return Refund(
+            **self._common(more),
+            reservation=ReservationRef(*self.scope, settled.reservation),
+            payments=settled.payments,
+            amounts=None if amount is None else (amount,),
+        )
+
     def release(self, name: str, **more: Any) -> Release:
         return Release(**self._common(more), reservation=reservation(name, self.scope))
 
@@ -346,7 +356,9 @@ class RandomCommands:
         return self._random.choice([self._say.release, self._say.lapse])(name)
 
     def _debit(self, now_us: int) -> AnyCommand:
-        return self._say.debit(self._random.choice("abc"), f"{next(self._names):04d}", self._random.randint(1, 60))
+        beyond = self._random.choice(["refuse", "receivable"])
+        name = f"{next(self._names):04d}" if self._random.random() < 0.8 else self._any_reservation()
+        return self._say.debit(self._random.choice("abc"), name, self._random.randint(1, 60), beyond=beyond)
 
     def _switch(self, now_us: int) -> AnyCommand:
         owner, block = self._random.choice(self._granted)

@@ -14,7 +14,9 @@ be applied. After every step the invariants of ``tests.ledger.oracle`` hold, and
 ``commit r1 30+5``                         base and markup; a leg each: ``30+5|10``. ``partial response cost=``
                                            ``units=input:3,output:5``
 ``release r1`` · ``lapse r1``
-``debit w1 r1 30+5``                       ``hold=60..20`` where it is not the charge itself
+``debit w1 r1 30+5``                       ``hold=60..20`` where it is not the charge itself; ``beyond`` owes what
+                                           is not there, ``response`` as in commit
+``refund r1 20`` · ``refund r1``           an amount a leg: ``20|5``; without one, all that is left of the charge
 ``revoke w1 b1 40`` · ``clawback w1 b1 40``   ``reference=``
 ``expire w1`` · ``freeze w1 [b1]`` · ``unfreeze w1 [b1]`` · ``overdraft w1 50``
 
@@ -34,6 +36,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from ledger.commands import (
     AnyCommand,
     Commit,
@@ -44,6 +48,7 @@ from ledger.commands import (
     Grant,
     Key,
     Lapse,
+    Refund,
     Release,
     Reserve,
     ReserveLeg,
@@ -73,6 +78,7 @@ from ledger.outcomes import (
     Fact,
     Granted,
     Outcome,
+    Refunded,
     Rejected,
     Reserved,
     Revoked,
@@ -91,6 +97,7 @@ _ANSWER = StoredResponse(status=200, headers=(), body=b"{}")
 RESULT_WORDS: dict[Any, str] = {
     Granted: "granted",
     Reserved: "reserved",
+    Refunded: "refunded",
     Revoked: "revoked",
     Expired: "expired",
     Changed: "changed",
@@ -125,6 +132,13 @@ class Case:
         assert oracle.replayed(self.facts) == self.state, "the state is the fold of all facts"
         return outcome
 
+    def complete(self, command: AnyCommand) -> AnyCommand:
+        """A refund with the payments of its reservation, which no line of a table spells out."""
+        if isinstance(command, Refund) and command.reservation in self.state.reservations:
+            payments = self.state.reservations[command.reservation].payments
+            return msgspec.structs.replace(command, payments=payments)
+        return command
+
     def account(self, account: str, *, scope: Scope = SCOPE, asset: str = ASSET) -> int:
         return oracle.account_balances(self.facts).get((scope, account, asset), 0)
 
@@ -151,7 +165,7 @@ def _step(case: Case, line: str) -> None:
         _ASSERTIONS[verb](case, words)
     else:
         case.commands += 1
-        outcome = case.run(command(text, command_id=f"cmd_{case.commands:03d}"))
+        outcome = case.run(case.complete(command(text, command_id=f"cmd_{case.commands:03d}")))
         _expect(_describe(outcome), expected.split(), outcome)
 
 
@@ -303,7 +317,14 @@ def _lapse(line: _Line) -> Lapse:
     return Lapse(**line.common(reservation.scope), reservation=reservation)
 
 
+def _refund(line: _Line) -> Refund:
+    reservation = reservation_ref(line.words[0])
+    amounts = tuple(map(int, line.words[1].split("|"))) if len(line.words) > 1 else None
+    return Refund(**line.common(reservation.scope), reservation=reservation, payments=(), amounts=amounts)
+
+
 def _debit(line: _Line) -> Debit:
+    beyond, response = line.flag("beyond"), line.flag("response")
     wallets, name, charges = line.words
     reservation = reservation_ref(name)
     settlement = line.settlement(charges)
@@ -313,6 +334,8 @@ def _debit(line: _Line) -> Debit:
         **_hold(line, wallets, amounts),
         reservation=reservation,
         settlement=settlement,
+        beyond="receivable" if beyond else "refuse",
+        response=_ANSWER if response else None,
     )
 
 
@@ -354,6 +377,7 @@ _COMMANDS: dict[str, Callable[[_Line], AnyCommand]] = {
     "release": _release,
     "lapse": _lapse,
     "debit": _debit,
+    "refund": _refund,
     "revoke": _revoke,
     "clawback": _revoke,
     "expire": _expire,
@@ -384,7 +408,8 @@ def _block_facts(case: Case, words: list[str]) -> None:
 
 def _reservation_facts(case: Case, words: list[str]) -> None:
     reservation = case.state.reservations[reservation_ref(words[0])]
-    _expect({**_fields(reservation), "held": reservation.held_by_leg}, words[1:], reservation)
+    facts = {"held": reservation.held_by_leg, "refunded": reservation.refunded}
+    _expect({**_fields(reservation), **facts}, words[1:], reservation)
 
 
 def _account_facts(case: Case, words: list[str]) -> None:

@@ -93,7 +93,7 @@ class Ledgers(RuleBasedStateMachine):
             raise AssertionError(f"{failure}\nat {self.case.now_us}, the end of:\n{table}") from failure
 
     def _step(self, line: str) -> Outcome:
-        asked = command(line, command_id=f"cmd_{len(self.table):04d}")
+        asked = self.case.complete(command(line, command_id=f"cmd_{len(self.table):04d}"))
         free = self._free_in_all()
         predicted = self.naive.predict(asked, self.case.now_us)
         outcome = self.case.run(asked)
@@ -217,7 +217,27 @@ class Ledgers(RuleBasedStateMachine):
         scope, wallets, amounts, legs = hold
         name = f"d{len(self.table)}{scope}"
         charge = data.draw(charges(legs))
-        self.step(f"debit {wallets} {name} {charge} hold={amounts}{data.draw(bounds(scope))}{key}")
+        beyond = data.draw(st.sampled_from(["", " beyond"]))
+        outcome = self.step(f"debit {wallets} {name} {charge} hold={amounts}{data.draw(bounds(scope))}{key}{beyond}")
+        if isinstance(outcome, Applied) and not outcome.replayed:
+            self.reservations.append((name, legs))
+
+    @precondition(lambda self: self.reservations)
+    @rule(data=st.data())
+    def debit_what_may_be_reserved(self, data: st.DataObject) -> None:
+        """The work was done without knowing whether its reservation was made."""
+        name, legs = self._one_of(data, ReservationState.OPEN, ReservationState.EXPIRED)
+        known = self.case.state.reservations[reservation_ref(name)]
+        wallets = "|".join(",".join(map(_name_of, leg.wallets)) for leg in known.legs)
+        request = known.request_id if data.draw(LIKELY) else "another"
+        self.step(f"debit {wallets} {name} {data.draw(charges(legs))} beyond request={request}")
+
+    @precondition(lambda self: self.reservations)
+    @rule(data=st.data(), whole=LIKELY)
+    def refund(self, data: st.DataObject, whole: bool) -> None:
+        name, legs = self._one_of(data, ReservationState.COMMITTED, ReservationState.EXPIRED)
+        amounts = "" if whole and data.draw(st.booleans()) else "|".join(str(data.draw(AMOUNT)) for _ in range(legs))
+        self.step(f"refund {name} {amounts}")
 
     def _one_of(self, data: st.DataObject, *states: ReservationState) -> tuple[str, int]:
         """Some reservation, most likely one in these states."""
@@ -277,6 +297,10 @@ class Ledgers(RuleBasedStateMachine):
     @rule(name=st.sampled_from(["w1", "w2", "dev"]), scope=SCOPES, limit=st.integers(0, 50))
     def set_overdraft(self, name: str, scope: str, limit: int) -> None:
         self.step(f"overdraft {name}{scope} {limit}")
+
+
+def _name_of(ref: WalletRef) -> str:
+    return f"{ref.wallet}@{ref.tenant}/{ref.mode}"
 
 
 def _agree(predicted: Prediction, outcome: Outcome) -> None:

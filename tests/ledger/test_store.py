@@ -251,6 +251,46 @@ async def test_what_is_named_is_loaded_even_when_nothing_is_left_in_it(store: St
     assert isinstance(frozen, Applied)
 
 
+async def test_a_refund_finds_blocks_that_are_used_up_and_the_pool_of_their_markup(
+    database: Database, clock: Clock, say: Say
+) -> None:
+    first = await database.open(clock)
+    await first.run_batch([say.grant("pool", "p", 50)])
+    await first.run_batch(
+        [
+            say.grant("a", "g", 30, source_wallet="pool", funding=Funding.DEVELOPER_GRANT, priority=1),
+            say.grant("a", "1", 20),
+            say.overdraft("a", 10),
+            say.reserve("a", "1", 60),
+        ]
+    )
+    await first.run_batch([say.debit("pool", "spent", 20)])
+    (settled,) = await first.run_batch([say.commit("1", 45, 15)])
+    await first.close()
+    charged = result_of(settled)
+    assert [payment.total for payment in charged.payments] == [30, 20, 10]
+    second = await database.open(clock)
+    some, rest, too_much = await second.run_batch(
+        [say.refund(charged, 15), say.refund(charged), say.refund(charged, 1)]
+    )
+    assert (result_of(some).amounts, result_of(some).refunded) == ((15,), (15,))
+    assert (result_of(rest).amounts, result_of(rest).refunded) == ((45,), (60,))
+    assert reason_of(too_much) is Reason.INVALID_AMOUNT
+    assert (await verify(second)).violations == ()
+    found = await second.wallet(wallet("a"))
+    assert found is not None
+    assert [(block.id, block.remaining) for block in found.blocks] == [("blk_g", 30), ("blk_1", 20)]
+    assert found.wallet.receivable == 0
+    await second.close()
+
+
+async def test_an_answer_is_kept_with_a_debit_too(store: Store, say: Say, clock: Clock) -> None:
+    (debited,) = await store.run_batch([say.debit("a", "1", 10, key=key("k"), beyond="receivable", response=RESPONSE)])
+    assert result_of(debited).balance == -10
+    assert await store.response(SCOPE, "chat", "k", now_us=clock.us) == RESPONSE
+    assert (await verify(store)).violations == ()
+
+
 async def test_markup_returns_to_a_pool_whose_returned_credits_are_spent(store: Store, say: Say) -> None:
     for number in range(3):
         await store.run_batch(

@@ -9,7 +9,7 @@ import pytest
 from ledger.invariants import Audit, violations
 from ledger.ledger import Ledger
 from ledger.model import Charge, Funding, Scope, Settlement
-from ledger.outcomes import Transfer
+from ledger.outcomes import Settled, Transfer
 from ledger.state import State, evolve
 from ledger.store.protocol import JournalEntry, Store
 from ledger.store.statements import columns
@@ -35,6 +35,12 @@ async def damage(ledger: Ledger, store: Store, database: Database, say: Say) -> 
     await ledger.execute(say.reserve("c", "short", 10))
     await ledger.execute(say.commit("short", 12))
     await ledger.execute(say.revoke("c", "c", 5, clawback=True))
+    await ledger.execute(say.debit("c", "away", 9, beyond="receivable"))
+    await ledger.execute(say.grant("d", "d", 40))
+    back = (await ledger.execute(say.debit("d", "back", 40))).result
+    assert isinstance(back, Settled)
+    await ledger.execute(say.refund(back, 12))
+    await ledger.execute(say.refund(back, 7))
     assert (await verify(store)).violations == ()
 
     async def do(sql: str) -> Verified:
@@ -157,6 +163,14 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
         ),
         (in_facts("commit", '"at_us":17', '"at_us":16'), "a wallet's facts are in the order of time"),
         (in_facts("debit", '"receivable":15', '"receivable":115'), "a wallet goes below zero only as far as agreed"),
+        (in_facts("debit", '"owed":[9]', '"owed":[8]'), "a wallet goes below zero only as far as agreed"),
+        (in_facts("refund", '"base":19', '"base":41'), "no more is given back than was paid"),
+        (in_facts("refund", '"base":19', '"base":18'), "a charge is booked as its reservation tells it"),
+        (in_facts("refund", '"charged":[{"base":40', '"charged":[{"base":39'), "a settled reservation stays settled"),
+        (
+            "UPDATE ledger_transfer SET amount = amount + 1 WHERE debit = 'revenue'",
+            "a charge is booked as its reservation tells it",
+        ),
         (in_facts("commit", '"consumed":15', '"consumed":999'), "a block's amounts are not negative"),
         (in_facts("reserve", '"reserved":25', '"reserved":24'), "what open reservations hold is what is reserved"),
         (

