@@ -4,6 +4,7 @@
     python -m bench --write         ... and puts them into docs/benchmarks.md
     python -m bench --quick         one short round, to see that it runs
     python -m bench --only JSON     some of the loads alone
+    python -m bench --only postgres the ledger on PostgreSQL alone
 
 How it works. The systems take turns, round after round, so that a machine that slows down slows all of them; each
 figure is the median of its rounds. CPU is that of the measured process and its children, by the kernel's account.
@@ -22,6 +23,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+
+import uvloop
 
 from bench import pairs, processes
 from bench.bodies import BODIES
@@ -156,14 +159,49 @@ def measure_pairs(*, rounds: int, seconds: float) -> list[str]:
     for _ in range(rounds):
         for case in cases:
             in_flight, one_wallet, batch_max = case
-            work = pairs.measure(in_flight=in_flight, seconds=seconds, batch_max=batch_max, one_wallet=one_wallet)
-            taken[case].append(asyncio.run(work))
+            with pairs.sqlite() as url:
+                work = pairs.measure(
+                    url, in_flight=in_flight, seconds=seconds, batch_max=batch_max, one_wallet=one_wallet
+                )
+                taken[case].append(asyncio.run(work))
     for (in_flight, one_wallet, batch_max), found in taken.items():
         rate = statistics.median(run.a_second for run in found)
         p50, p99 = (statistics.median(getattr(run, name) for run in found) / 1000 for name in LATENCIES)
         batch = "one command a transaction" if batch_max == 1 else "group commit"
         wallets = "one" if one_wallet else "one each"
         rows.append(f"| {in_flight} | {wallets} | {batch} | {rate:,.0f} | {p50:.1f} | {p99:.1f} |")
+    return rows
+
+
+def measure_postgres(*, rounds: int, seconds: float) -> list[str]:
+    """The same on a durable PostgreSQL, each run after one of pgbench on the same server."""
+    rows = [
+        "| in flight | wallets | pairs/s | of pgbench | reserve p50 ms | reserve p99 ms |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
+    cases = ((8, False), (32, False), (256, False), (256, True))
+    taken: dict[tuple[int, bool], list[pairs.Pairs]] = {case: [] for case in cases}
+    ratios: dict[tuple[int, bool], list[float]] = {case: [] for case in cases}
+    rates: list[float] = []
+    with pairs.postgres_server() as server:
+        for _ in range(rounds):
+            for case in cases:
+                in_flight, one_wallet = case
+                rates.append(pairs.pgbench(server, seconds=seconds))
+                with pairs.postgres(server) as url:
+                    work = pairs.measure(url, in_flight=in_flight, seconds=seconds, one_wallet=one_wallet)
+                    taken[case].append(uvloop.run(work))
+                ratios[case].append(taken[case][-1].a_second / rates[-1])
+    for case, found in taken.items():
+        rate = statistics.median(run.a_second for run in found)
+        p50, p99 = (statistics.median(getattr(run, name) for run in found) / 1000 for name in LATENCIES)
+        wallets = "one" if case[1] else "one each"
+        rows.append(
+            f"| {case[0]} | {wallets} | {rate:,.0f} | {statistics.median(ratios[case]):.2f} | {p50:.1f} | {p99:.1f} |"
+        )
+    rows.append(
+        f"\n`pgbench -N`, {pairs.PGBENCH_CLIENTS} clients: {statistics.median(rates):,.0f} transactions a second."
+    )
     return rows
 
 
@@ -174,9 +212,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     parser.add_argument("--quick", action="store_true", help="one short round")
-    parser.add_argument("--only", metavar="LOAD", help="measure only the loads whose name begins so, and nothing else")
+    parser.add_argument(
+        "--only", metavar="LOAD", help="measure only the loads whose name begins so, or `postgres`, and nothing else"
+    )
     options = parser.parse_args()
     rounds, seconds = (1, 1.0) if options.quick else (3, 2.0)
+    if options.only == "postgres":
+        print("\n".join(measure_postgres(rounds=rounds, seconds=seconds)))
+        return
     if options.only is not None:
         works = [work for work in LOADS if work.name.startswith(options.only)]
         print("\n".join(measure_loads(works, rounds=rounds, seconds=seconds)))
@@ -190,6 +233,8 @@ def main() -> None:
         *measure_start(rounds=rounds),
         "\n## The ledger on SQLite",
         *measure_pairs(rounds=rounds, seconds=seconds),
+        "\n## The ledger on PostgreSQL",
+        *measure_postgres(rounds=rounds, seconds=seconds),
     ]
     head = f"Measured on {datetime.date.today().isoformat()} on {processes.machine()}, with `make bench`."
     text = "\n".join([head, "", *sections])

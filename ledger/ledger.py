@@ -112,7 +112,14 @@ class Ledger:
             observed: see :class:`~ledger.writer.Writer`.
             read_wallet: reads a wallet for a view of it, instead of the store; never older than what was answered.
         """
-        writer = Writer(store.run_batch, abandoned=abandoned, observed=observed, queue_max=queue_max, wait_s=wait_s)
+        writer = Writer(
+            store.run_batch,
+            at_once=store.batches_at_once,
+            abandoned=abandoned,
+            observed=observed,
+            queue_max=queue_max,
+            wait_s=wait_s,
+        )
         return cls(store, writer, clock, new_command_id, applied, read_wallet=read_wallet)
 
     async def close(self) -> None:

@@ -1,11 +1,12 @@
 """Group commit: one writer a process takes all commands that wait, as one batch, and answers after its commit.
 
-How it works. There is no timer: while a batch commits, the next one gathers. A refusal is a value in its batch. When
-the store is unavailable the batch is tried again, a few times with growing waits; then, and at once when the failure is
-not the store's, it is cut in halves, so that one command that cannot be written fails alone. Two halves that find the
-store unavailable tell of an outage: then all fail, and nobody waits for more of it. During an outage one batch every
-``PROBE_S`` finds out, with a single attempt, whether it is over; whoever waits by then fails with it. A store that
-answers nothing at all for longer than a caller waits turns further callers away at once.
+How it works. There is no timer: while a batch commits, the next one gathers. A store may take more than one batch at
+once: what waits is shared out then, so that one is decided while the other is written. A refusal is a value in its
+batch. When the store is unavailable the batch is tried again, a few times with growing waits; then, and at once when
+the failure is not the store's, it is cut in halves, so that one command that cannot be written fails alone. Two halves
+that find the store unavailable tell of an outage: then all fail, and nobody waits for more of it. During an outage one
+batch every ``PROBE_S`` finds out, with a single attempt, whether it is over; whoever waits by then fails with it. A
+store that answers nothing at all for longer than a caller waits turns further callers away at once.
 """
 
 import asyncio
@@ -22,6 +23,9 @@ from ledger.store.protocol import StoreUnavailable
 
 BATCH_MAX = 256
 """Most commands in one batch."""
+
+SHARED_MIN = 16
+"""From how many commands on two batches at once are worth the second commit."""
 
 QUEUE_MAX = 10_000
 """Most commands that wait. More are turned away: an outage must not fill the memory."""
@@ -68,6 +72,7 @@ class Writer:
     """Hands commands to *run_batch* in batches, in the order in which they came.
 
     Args:
+        at_once: how many batches may be under way; what waits goes into the next one that begins.
         abandoned: gets the outcome of a command whose caller had stopped waiting when its batch was under way already.
         observed: is told of each attempt to write a batch; it must not fail.
     """
@@ -76,6 +81,7 @@ class Writer:
         self,
         run_batch: RunBatch,
         *,
+        at_once: int = 1,
         abandoned: Abandoned | None = None,
         observed: Observed | None = None,
         batch_max: int = BATCH_MAX,
@@ -91,10 +97,12 @@ class Writer:
         self._wait_s = wait_s
         self._sleep = sleep
         self._queue: OrderedDict[_Waiting, None] = OrderedDict()
-        self._working: asyncio.Task[None] | None = None
+        self._at_once = at_once
+        self._working: set[asyncio.Task[None]] = set()
+        self._gathering = False
         self._closed = False
         self._away = False
-        self._running_since_s: float | None = None
+        self._running_since_s: list[float] = []
 
     @property
     def away(self) -> bool:
@@ -122,8 +130,7 @@ class Writer:
             raise LedgerUnavailable(f"{self._queue_max} commands wait already")
         waiting = _Waiting(command, asyncio.get_running_loop().create_future(), monotonic())
         self._queue[waiting] = None
-        if self._working is None:
-            self._working = asyncio.create_task(self._work(), name="ledger-writer")
+        self._begin()
         try:
             async with asyncio.timeout(self._wait_s):
                 return await waiting.answer
@@ -141,29 +148,53 @@ class Writer:
 
     @property
     def _stalled(self) -> bool:
-        since_s = self._running_since_s
+        """Whether even the batch that began last is answered nothing."""
+        since_s = max(self._running_since_s, default=None)
         return since_s is not None and asyncio.get_running_loop().time() - since_s > self._wait_s
 
     async def close(self) -> None:
         """Take no more, and wait until everything that waits has its answer."""
         self._closed = True
-        while self._working is not None:
-            await asyncio.wait((self._working,))
+        while self._working:
+            await asyncio.wait(self._working)
+
+    def _begin(self) -> None:
+        """Begin another batch with what waits, if one may begin and none is about to. One alone probes an outage."""
+        at_once = 1 if self._away else self._at_once
+        if self._queue and not self._gathering and len(self._working) < at_once:
+            self._gathering = True
+            self._working.add(asyncio.create_task(self._work(), name="ledger-writer"))
 
     async def _work(self) -> None:
+        """Run batches until nothing waits."""
         try:
             while self._queue:
+                self._gathering = True
                 if self._away:
                     await self._sleep(PROBE_S)
                 else:
                     await asyncio.sleep(0)  # Let whoever is ready to submit join this batch.
-                taken = [self._queue.popitem(last=False)[0] for _ in range(min(len(self._queue), self._batch_max))]
+                self._gathering = False
+                taken = [self._queue.popitem(last=False)[0] for _ in range(self._share())]
                 if self._away:
                     await self._probe(taken)
                 else:
+                    self._begin()
                     await self._run_with_retries(taken)
         finally:
-            self._working = None
+            # At once: whoever submits next must not count on a task that has ended.
+            self._working = {task for task in self._working if task is not asyncio.current_task()}
+
+    def _share(self) -> int:
+        """How many of those that wait go into one batch.
+
+        Callers that are answered together come back together. Where another batch may begin as well, half is left to
+        it, or the two would never be under way at the same time.
+        """
+        waiting = len(self._queue)
+        if waiting >= SHARED_MIN and not self._away:
+            waiting = -(-waiting // (self._at_once - len(self._working) + 1))
+        return min(waiting, self._batch_max)
 
     async def _probe(self, batch: list[_Waiting]) -> None:
         """Find out whether an outage is over; if it is not, nobody waits for the next attempt."""
@@ -209,7 +240,8 @@ class Writer:
         """Run *batch* and answer everybody in it; or the failure, and nobody has an answer."""
         if not batch:
             return None
-        self._running_since_s = asyncio.get_running_loop().time()
+        since_s = asyncio.get_running_loop().time()
+        self._running_since_s.append(since_s)
         commands = [waiting.command for waiting in batch]
         began_s = monotonic()
         try:
@@ -218,7 +250,7 @@ class Writer:
             self._observe(batch, commands, None, began_s)
             return failure
         finally:
-            self._running_since_s = None
+            self._running_since_s.remove(since_s)
         self._away = False
         self._observe(batch, commands, outcomes, began_s)
         abandoned = []

@@ -1,6 +1,6 @@
 """PostgreSQL, for production: several processes on several hosts, one ledger.
 
-One connection takes the batches, a few others the reads; each is made again by itself after it was lost. No wait has no
+Two connections take the batches, a few others the reads; each is made again by itself after it was lost. No wait has no
 limit: a server that hangs makes the store unavailable, and nobody waits for it to come back.
 """
 
@@ -13,12 +13,11 @@ from ledger.commands import AnyCommand, StoredResponse
 from ledger.model import Reservation, ReservationRef, Scope, WalletRef
 from ledger.outcomes import Outcome, UsageRecorded
 from ledger.store import postgres_reads as reads
-from ledger.store.postgres_batch import BATCH_S, Batches
+from ledger.store.postgres_batch import BATCH_S, BATCHES_AT_ONCE, Batches
 from ledger.store.postgres_connection import CONNECT_ALL_S, Connection, Connections, connect, server_url, translated
 from ledger.store.protocol import (
     PAGE_MAX,
     Position,
-    SchemaMissing,
     Snapshot,
     StoreUnavailable,
     Transaction,
@@ -31,8 +30,8 @@ READERS: Final = 4
 READ_S: Final = 4.0
 """How long a read may take, and how long it may wait for its turn."""
 
-CLOSE_WAIT_S: Final = CONNECT_ALL_S + BATCH_S
-"""How long closing waits for a batch that is under way: as long as one may take."""
+CLOSE_WAIT_S: Final = CONNECT_ALL_S + 2 * BATCH_S
+"""How long closing waits for the batches that are under way: as long as one may take that goes both ways."""
 
 SNAPSHOT_ABANDONED_MS: Final = 3_600_000
 """How long a replay may think about one page."""
@@ -43,11 +42,12 @@ T = TypeVar("T")
 class PostgresStore:
     """A :class:`~ledger.store.protocol.Store` on a server."""
 
-    def __init__(self, url: str, batches: Batches) -> None:
+    batches_at_once = BATCHES_AT_ONCE
+
+    def __init__(self, url: str, *, clock: Callable[[], int] | None, watcher: Watcher | None) -> None:
         self._url = url
-        self._batches = batches
-        self._connection: Connection | None = None
-        self._turn = asyncio.Lock()
+        self._writers = Connections(url, size=BATCHES_AT_ONCE, wait_s=BATCH_S)
+        self._batches = Batches(self._writers, clock=clock, watcher=watcher)
         self._under_way: set[asyncio.Task[list[Outcome]]] = set()
         self._readers = Connections(url, size=READERS, wait_s=READ_S)
         self._closed = False
@@ -68,8 +68,8 @@ class PostgresStore:
             StoreUnavailable: it cannot be reached.
         """
         url = server_url(database_url)
-        store = cls(url, Batches(clock=clock, watcher=watcher))
-        store._connection = await connect(url)
+        store = cls(url, clock=clock, watcher=watcher)
+        store._writers.add(await connect(url))
         return store
 
     async def close(self) -> None:
@@ -85,8 +85,7 @@ class PostgresStore:
         if self._under_way:
             _, waiting = await asyncio.wait(self._under_way, timeout=CLOSE_WAIT_S)
         self._readers.close()
-        if self._connection is not None:
-            self._connection.terminate()
+        self._writers.close()
         if waiting:
             raise StoreUnavailable("a batch is still under way")
 
@@ -94,34 +93,12 @@ class PostgresStore:
         """A caller that goes away does not end its batch: a cancelled statement could end a commit's wait."""
         if self._closed:
             raise StoreUnavailable("the store is closed")
-        task = asyncio.ensure_future(self._run_batch(commands))
+        if not commands:
+            return []
+        task = asyncio.ensure_future(self._batches.run(commands))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         return await asyncio.shield(task)
-
-    async def _run_batch(self, commands: Sequence[AnyCommand]) -> list[Outcome]:
-        async with self._turn:
-            if not commands:
-                return []
-            connection = self._connection
-            if connection is None or connection.is_closed():
-                connection = self._connection = await self._connect_again()
-            try:
-                with translated():
-                    return await self._batches.run(connection, commands)
-            except BaseException as error:
-                # A value's fault leaves the connection whole, and what is kept from it.
-                if isinstance(error, StoreUnavailable) or connection.is_closed() or connection.is_in_transaction():
-                    connection.terminate()
-                    self._connection = None
-                raise
-
-    async def _connect_again(self) -> Connection:
-        """Where the ledger was once, it may be missing only for a while: the server may be about to be replaced."""
-        try:
-            return await connect(self._url)
-        except SchemaMissing as error:
-            raise StoreUnavailable(str(error)) from error
 
     async def wallet(self, ref: WalletRef) -> WalletBlocks | None:
         return await self._read(lambda connection: reads.wallet(connection, ref))

@@ -6,6 +6,10 @@ kept, writes, and is a transaction of its own. When something has moved, it writ
 something is not kept, the batch goes the long way once: begin, lock and load, decide, write, commit. A wallet that
 another process has moved is locked first for a while, so that two processes do not chase each other.
 
+Several batches may be under way. What one will have changed is kept at once, before it is committed, so that the next
+can be decided while the database works. One that was decided on another's changes is sent when that other is committed
+as it was decided, and is decided anew if it was not. The long way waits for all that began before.
+
 Why what is kept can be trusted, if its wallets have the versions that they had:
 
 - A wallet, its blocks and what they hold: each change of them raises the wallet's version.
@@ -13,15 +17,16 @@ Why what is kept can be trusted, if its wallets have the versions that they had:
   who does locks all its wallets, and the first payer's exists since it was made.
 - That something is not there (a command's id, a key, a new reservation, block or wallet) is looked up after the locks,
   and what is put there must not be there yet, by its table's primary key.
-- The server has not been started anew, and the connection is the same: a promoted standby may have another past.
+- The server is the same and has not been started anew: a promoted standby may have another past.
 
 The time of a batch is the database's clock after locking. The short way has to know it before, and reckons it from the
 last answer by this machine's monotonic clock: never ahead of the database's, and behind it by less than a round trip. A
 wallet's time never goes back, whoever writes.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -45,16 +50,19 @@ from ledger.model import Reservation, ReservationRef, ReservationState, Scope, W
 from ledger.outcomes import Outcome
 from ledger.state import State
 from ledger.store import postgres_rows as rows
-from ledger.store.postgres_connection import Connection, dropped_after
+from ledger.store.postgres_connection import Connection, Connections
 from ledger.store.protocol import StoreUnavailable, WalletBlocks, WalletVersion, Watcher
 from ledger.store.row_security import names, naming
-from ledger.store.rows import block_from, key_from, reservation_from, result_from, to_json, wallet_from
+from ledger.store.rows import block_from, key_from, reservation_from, result_from, wallet_from
 
 LOCK_WAIT_MS: Final = 2_000
 """How long a batch waits for a lock that another process holds."""
 
+BATCHES_AT_ONCE: Final = 2
+"""How many batches may be under way: one is decided while the other is written."""
+
 BATCH_S: Final = 5.0
-"""How long a batch may take; then its connection is dropped. It may have been committed: its commands' ids tell."""
+"""How long a batch may keep a connection, which is dropped then. It may have been committed: its commands' ids tell."""
 
 ROUNDS_MAX: Final = 4
 """How often the long way is begun anew, because a wallet that has to be locked was not known before."""
@@ -107,6 +115,15 @@ class _Known(NamedTuple):
     wallets: set[WalletRef]
 
 
+@dataclass(eq=False, slots=True)
+class _UnderWay:
+    """A batch that has begun: the *wallets* that it was decided on by what was kept, and how it ended."""
+
+    wallets: set[WalletRef] = field(default_factory=set)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    as_decided: bool = False
+
+
 class _MoreToLock(Exception):
     """Wallets that the batch needs were not locked with the others."""
 
@@ -132,29 +149,53 @@ class _Kept:
 
 
 class Batches:
-    """Runs the batches of one process, one at a time, on the connection that it is given with each."""
+    """Runs the batches of one process, on connections of their own."""
 
-    def __init__(self, *, clock: Callable[[], int] | None, watcher: Watcher | None) -> None:
+    def __init__(self, connections: Connections, *, clock: Callable[[], int] | None, watcher: Watcher | None) -> None:
+        self._connections = connections
         self._clock = clock
         self._watcher = watcher
         self._kept = _Kept()
-        self._kept_from: Connection | None = None
         self._contended: dict[WalletRef, float] = {}
+        self._under_way: dict[_UnderWay, None] = {}
 
-    async def run(self, connection: Connection, commands: Sequence[AnyCommand]) -> list[Outcome]:
+    async def run(self, commands: Sequence[AnyCommand]) -> list[Outcome]:
         """Decide *commands* in order in one transaction and commit it. Nothing has happened when it raises, as far as
         is known: a connection that was lost may have been so after the commit.
         """
-        if connection is not self._kept_from:
-            self._kept, self._kept_from = _Kept(), connection
+        earlier = list(self._under_way)
+        this = _UnderWay()
+        self._under_way[this] = None
+        try:
+            return await self._run(this, earlier, commands)
+        except StoreUnavailable:
+            # Whatever went wrong there, what is known of it may be another server's, or a past that is lost.
+            self._kept = _Kept()
+            raise
+        finally:
+            del self._under_way[this]
+            this.ended.set()
+
+    async def _run(
+        self, this: _UnderWay, earlier: Iterable[_UnderWay], commands: Sequence[AnyCommand]
+    ) -> list[Outcome]:
         named = needs(commands)
-        with dropped_after(connection, BATCH_S):
-            known = self._recall(named, commands)
-            if known is not None:
-                outcomes = await self._apply(connection, named, commands, known)
-                if outcomes is not None:
-                    return outcomes
-            return await self._lock_first(connection, named, commands)
+        known = self._recall(named, commands)
+        if known is None:
+            kept = self._kept.state
+            reserved = (kept.reservations[ref] for ref in named.reservations if ref in kept.reservations)
+            wallets, spending = named.wallets | _wallets_of(reserved), used_up(kept, commands)
+        else:
+            outcomes = await self._decide_and_apply(this, earlier, named, commands, known)
+            if outcomes is not None:
+                return outcomes
+            wallets, spending = known.wallets, used_up(known.state, commands)
+        # Until it is loaded anew, nobody after us is decided on what we are about to change.
+        self._let_go(wallets, named.reservations)
+        for batch in earlier:
+            await batch.ended.wait()
+        async with self._connections.one(limit_s=BATCH_S) as connection:
+            return await self._lock_first(connection, named, commands, wallets, spending)
 
     # The short way.
 
@@ -201,8 +242,13 @@ class Batches:
                 return False
         return True
 
-    async def _apply(
-        self, connection: Connection, named: Needs, commands: Sequence[AnyCommand], known: _Known
+    async def _decide_and_apply(
+        self,
+        this: _UnderWay,
+        earlier: Iterable[_UnderWay],
+        named: Needs,
+        commands: Sequence[AnyCommand],
+        known: _Known,
     ) -> list[Outcome] | None:
         """Decide on what is kept, then lock, compare and write in one call; None when it was no longer so."""
         bodies = {ref: self._kept.bodies[ref] for ref in known.state.reservations}
@@ -210,38 +256,54 @@ class Batches:
         blocks_absent = [
             (ref, block_id) for ref, block_id in named.blocks if block_id not in known.state.blocks.get(ref, {})
         ]
-        now_us = self._now_us()
+        server, now_us = self._kept.server, self._now_us()
         outcomes, writes = fold(known.state, commands, now_us, {})
-        await self._announce(writes)
+        written = rows.writes_of(writes, ())
         parameters = (
             *names(_scopes(named, known.wallets)),
             LOCK_WAIT_MS,
-            self._kept.server,
+            server,
             now_us if self._clock is None else None,
             SKEW_US_MAX,
             rows.objects(("tenant", "mode", "wallet", "version"), versions),
             rows.objects(("tenant", "mode", "reservation", "body"), ((*ref, body) for ref, body in bodies.items())),
             len(bodies),
             rows.wallet_names(_without(known.wallets, (row[:3] for row in versions))),
-            rows.block_names(_without(blocks_absent, ((b.wallet, b.id) for b in writes.blocks_opened))),
+            rows.block_names(_without(blocks_absent, ((block.wallet, block.id) for block in writes.blocks_opened))),
             rows.reservation_names(
                 _without(named.reservations, [*bodies, *(made.ref for made in writes.reservations_opened)])
             ),
             rows.key_names(named.keys),
             rows.command_names(_without(named.commands, ((entry.scope, entry.id) for entry in writes.journal))),
-            *rows.writes_of(writes, ()),
+            *written.parameters,
         )
+        built_on = [batch for batch in earlier if not batch.wallets.isdisjoint(known.wallets)]
+        this.wallets = known.wallets
+        self._keep(known, named, written.bodies)
         try:
-            answer = _decode_answer(await connection.fetchval(_APPLY, *parameters))
-        except asyncpg.UniqueViolationError:
+            for batch in built_on:
+                await batch.ended.wait()
+            if all(batch.as_decided for batch in built_on):
+                this.as_decided = await self._apply(writes, parameters)
+        finally:
+            if not this.as_decided:
+                self._let_go(known.wallets, named.reservations)
+        if not this.as_decided:
             return None
-        self._read_clock(answer.now_us)
-        if answer.moved is not None:
-            self._contend(answer.moved)
-            return None
-        self._keep(known, named, writes)
         self._tell(known.state, writes)
         return outcomes
+
+    async def _apply(self, writes: Writes, parameters: Sequence[Any]) -> bool:
+        """Whether everything was as kept, and is written."""
+        await self._announce(writes)
+        try:
+            async with self._connections.one(limit_s=BATCH_S) as connection:
+                answer = _decode_answer(await connection.fetchval(_APPLY, *parameters))
+        except asyncpg.UniqueViolationError:
+            return False
+        self._read_clock(answer.now_us)
+        self._contend(answer.moved or ())
+        return answer.moved is None
 
     def _contend(self, wallets: Iterable[WalletRef]) -> None:
         if len(self._contended) > CONTENDED_MAX:
@@ -252,12 +314,14 @@ class Batches:
 
     # The long way.
 
-    async def _lock_first(self, connection: Connection, named: Needs, commands: Sequence[AnyCommand]) -> list[Outcome]:
-        kept = self._kept.state
-        wallets = named.wallets | _wallets_of(
-            kept.reservations[ref] for ref in named.reservations if ref in kept.reservations
-        )
-        spending = used_up(kept, commands)
+    async def _lock_first(
+        self,
+        connection: Connection,
+        named: Needs,
+        commands: Sequence[AnyCommand],
+        wallets: set[WalletRef],
+        spending: set[WalletRef],
+    ) -> list[Outcome]:
         failure: Exception | None = None
         for _ in range(ROUNDS_MAX):
             try:
@@ -281,7 +345,6 @@ class Batches:
         spending: set[WalletRef],
     ) -> list[Outcome]:
         """One transaction: lock *wallets*, and the pools behind the blocks of those in *spending*, then decide."""
-        self._let_go(wallets, named.reservations)
         await connection.execute(f"{_BEGIN}; {naming(_scopes(named, wallets))}")
         try:
             loaded = await self._load(connection, named, wallets, spending)
@@ -294,16 +357,16 @@ class Batches:
             keys_there = set(state.keys)
             now_us = loaded.now_us if self._clock is None else self._clock()
             outcomes, writes = fold(state, commands, now_us, _applied(loaded))
+            written = rows.writes_of(writes, keys_there)
             await self._announce(writes)
             if writes.journal:
-                await connection.fetchval(_WRITE, *rows.writes_of(writes, keys_there))
+                await connection.fetchval(_WRITE, *written.parameters)
             await connection.execute("COMMIT" if writes.journal else "ROLLBACK")
         except Exception:
             if not connection.is_closed():
                 await connection.execute("ROLLBACK")
             raise
-        self._kept.bodies.update(bodies)
-        self._keep(known, named, writes)
+        self._keep(known, named, {**bodies, **written.bodies})
         self._tell(state, writes)
         return outcomes
 
@@ -350,7 +413,7 @@ class Batches:
             kept.state.reservations.pop(reservation, None)
             kept.bodies.pop(reservation, None)
 
-    def _keep(self, known: _Known, named: Needs, writes: Writes) -> None:
+    def _keep(self, known: _Known, named: Needs, bodies: Mapping[ReservationRef, str]) -> None:
         """Take the batch's state over, without what later batches hardly need: what is settled or has nothing left."""
         kept = self._kept
         for ref in known.wallets:
@@ -365,8 +428,7 @@ class Batches:
                 for block in known.state.blocks.get(ref, {}).values()
                 if block.live or block.id in RETURN_BLOCKS.values()
             }
-        for changed in [*writes.reservations_opened, *writes.reservations_changed]:
-            kept.bodies[changed.ref] = to_json(changed)
+        kept.bodies.update(bodies)
         for reservation_ref in named.reservations:
             reservation = known.state.reservations.get(reservation_ref)
             if reservation is not None and reservation.state is ReservationState.OPEN:

@@ -113,7 +113,10 @@ async def connect(url: str, *, abandoned_ms: int = ABANDONED_MS) -> Connection:
 
 
 class Connections:
-    """A few connections to *url*, made when they are needed and kept for the next one."""
+    """A few connections to *url*, made when they are needed and kept for the next one.
+
+    Where the ledger was once, it may be missing only for a while, as while a server is replaced: that is unavailable.
+    """
 
     def __init__(self, url: str, *, size: int, wait_s: float) -> None:
         self._url = url
@@ -125,7 +128,7 @@ class Connections:
 
     @asynccontextmanager
     async def one(self, *, limit_s: float) -> AsyncIterator[Connection]:
-        """A connection of one's own for at most *limit_s*. After any failure it is not used again.
+        """A connection of one's own for at most *limit_s*. One that failed is not used again.
 
         Raises:
             StoreUnavailable: all are taken for too long, or there is none to be had, or it failed.
@@ -141,17 +144,24 @@ class Connections:
             try:
                 with translated(), dropped_after(connection, limit_s):
                     yield connection
-            except BaseException:
-                connection.terminate()
+            except BaseException as error:
+                # What was wrong with a value leaves the connection whole.
+                if not isinstance(error, Exception) or isinstance(error, StoreUnavailable):
+                    connection.terminate()
                 raise
             finally:
                 self._taken.discard(connection)
-            if self._closed:
-                connection.terminate()
-            else:
-                self._idle.append(connection)
+                self._put_back(connection)
         finally:
             self._free.release()
+
+    def _put_back(self, connection: Connection) -> None:
+        if connection.is_closed():
+            return
+        if self._closed or connection.is_in_transaction():
+            connection.terminate()
+        else:
+            self._idle.append(connection)
 
     async def _take(self) -> Connection:
         if self._closed:
@@ -160,7 +170,14 @@ class Connections:
             connection = self._idle.pop()
             if not connection.is_closed():
                 return connection
-        return await connect(self._url)
+        try:
+            return await connect(self._url)
+        except SchemaMissing as error:
+            raise StoreUnavailable(str(error)) from error
+
+    def add(self, connection: Connection) -> None:
+        """One that is open already."""
+        self._idle.append(connection)
 
     def close(self) -> None:
         """Drop all; who still waits for an answer is told."""

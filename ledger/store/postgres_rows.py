@@ -5,13 +5,13 @@ needs no types to be looked up on each connection.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from sqlmodel import SQLModel
 
 from ledger.batch import BlockRef, CommandRef, Writes
-from ledger.model import Block, Reservation, ReservationRef, WalletRef
+from ledger.model import Block, ReservationRef, WalletRef
 from ledger.state import KeyRef
 from ledger.store import tables  # noqa: F401  (fills the metadata)
 from ledger.store.rows import (
@@ -67,10 +67,6 @@ def reservation_names(refs: Iterable[ReservationRef]) -> str | None:
     return objects(("tenant", "mode", "reservation"), refs)
 
 
-def reservation_bodies(reservations: Iterable[Reservation]) -> str | None:
-    return objects(_RESERVATION, map(reservation_row, reservations))
-
-
 def key_names(refs: Iterable[KeyRef]) -> str | None:
     return objects(_KEY_NAME, ((*scope, operation, key) for scope, operation, key in refs))
 
@@ -96,8 +92,15 @@ def _changes_of(block: Block) -> Row:
     )
 
 
-def writes_of(writes: Writes, keys_there: Iterable[KeyRef]) -> tuple[Any, ...]:
-    """The parameters of ``farebox_write_v1``, in its order. *keys_there* were taken before the batch."""
+class Written(NamedTuple):
+    """What a batch writes: the parameters of ``farebox_write_v1``, in its order, and the texts of the reservations."""
+
+    parameters: tuple[Any, ...]
+    bodies: dict[ReservationRef, str]
+
+
+def writes_of(writes: Writes, keys_there: Iterable[KeyRef]) -> Written:
+    """*keys_there* were taken before the batch."""
     commands: list[Row] = []
     transfers: list[Row] = []
     for number, entry in enumerate(writes.journal, start=1):
@@ -114,7 +117,9 @@ def writes_of(writes: Writes, keys_there: Iterable[KeyRef]) -> tuple[Any, ...]:
     ]
     # A reservation that is charged twice in one batch answers with the last.
     responses = list({row[:4]: row for row in writes.responses}.values())
-    return (
+    opened = [reservation_row(reservation) for reservation in writes.reservations_opened]
+    changed = [reservation_row(reservation) for reservation in writes.reservations_changed]
+    parameters = (
         objects(WALLET, map(wallet_row, writes.wallets_opened)),
         objects((*WALLET, "was"), ((*wallet_row(wallet), was) for wallet, was in writes.wallets_changed)),
         len(writes.wallets_changed),
@@ -126,11 +131,12 @@ def writes_of(writes: Writes, keys_there: Iterable[KeyRef]) -> tuple[Any, ...]:
         objects(BLOCK, map(block_row, writes.blocks_opened)),
         objects(_BLOCK_CHANGES, (_changes_of(block) for block, _ in writes.blocks_changed)),
         len(writes.blocks_changed),
-        objects(_RESERVATION, map(reservation_row, writes.reservations_opened)),
-        objects(_RESERVATION, map(reservation_row, writes.reservations_changed)),
-        len(writes.reservations_changed),
+        objects(_RESERVATION, opened),
+        objects(_RESERVATION, changed),
+        len(changed),
         objects(_RESPONSE, ((*row[:6], number, row[7]) for number, row in enumerate(responses, start=1))),
         [row[6] for row in responses],
         objects(_EVENT, map(event_row, writes.events)),
         objects(_USAGE, map(usage_row, writes.usage)),
     )
+    return Written(parameters, {ReservationRef(*row[:3]): row[-1] for row in (*opened, *changed)})

@@ -110,10 +110,16 @@ class Watcher(Protocol):
 class Store(Protocol):
     """A durable ledger. Every method may raise :class:`StoreUnavailable`."""
 
+    @property
+    def batches_at_once(self) -> int:
+        """How many batches may be under way."""
+        ...
+
     async def run_batch(self, commands: Sequence[AnyCommand]) -> list[Outcome]:
         """Decide *commands* in order in one transaction and commit it; one outcome each.
 
-        Nothing has happened when it raises. It may be called from one task at a time.
+        Nothing has happened when it raises. Of batches that are under way together, those on the same wallets come in
+        the order in which they were begun, unless one of them is tried again.
         """
         ...
 

@@ -59,6 +59,8 @@ def database_path(database_url: str) -> str:
 class SqliteStore:
     """A :class:`~ledger.store.protocol.Store` in a file."""
 
+    batches_at_once = 1
+
     def __init__(self, path: str, batches: BatchConnection, writer: "_Worker") -> None:
         self._path = path
         self._batches = batches

@@ -24,6 +24,7 @@ def assert_charged_once(seen: Seen, booked: Booked) -> None:
     assert booked.state == "committed", (seen, booked)
     assert booked.endings in PAID_IN_FULL, (seen, booked)
     assert booked.charged == booked.recorded, (seen, booked)
+    assert booked.refunded == 0, (seen, booked)
     usage = seen.usage
     if usage is None:
         return
@@ -53,7 +54,8 @@ def assert_each_paid_once(books: Books, upstream: Upstream, seen: Iterable[Seen]
             assert entry.charged == entry.recorded, (each, entry)
             assert len(entry.endings) <= 2, (each, entry)
     for request_id in upstream.received & booked.keys():
-        assert booked[request_id].charged > 0, f"{request_id} reached the upstream for free: {booked[request_id]}"
+        entry = booked[request_id]
+        assert entry.charged > entry.refunded, f"{request_id} reached the upstream for free: {entry}"
     unknown = upstream.received - booked.keys()
     assert not unknown, f"the upstream was asked without a reservation: {unknown}"
     return whole
@@ -69,7 +71,7 @@ def assert_nothing_made_or_lost(books: Books, *, given: dict[str, int]) -> None:
         assert totals.journalled == totals.remaining - totals.receivable, (name, totals)
         assert totals.reserved == 0, (name, totals)
     spent = sum(units_ - books.remaining(user) for user, units_ in given.items())
-    charged = sum(entry.charged for entry in books.requests().values())
+    charged = sum(entry.charged - entry.refunded for entry in books.requests().values())
     assert spent == charged, f"{spent} left the wallets, and {charged} was charged"
     assert min(books.lowest_balances().values()) == 0, "no wallet was ever below zero, entry by entry"
 

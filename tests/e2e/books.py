@@ -15,14 +15,15 @@ SQLITE = "sqlite:///"
 class Booked(NamedTuple):
     """What the books say of one request.
 
-    *charged* is the sum of the journal's entries that its reservation took from wallets; *recorded* that of its
-    usage rows, whose *endings* say how it ended.
+    *charged* is the sum of the journal's entries that its reservation took from wallets, *refunded* of those that gave
+    something back; *recorded* is the sum of its usage rows, whose *endings* say how it ended.
     """
 
     state: str
     charged: int
     recorded: int
     endings: tuple[str, ...]
+    refunded: int = 0
 
 
 class Totals(NamedTuple):
@@ -59,11 +60,14 @@ class Books:
         """All requests that reserved, by their ids; the ledger has never more than one reservation of each."""
         with self._read() as rows:
             states = rows("SELECT reservation, request_id, state FROM ledger_reservation")
-            charged = dict(
-                rows(
-                    "SELECT reference, CAST(SUM(amount) AS bigint) FROM ledger_transfer"
-                    " WHERE debit LIKE 'wallet:%' AND reference IS NOT NULL GROUP BY reference"
+            charged, refunded = (
+                dict(
+                    rows(
+                        f"SELECT reference, CAST(SUM(amount) AS bigint) FROM ledger_transfer"
+                        f" WHERE {side} LIKE 'wallet:%' AND reference IS NOT NULL GROUP BY reference"
+                    )
                 )
+                for side in ("debit", "credit")
             )
             usage: dict[str, list[tuple[int, str]]] = {}
             for reservation, amount, ending in rows(
@@ -75,7 +79,11 @@ class Books:
             assert request_id not in found, f"{request_id} reserved twice"
             parts = usage.get(reservation, [])
             found[request_id] = Booked(
-                state, charged.get(reservation, 0), sum(part[0] for part in parts), tuple(part[1] for part in parts)
+                state,
+                charged.get(reservation, 0),
+                sum(part[0] for part in parts),
+                tuple(part[1] for part in parts),
+                refunded.get(reservation, 0),
             )
         return found
 

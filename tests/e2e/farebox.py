@@ -294,6 +294,7 @@ class Farebox:
     test_key: str = ""
     admin_key: str = ""
     user: str = ""
+    tenant_id: str = ""
     gateways: list[Gateway] = field(default_factory=list)
 
     @property
@@ -424,7 +425,7 @@ def installed(
         (line,) = done.out.splitlines()
         keys = json.loads(line)
         farebox.live_key, farebox.test_key, farebox.admin_key = keys["live_key"], keys["test_key"], keys["admin_key"]
-        farebox.user = keys["user"]
+        farebox.user, farebox.tenant_id = keys["user"], keys["tenant_id"]
         try:
             yield farebox
         finally:

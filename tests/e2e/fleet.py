@@ -196,10 +196,10 @@ class Fleet:
             await running
 
     async def all_settled(self) -> None:
-        """Wait until no reservation is open: none outlives its time."""
+        """Wait until no reservation is open, none outlives its time, and the ledger knows of all work."""
         books = self.books
         await until_async(
-            lambda: not books.open_requests(),
+            lambda: not books.open_requests() and self.upstream.received <= books.requests().keys(),
             within_s=SETTLED_S,
             what="end of the last orphan's reservation",
             poll_s=POLL_S,

@@ -85,7 +85,7 @@ async def test_four_processes_on_one_server_serve_exactly_what_one_wallet_afford
     install: Install, fleets: Fleets, campaign: Campaign, workers: tuple[int, ...]
 ) -> None:
     """As above, with requests that keep coming, and more of them than a process has ever under way."""
-    requests = campaign.rounds(short=1_000, long=20_000)
+    requests = campaign.rounds(short=600, long=20_000)
     served = requests * 2 // 3
     farebox = install(database_url=fleets.servers.postgres.create_database())
     gateways = [farebox.serve("--workers", str(many)) for many in workers]

@@ -6,6 +6,7 @@ import functools
 import json
 import socket
 import sqlite3
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,7 @@ from typing import Any
 
 import httpx
 import uvicorn
-from sqlalchemy import create_engine, text
-from sqlmodel import SQLModel
+from sqlalchemy import text
 
 from gateway.clock import now_us
 from gateway.database import NOBODY, Database
@@ -23,7 +23,7 @@ from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
 from gateway.identity.wallets import app_wallet, customer_wallet, pool_wallet
 from gateway.ids import new_id
-from gateway.migrations import HEAD
+from gateway.migrations import migrate
 from gateway.prices import price_book
 from gateway.proxy.chat import ChatProxy
 from gateway.proxy.exchange import Receive, Scope, Send
@@ -365,18 +365,12 @@ def _streaming(body: dict[str, Any]) -> bytes:
 
 @functools.cache
 def empty_database() -> bytes:
-    """A file with all tables, made once: to make them takes longer than most tests."""
-    engine = create_engine("sqlite://")
-    with engine.connect() as connection:
-        SQLModel.metadata.create_all(connection)
-        connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
-        connection.exec_driver_sql(f"INSERT INTO alembic_version VALUES ('{HEAD}')")
-        connection.commit()
-        made = connection.connection.driver_connection
-        assert isinstance(made, sqlite3.Connection)
-        content = made.serialize()
-    engine.dispose()
-    return content
+    """A migrated file, made once: to migrate one takes longer than most tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "farebox.db"
+        migrate(f"sqlite:///{path}")
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            return connection.serialize()
 
 
 def name_database(folder: Path, url: str) -> None:

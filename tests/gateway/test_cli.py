@@ -19,6 +19,8 @@ import pytest
 from gateway.cli import main
 from gateway.settings import Settings
 from gateway.supervisor import Supervisor
+from tests.gateway.conftest import STORES
+from tests.gateway.rig import DATABASE
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 60
@@ -29,6 +31,9 @@ QUESTION = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "He
 def environment(folder: Path, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FAREBOX_", "OPENAI_"))}
     return {**kept, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), **more}
+
+
+on_every_store = pytest.mark.parametrize("store", STORES, indirect=True)
 
 
 class Run(Protocol):
@@ -43,6 +48,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith(("FAREBOX_", "OPENAI_"))]:
         monkeypatch.delenv(name)
+    if (tmp_path / DATABASE).exists():
+        monkeypatch.setenv("FAREBOX_DATABASE_URL", (tmp_path / DATABASE).read_text())
 
     def run(*arguments: str, code: int = 0, **environ: str) -> str:
         with monkeypatch.context() as given:
@@ -129,6 +136,7 @@ assert not slow, slow
     assert done.stdout.count("Usage: farebox") == 21
 
 
+@on_every_store
 def test_init_prints_what_is_needed_once(tmp_path: Path, run: Run):
     lines = run("init", "--json").splitlines()
     installed = json.loads(lines[0])
@@ -328,6 +336,7 @@ def test_what_is_wrong_is_said_in_a_sentence(
     assert "hunter2" not in output
 
 
+@on_every_store
 def test_tenants_keys_and_grants(run: Run):
     installed = json.loads(run("init", "--json"))
     beta = json.loads(run("tenants", "create", "Beta", "--unfunded-limit", "5", "--json"))
@@ -356,6 +365,7 @@ def test_tenants_keys_and_grants(run: Run):
     assert "1012.5" in run("grant", installed["app_id"], "12.5")
 
 
+@on_every_store
 def test_a_grant_that_no_wallet_can_hold_is_refused(run: Run):
     run("init")
     for arguments, said in (

@@ -14,12 +14,14 @@ from typing import Any, Final
 
 import psycopg
 import pytest
-from sqlmodel import SQLModel
+from sqlalchemy import literal_column, select
+from sqlmodel import SQLModel, col
 
 from gateway.identity.keys import KeyScope
 from gateway.identity.wallets import app_wallet
 from gateway.ids import new_id
 from gateway.installation import Books, Gift, add_tenant, give
+from gateway.tables import Customer
 from pricing.money import CREDIT
 from tests.gateway.office import Office
 
@@ -278,3 +280,26 @@ async def test_one_name_is_another_customer_for_each_tenant_and_mode(neighbours:
         assert credits["balance"] == 0
         found.add(made["id"])
     assert len(found) == 4
+
+
+async def test_a_fault_is_logged_without_what_was_asked_or_by_whom(
+    neighbours: tuple[Office, dict[str, Things]], log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("httpx"), "disabled", True)
+    office, theirs = neighbours
+    things = theirs["live"]
+
+    def broken(tenant_id: str, mode: str) -> Any:
+        """A mistake of ours in a query: the driver's message would have its values."""
+        named = (col(Customer.id) == things.customer, col(Customer.tenant) == tenant_id, col(Customer.mode) == mode)
+        return select(literal_column("no_such_column")).where(*named)
+
+    monkeypatch.setattr("gateway.identity.customers._customers", broken)
+    log.truncate(0)
+    answer = await office.ask("GET", f"/v1/customers/{things.customer}", key="live")
+    assert answer.status_code in (500, 503)
+    logged = log.getvalue()
+    assert answer.status_code == 503 or 'column \\"no_such_column\\" does not exist' in logged
+    for secret in (*things.all, *office.keys.values(), office.tenant):
+        assert secret not in logged, logged
+        assert secret not in answer.text.replace(things.customer, "")

@@ -9,7 +9,7 @@ from ledger.commands import AnyCommand
 from ledger.errors import LedgerUnavailable
 from ledger.outcomes import Applied, Changed, Outcome, Reason, Rejected
 from ledger.store.protocol import StoreUnavailable
-from ledger.writer import PROBE_S, RETRY_WAITS_S, Writer
+from ledger.writer import PROBE_S, RETRY_WAITS_S, SHARED_MIN, Writer
 from tests.ledger.rig import Say
 
 DONE = Applied(result=Changed())
@@ -88,6 +88,23 @@ async def test_commands_that_are_submitted_together_are_one_batch_in_their_order
 async def test_a_batch_has_a_limit(store: FakeStore, say: Say) -> None:
     await settled(*start(Writer(store.run_batch, batch_max=4), *(say.release(f"{number}") for number in range(10))))
     assert store.sizes == [4, 4, 2]
+
+
+async def test_a_store_that_takes_two_batches_at_once_gets_what_waits_in_halves(store: FakeStore, say: Say) -> None:
+    writer = Writer(store.run_batch, at_once=2)
+    store.open.clear()
+    together = start(writer, *(say.release(f"{number}") for number in range(2 * SHARED_MIN)))
+    await turns()
+    assert store.sizes == [SHARED_MIN, SHARED_MIN]
+    later = start(writer, say.release("later"))
+    await turns()
+    assert store.sizes == [SHARED_MIN, SHARED_MIN], "not more than two"
+    store.open.set()
+    assert await settled(*together, *later) == [DONE] * (2 * SHARED_MIN + 1)
+    few = start(writer, *(say.release(f"few {number}") for number in range(SHARED_MIN - 1)))
+    await settled(*few)
+    assert store.sizes[2:] == [1, SHARED_MIN - 1], "a few are not worth two commits"
+    await writer.close()
 
 
 async def test_nobody_is_answered_before_the_commit(store: FakeStore, say: Say) -> None:
