@@ -208,6 +208,7 @@ class Fleet:
     async def audit(self, load: Load) -> int:
         """Once all is settled: every answer charged once, nothing made or lost; how many answers there were."""
         await self.all_settled()
+        assert all(gateway.running for gateway in self.gateways), [gateway.err for gateway in self.gateways]
         whole = assert_each_paid_once(self.books, self.upstream, load.all)
         assert_nothing_made_or_lost(self.books, given=self.given)
         await asyncio.to_thread(self.hosts[0].verify)
