@@ -81,8 +81,8 @@ ABSENT_KEPT_MAX: Final = 10_000
 
 _BEGIN: Final = f"BEGIN; SET LOCAL lock_timeout = {LOCK_WAIT_MS}"
 _LOAD: Final = "SELECT farebox_load_v1($1, $2, $3, $4, $5, $6)"
-_WRITE: Final = f"SELECT farebox_write_v1({', '.join(f'${number}' for number in range(1, 19))})"
-_APPLY: Final = f"SELECT farebox_apply_v1({', '.join(f'${number}' for number in range(1, 33))})"
+_WRITE: Final = f"SELECT farebox_write_v1({', '.join(f'${number}' for number in range(1, 14))})"
+_APPLY: Final = f"SELECT farebox_apply_v1({', '.join(f'${number}' for number in range(1, 27))})"
 
 
 class _Loaded(msgspec.Struct):
@@ -265,9 +265,8 @@ class Batches:
             server,
             now_us if self._clock is None else None,
             SKEW_US_MAX,
-            rows.objects(("tenant", "mode", "wallet", "version"), versions),
-            rows.objects(("tenant", "mode", "reservation", "body"), ((*ref, body) for ref, body in bodies.items())),
-            len(bodies),
+            versions,
+            [(*ref, body) for ref, body in bodies.items()] or None,
             rows.wallet_names(_without(known.wallets, (row[:3] for row in versions))),
             rows.block_names(_without(blocks_absent, ((block.wallet, block.id) for block in writes.blocks_opened))),
             rows.reservation_names(

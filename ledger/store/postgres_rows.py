@@ -1,7 +1,7 @@
-"""Values to the parameters of the batch functions: JSON arrays of objects with the columns' names, None for no rows.
+"""Values to the parameters of the batch functions: arrays of rows in the order of a composite type, None for no rows.
 
-One text for each kind of change was measured as fast as arrays of composite types, with less work on our side, and it
-needs no types to be looked up on each connection.
+Names to look up are JSON arrays of objects with the columns' names. asyncpg asks for the composite types once a
+connection.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ import msgspec
 from sqlmodel import SQLModel
 
 from ledger.batch import BlockRef, CommandRef, Writes
-from ledger.model import Block, ReservationRef, WalletRef
+from ledger.model import Block, ReservationRef, Scope, WalletRef
 from ledger.state import KeyRef
 from ledger.store import tables  # noqa: F401  (fills the metadata)
 from ledger.store.rows import (
@@ -37,16 +37,6 @@ def columns(table: str) -> tuple[str, ...]:
 WALLET: Final = columns("ledger_wallet")
 BLOCK: Final = columns("ledger_block")
 KEY: Final = columns("ledger_key")
-_COMMAND: Final = columns("ledger_command")
-_TRANSFER: Final = columns("ledger_transfer")
-_RESERVATION: Final = columns("ledger_reservation")
-_EVENT: Final = columns("ledger_event")
-_USAGE: Final = columns("ledger_usage")
-_RESPONSE: Final = ("tenant", "mode", "operation", "key", "status", "headers", "number", "expires_at_us")
-_BLOCK_CHANGES: Final = (
-    *("tenant", "mode", "wallet", "id", "granted", "consumed", "reserved", "expired", "revoked", "clawed", "remaining"),
-    *("live", "frozen"),
-)
 _KEY_NAME: Final = ("tenant", "mode", "operation", "key")
 
 
@@ -110,33 +100,27 @@ def writes_of(writes: Writes, keys_there: Iterable[KeyRef]) -> Written:
         for position, transfer in enumerate(entry.transfers):
             transfers.append(transfer_row(transfer, seq=number, position=position, at_us=entry.at_us))
     there = set(keys_there)
-    taken_anew = [
-        (taken.scope, taken.operation, taken.key)
-        for taken in writes.keys_taken
-        if (taken.scope, taken.operation, taken.key) in there
-    ]
+    taken = [key_row(key) for key in writes.keys_taken]
+    taken_anew = [row[:4] for row in taken if (Scope(*row[:2]), *row[2:4]) in there]
     # A reservation that is charged twice in one batch answers with the last.
     responses = list({row[:4]: row for row in writes.responses}.values())
     opened = [reservation_row(reservation) for reservation in writes.reservations_opened]
     changed = [reservation_row(reservation) for reservation in writes.reservations_changed]
     parameters = (
-        objects(WALLET, map(wallet_row, writes.wallets_opened)),
-        objects((*WALLET, "was"), ((*wallet_row(wallet), was) for wallet, was in writes.wallets_changed)),
-        len(writes.wallets_changed),
-        key_names([*writes.keys_freed, *taken_anew]),
-        objects(KEY, map(key_row, writes.keys_taken)),
-        objects(_COMMAND, commands),
-        objects(_TRANSFER, transfers),
-        len(commands),
-        objects(BLOCK, map(block_row, writes.blocks_opened)),
-        objects(_BLOCK_CHANGES, (_changes_of(block) for block, _ in writes.blocks_changed)),
-        len(writes.blocks_changed),
-        objects(_RESERVATION, opened),
-        objects(_RESERVATION, changed),
-        len(changed),
-        objects(_RESPONSE, ((*row[:6], number, row[7]) for number, row in enumerate(responses, start=1))),
-        [row[6] for row in responses],
-        objects(_EVENT, map(event_row, writes.events)),
-        objects(_USAGE, map(usage_row, writes.usage)),
+        list(map(wallet_row, writes.wallets_opened)),
+        [(*wallet_row(wallet), was) for wallet, was in writes.wallets_changed],
+        [*((*scope, operation, key) for scope, operation, key in writes.keys_freed), *taken_anew],
+        taken,
+        commands,
+        transfers,
+        list(map(block_row, writes.blocks_opened)),
+        [_changes_of(block) for block, _ in writes.blocks_changed],
+        opened,
+        changed,
+        responses,
+        [event_row(raised)[:-1] for raised in writes.events],
+        list(map(usage_row, writes.usage)),
     )
-    return Written(parameters, {ReservationRef(*row[:3]): row[-1] for row in (*opened, *changed)})
+    return Written(
+        tuple(rows or None for rows in parameters), {ReservationRef(*row[:3]): row[-1] for row in (*opened, *changed)}
+    )
