@@ -98,9 +98,11 @@ def needs(commands: Iterable[AnyCommand]) -> Needs:
 
 def reserved_wallets(reservation: Reservation) -> set[WalletRef]:
     """The wallets that a command on *reservation* may touch. What its slices name is live, and comes with them."""
-    wallets = {ref for leg in reservation.legs for ref in leg.wallets}
-    wallets.update(reservation.limits)
-    wallets.update(held.wallet for held in reservation.slices)
+    wallets = set(reservation.limits)
+    for leg in reservation.legs:
+        wallets.update(leg.wallets)
+    for held in reservation.slices:
+        wallets.add(held.wallet)
     if reservation.unfunded is not None:
         wallets.add(reservation.unfunded)
     return wallets
@@ -114,11 +116,14 @@ def used_up(state: State, commands: Sequence[AnyCommand]) -> set[WalletRef]:
     reserving = {command.reservation: command for command in commands if isinstance(command, Reserve)}
     found: set[WalletRef] = set()
     for command in commands:
-        if isinstance(command, Commit | Lapse | Debit | Revoke):
+        if isinstance(command, _USING_UP):
             found |= _wallets_touched(state, command)
-        if isinstance(command, Commit | Lapse) and command.reservation in reserving:
+        if reserving and isinstance(command, (Commit, Lapse)) and command.reservation in reserving:
             found |= _wallets_named(reserving[command.reservation])
     return found
+
+
+_USING_UP = (Commit, Lapse, Debit, Revoke)
 
 
 def pools(state: State, commands: Sequence[AnyCommand]) -> set[WalletRef]:
@@ -131,8 +136,15 @@ def pools(state: State, commands: Sequence[AnyCommand]) -> set[WalletRef]:
     for command in commands:
         if isinstance(command, Grant) and command.from_wallet is not None and command.wallet in wallets:
             found.add(command.from_wallet)
+    return found | _pools_of(state, wallets)
+
+
+def _pools_of(state: State, wallets: Iterable[WalletRef]) -> set[WalletRef]:
+    found: set[WalletRef] = set()
     for ref in wallets:
-        found.update(block.pool for block in state.blocks.get(ref, {}).values() if block.pool is not None)
+        for block in state.blocks.get(ref, {}).values():
+            if block.pool is not None:
+                found.add(block.pool)
     return found
 
 
@@ -275,7 +287,10 @@ def kind_of(command: AnyCommand) -> str:
 
 def _decide_one(state: State, command: AnyCommand, clock_us: int, writes: Writes, touched: _Touched) -> Outcome:
     now_us = clock_us
-    for ref in _wallets_touched(state, command) | pools(state, (command,)):
+    wallets = _wallets_touched(state, command)
+    if isinstance(command, _USING_UP):
+        wallets |= _pools_of(state, wallets)
+    for ref in wallets:
         wallet = state.wallets.get(ref)
         if wallet is not None and wallet.last_fact_us > now_us:
             now_us = wallet.last_fact_us
@@ -297,7 +312,7 @@ def _decide_one(state: State, command: AnyCommand, clock_us: int, writes: Writes
         JournalRow(command.scope, command.id, kind_of(command), now_us, tuple(kept), tuple(transfers), outcome.result)
     )
     writes.events.extend(outcome.events)
-    if outcome.answers is not None and isinstance(command, Commit | Debit) and command.response is not None:
+    if outcome.answers is not None and isinstance(command, (Commit, Debit)) and command.response is not None:
         expires_at_us = now_us + RESPONSE_LIFE_US
         writes.responses.append(
             response_row(command.scope, *outcome.answers, command.response, expires_at_us=expires_at_us)

@@ -46,7 +46,7 @@ from ledger.batch import (
 )
 from ledger.commands import AnyCommand, Freeze, Hold, Refund, Revoke
 from ledger.draft import RETURN_BLOCKS
-from ledger.model import Reservation, ReservationRef, ReservationState, Scope, WalletRef
+from ledger.model import Block, Reservation, ReservationRef, ReservationState, Scope, Wallet, WalletRef
 from ledger.outcomes import Outcome
 from ledger.state import State
 from ledger.store import postgres_rows as rows
@@ -78,6 +78,8 @@ BLOCKS_KEPT_MAX: Final = 50_000
 RESERVATIONS_KEPT_MAX: Final = 20_000
 CONTENDED_MAX: Final = 10_000
 ABSENT_KEPT_MAX: Final = 10_000
+
+_RETURNED: Final = frozenset(RETURN_BLOCKS.values())
 
 _BEGIN: Final = f"BEGIN; SET LOCAL lock_timeout = {LOCK_WAIT_MS}"
 _LOAD: Final = "SELECT farebox_load_v1($1, $2, $3, $4, $5, $6)"
@@ -137,15 +139,27 @@ class _Kept:
     """What is known of the database as the last batches left it.
 
     The blocks of a wallet that is kept are all that are live, and of those for returns also the dead: one that is not
-    here does not exist. *bodies* are the stored texts of the reservations.
+    here does not exist; *blocks_count* are all of them. *bodies* are the stored texts of the reservations.
     """
 
     server: str = ""
     state: State = field(default_factory=State)
+    blocks_count: int = 0
     bodies: dict[ReservationRef, str] = field(default_factory=dict)
     absent: set[WalletRef] = field(default_factory=set)
     clock_us: int = 0
     clock_read_ns: int = 0
+
+    def forget_wallet(self, ref: WalletRef) -> None:
+        self.state.wallets.pop(ref, None)
+        self.blocks_count -= len(self.state.blocks.pop(ref, ()))
+        self.absent.discard(ref)
+
+    def put_wallet(self, wallet: Wallet, blocks: dict[str, Block]) -> None:
+        self.forget_wallet(wallet.ref)
+        self.state.wallets[wallet.ref] = wallet
+        self.state.blocks[wallet.ref] = blocks
+        self.blocks_count += len(blocks)
 
 
 class Batches:
@@ -405,9 +419,7 @@ class Batches:
     def _let_go(self, wallets: Iterable[WalletRef], reservations: Iterable[ReservationRef]) -> None:
         kept = self._kept
         for ref in wallets:
-            kept.state.wallets.pop(ref, None)
-            kept.state.blocks.pop(ref, None)
-            kept.absent.discard(ref)
+            kept.forget_wallet(ref)
         for reservation in reservations:
             kept.state.reservations.pop(reservation, None)
             kept.bodies.pop(reservation, None)
@@ -420,13 +432,10 @@ class Batches:
             if wallet is None:
                 kept.absent.add(ref)
                 continue
-            kept.absent.discard(ref)
-            kept.state.wallets[ref] = wallet
-            kept.state.blocks[ref] = {
-                block.id: block
-                for block in known.state.blocks.get(ref, {}).values()
-                if block.live or block.id in RETURN_BLOCKS.values()
-            }
+            blocks = known.state.blocks.get(ref, {})
+            kept.put_wallet(
+                wallet, {block_id: block for block_id, block in blocks.items() if block.live or block_id in _RETURNED}
+            )
         kept.bodies.update(bodies)
         for reservation_ref in named.reservations:
             reservation = known.state.reservations.get(reservation_ref)
@@ -438,7 +447,7 @@ class Batches:
         if (
             len(kept.state.wallets) > WALLETS_KEPT_MAX
             or len(kept.state.reservations) > RESERVATIONS_KEPT_MAX
-            or sum(map(len, kept.state.blocks.values())) > BLOCKS_KEPT_MAX
+            or kept.blocks_count > BLOCKS_KEPT_MAX
             or len(kept.absent) > ABSENT_KEPT_MAX
         ):
             self._kept = _Kept(server=kept.server, clock_us=kept.clock_us, clock_read_ns=kept.clock_read_ns)

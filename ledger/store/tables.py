@@ -223,7 +223,6 @@ class LedgerEventRow(SQLModel, table=True):
 
     __tablename__ = "ledger_event"
     __table_args__ = (
-        Index("ix_ledger_event_id", "tenant", "mode", "id"),
         Index(
             "ix_ledger_event_pending",
             "at_us",

@@ -264,6 +264,24 @@ BEGIN
 END $$
 """  # noqa: S608
 
+# A statement of its own for each: one that joined them all cost an eighth of a small batch before it read a row.
+_ABSENT = "".join(
+    f"""
+    IF {names} IS NOT NULL THEN
+        IF EXISTS (SELECT FROM json_populate_recordset(NULL::{table}, {names}::json) AS n
+                   JOIN {table} AS t USING ({key})) THEN
+            RETURN json_build_object('now_us', {_CLOCK_US}, 'moved', json_build_array());
+        END IF;
+    END IF;"""
+    for names, table, key in (
+        ("wallets_absent", "ledger_wallet", "tenant, mode, wallet"),
+        ("blocks_absent", "ledger_block", "tenant, mode, wallet, id"),
+        ("reservations_absent", "ledger_reservation", "tenant, mode, reservation"),
+        ("keys_absent", "ledger_key", "tenant, mode, operation, key"),
+        ("commands_absent", "ledger_command", "tenant, mode, id"),
+    )
+)
+
 _APPLY = f"""
 CREATE FUNCTION farebox_apply_v1(
     scopes text, tenants text, lock_timeout_ms bigint, server text, time_us bigint, skew_us_max bigint,
@@ -302,24 +320,7 @@ BEGIN
             RETURN json_build_object('now_us', {_CLOCK_US}, 'moved', json_build_array());
         END IF;
     END IF;
-    IF (wallets_absent IS NOT NULL AND EXISTS (
-            SELECT FROM json_populate_recordset(NULL::ledger_wallet, wallets_absent::json) AS n
-            JOIN ledger_wallet AS t USING (tenant, mode, wallet)))
-        OR (blocks_absent IS NOT NULL AND EXISTS (
-            SELECT FROM json_populate_recordset(NULL::ledger_block, blocks_absent::json) AS n
-            JOIN ledger_block AS t USING (tenant, mode, wallet, id)))
-        OR (reservations_absent IS NOT NULL AND EXISTS (
-            SELECT FROM json_populate_recordset(NULL::ledger_reservation, reservations_absent::json) AS n
-            JOIN ledger_reservation AS t USING (tenant, mode, reservation)))
-        OR (keys_absent IS NOT NULL AND EXISTS (
-            SELECT FROM json_populate_recordset(NULL::ledger_key, keys_absent::json) AS n
-            JOIN ledger_key AS t USING (tenant, mode, operation, key)))
-        OR (commands_absent IS NOT NULL AND EXISTS (
-            SELECT FROM json_populate_recordset(NULL::ledger_command, commands_absent::json) AS n
-            JOIN ledger_command AS t USING (tenant, mode, id)))
-    THEN
-        RETURN json_build_object('now_us', {_CLOCK_US}, 'moved', json_build_array());
-    END IF;
+    {_ABSENT}
     PERFORM farebox_write_v1(
         wallets_opened, wallets_changed, keys_freed, keys_taken, commands, transfers, blocks_opened, blocks_changed,
         reservations_opened, reservations_changed, responses, events, usage);
@@ -354,8 +355,13 @@ def upgrade() -> None:
         sqlite_where=sa.text("delivered_at_us IS NULL"),
         postgresql_where=sa.text("delivered_at_us IS NULL"),
     )
+    # Nobody looks an event up by its id: its wallet and sequence name it.
+    op.drop_index("ix_ledger_event_id", table_name="ledger_event")
     if op.get_bind().dialect.name == "postgresql":
         connection = op.get_bind()
+        for table in ("ledger_wallet", "ledger_block"):
+            # A row that every batch changes stays in its page then, and no index has to learn of it.
+            connection.exec_driver_sql(f"ALTER TABLE {table} SET (fillfactor = 50)")
         connection.exec_driver_sql("CREATE SEQUENCE farebox_journal")
         for name, fields in _TYPES.items():
             connection.exec_driver_sql(f"CREATE TYPE {name} AS ({fields})")
