@@ -144,14 +144,8 @@ _WRITES = """
     reservations_opened farebox_reservation_row_v1[], reservations_changed farebox_reservation_row_v1[],
     responses farebox_response_row_v1[], events farebox_event_row_v1[], usage farebox_usage_row_v1[]"""
 
-_WRITE = f"""
-CREATE FUNCTION farebox_write_v1({_WRITES}
-) RETURNS void LANGUAGE plpgsql {_PLANS} AS $$
-#variable_conflict use_column
-DECLARE
-    seqs bigint[];
-    changed bigint;
-BEGIN
+# Both functions have it: one that called the other would set its planner's settings once more.
+_WRITE_ROWS = """
     -- New wallets, then keys, are taken in the order of their names. Two batches that want the same ones wait for each
     -- other here, and not in a circle.
     IF wallets_opened IS NOT NULL THEN
@@ -261,8 +255,19 @@ BEGIN
                n.price_version, n.source, n.ending, n.upstream, n.started_at_us, n.at_us, n.metadata
         FROM unnest(usage) AS n;
     END IF;
+"""
+
+_WRITE = f"""
+CREATE FUNCTION farebox_write_v1({_WRITES}
+) RETURNS void LANGUAGE plpgsql {_PLANS} AS $$
+#variable_conflict use_column
+DECLARE
+    seqs bigint[];
+    changed bigint;
+BEGIN
+    {_WRITE_ROWS}
 END $$
-"""  # noqa: S608
+"""
 
 # A statement of its own for each: one that joined them all cost an eighth of a small batch before it read a row.
 _ABSENT = "".join(
@@ -293,18 +298,18 @@ CREATE FUNCTION farebox_apply_v1(
 DECLARE
     moved json;
     kept bigint;
+    seqs bigint[];
+    changed bigint;
 BEGIN
     PERFORM set_config('farebox.scopes', scopes, true), set_config('farebox.tenants', tenants, true),
             set_config('lock_timeout', lock_timeout_ms::text, true);
-    WITH locked AS (
+    SELECT json_agg(json_build_array(l.tenant, l.mode, l.wallet)) FILTER (WHERE l.version <> l.kept) INTO moved
+    FROM (
         SELECT w.tenant, w.mode, w.wallet, w.version, n.version AS kept
-        FROM unnest(wallets_kept) AS n
-        JOIN ledger_wallet AS w USING (tenant, mode, wallet)
+        FROM unnest(wallets_kept) AS n JOIN ledger_wallet AS w USING (tenant, mode, wallet)
         ORDER BY w.tenant COLLATE "C", w.mode COLLATE "C", w.wallet COLLATE "C"
         FOR UPDATE OF w
-    )
-    SELECT json_agg(json_build_array(l.tenant, l.mode, l.wallet)) FILTER (WHERE l.version <> l.kept)
-    INTO moved FROM locked AS l;
+    ) AS l;
     IF moved IS NOT NULL THEN
         RETURN json_build_object('now_us', {_CLOCK_US}, 'moved', moved);
     END IF;
@@ -321,9 +326,7 @@ BEGIN
         END IF;
     END IF;
     {_ABSENT}
-    PERFORM farebox_write_v1(
-        wallets_opened, wallets_changed, keys_freed, keys_taken, commands, transfers, blocks_opened, blocks_changed,
-        reservations_opened, reservations_changed, responses, events, usage);
+    {_WRITE_ROWS}
     RETURN json_build_object('now_us', {_CLOCK_US});
 END $$
 """  # noqa: S608
