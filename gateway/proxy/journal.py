@@ -59,7 +59,7 @@ class SettlementJournal:
         self._file = file or JournalFile(folder, name=name)
         self._waiting: dict[ReservationRef, Kept] = {}
         self._intents: dict[ReservationRef, Debit] = {}
-        self._unwritten: set[ReservationRef] = set()
+        self._unwritten: dict[ReservationRef, None] = {}
         self._told: dict[ReservationRef, Callable[[], None]] = {}
         self._adopted: list[_Adopted] = []
         self._adopted_charges: Counter[Scope] = Counter()
@@ -95,7 +95,9 @@ class SettlementJournal:
         try:
             await self._file.append(_line(debit))
         except BaseException as error:
-            if before is not None:
+            if self._intents.get(debit.reservation) is not debit:
+                pass  # Its settlement, or another intent, has taken its place meanwhile.
+            elif before is not None:
                 self._intents[debit.reservation] = before
             else:
                 # The line may be on disk all the same: another one has to say that nothing was done.
@@ -121,18 +123,26 @@ class SettlementJournal:
             raise
 
     def _remember(self, command: Kept, *, unwritten: bool = False) -> None:
-        """Tell the ledger of *command* when it is back. What is on no disk is remembered within a bound."""
+        """Tell the ledger of *command* when it is back. What is on no disk is remembered within a bound.
+
+        Beyond it a charge takes the place of a release, which most often is of a reservation that was never made.
+        """
         ref = command.reservation
         if unwritten and ref not in self._unwritten:
             if len(self._unwritten) >= UNWRITTEN_MAX:
-                self._forget(ref)
-                return
-            self._unwritten.add(ref)
+                left_out = ref if isinstance(command, Release) else self._first_release() or ref
+                self._forget(left_out)
+                if left_out == ref:
+                    return
+            self._unwritten[ref] = None
         self._waiting[ref] = command
+
+    def _first_release(self) -> ReservationRef | None:
+        return next((ref for ref in self._unwritten if isinstance(self._waiting.get(ref), Release)), None)
 
     def _forget(self, ref: ReservationRef) -> None:
         self._waiting.pop(ref, None)
-        self._unwritten.discard(ref)
+        self._unwritten.pop(ref, None)
         told = self._told.pop(ref, None)
         if told is not None:
             told()
@@ -180,12 +190,18 @@ class SettlementJournal:
         known = {adopted.path for adopted in self._adopted}
         found = sorted(self._folder.glob(f"*{SUFFIX}")) if self._folder.is_dir() else []
         for path in found:
-            if path not in known:
+            if path in known:
+                continue
+            try:
                 adopted = await asyncio.to_thread(self._take_over, path)
-                if adopted is not None:
-                    self._adopted.append(adopted)
-                    for command in adopted.commands.values():
-                        self._adopted_charges[command.scope] += _charge_of(command)
+            except OSError as error:
+                # One file that cannot be read must not keep the others waiting; it is tried again.
+                self._report(f"{path.name} cannot be adopted: {error.strerror}")
+                continue
+            if adopted is not None:
+                self._adopted.append(adopted)
+                for command in adopted.commands.values():
+                    self._adopted_charges[command.scope] += _charge_of(command)
         told = 0
         for adopted in list(self._adopted):
             told += await self._tell_adopted(ledger, adopted)

@@ -63,25 +63,24 @@ class Allowance:
         if left <= 0 or left < minimum:
             return None
         taken = min(amount, left)
-        self._spending.setdefault(scope, _Spending()).aside += taken
+        self._book(scope, aside=taken)
         return taken
 
     def settle(self, scope: Scope, *, aside: int, spent: int) -> None:
         """Put what was spent in the place of what was set aside."""
-        spending = self._spending[scope]
-        spending.aside -= aside
-        spending.spent += spent
-        self._trim(scope)
+        self._book(scope, aside=-aside, spent=spent)
 
     def reconciled(self, scope: Scope, spent: int) -> None:
         """The ledger knows of so much."""
-        self._spending[scope].spent -= spent
-        self._trim(scope)
+        self._book(scope, spent=-spent)
 
-    def _trim(self, scope: Scope) -> None:
-        spending = self._spending[scope]
-        if spending.aside == 0 and spending.spent == 0:
-            del self._spending[scope]
+    def _book(self, scope: Scope, *, aside: int = 0, spent: int = 0) -> None:
+        """Change the two. A scope that has nothing of either is forgotten, though some of its requests cost nothing."""
+        spending = self._spending.pop(scope, None) or _Spending()
+        spending.aside += aside
+        spending.spent += spent
+        if spending.aside or spending.spent:
+            self._spending[scope] = spending
 
 
 class OpenAnswer(msgspec.Struct):

@@ -12,7 +12,7 @@ import pytest
 from gateway.api.requests import receipt_view
 from gateway.identity.principals import Principal
 from gateway.proxy.journal_file import SUFFIX, JournalFile
-from gateway.proxy.open_serving import OpenServing
+from gateway.proxy.open_serving import Allowance, OpenServing
 from gateway.proxy.simulated import SimulatedUpstream
 from gateway.settings import Settings
 from ledger.commands import Commit, Debit, Extend, Reserve
@@ -186,6 +186,31 @@ async def test_a_stream_that_uses_the_allowance_up_ends_well_formed(tmp_path: Pa
         await back(rig)
         charged = Decimal(5) - Decimal(await rig.balance())
         assert Decimal("0.0295") < charged <= Decimal("0.03")
+
+
+async def test_what_costs_nothing_leaves_the_allowance_in_order(tmp_path: Path) -> None:
+    free = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    async with running(tmp_path) as rig:
+        await rig.grant("1")
+        await opened(rig)
+        answers = [await rig.chat(body(simulate={"text": TEXT, "usage": free}), Idempotency_Key="k") for _ in range(2)]
+        assert [answer.headers["X-Quota-Cost"] for answer in answers] == ["0", "0"]
+        assert used(rig) == 0
+        rig.store.away = lambda command: False
+        await rig.journal.replay(rig.ledger)
+        await back(rig)
+        assert (used(rig), serving(rig)._answers) == (0, {})
+        assert await rig.balance() == "1"
+
+
+def test_requests_that_set_nothing_aside_do_not_disturb_each_other() -> None:
+    scope = Scope("ten", "live")
+    allowance = Allowance(lambda scope: 0)
+    assert [allowance.take(scope, 0, minimum=0, limit=1) for _ in range(2)] == [0, 0]
+    for _ in range(2):
+        allowance.settle(scope, aside=0, spent=0)
+        allowance.reconciled(scope, 0)
+    assert allowance.used(scope) == 0
 
 
 async def test_a_whole_answer_is_clamped_to_what_is_left(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from gateway.ids import new_id
 from gateway.proxy.journal import TOLD_AT_ONCE, SettlementJournal
-from gateway.proxy.journal_file import COMPACT_BYTES, SUFFIX, JournalFile
-from ledger.commands import AnyCommand, Commit, Debit, ReserveLeg
+from gateway.proxy.journal_file import COMPACT_BYTES, LEFT_MAX, SUFFIX, JournalFile
+from ledger.commands import AnyCommand, Commit, Debit, Reserve, ReserveLeg
 from ledger.errors import LedgerUnavailable
 from ledger.model import Charge, ReservationRef, Scope, Settlement, UsageRecord, WalletRef
 from tests.gateway.test_journey_ledger_away import files, release
@@ -74,6 +74,12 @@ def debit(name: str, cost: int, *, command_id: str | None = None) -> Debit:
         settlement=Settlement((Charge(cost),), UsageRecord(request_id=f"req_{name}")),
         beyond="receivable",
     )
+
+
+def reserve(name: str) -> Reserve:
+    legs = (ReserveLeg((WalletRef(*SCOPE, "customer:a"),), 1, 1),)
+    ref = ReservationRef(*SCOPE, name)
+    return Reserve(id=new_id("cmd"), scope=SCOPE, reservation=ref, asset="CREDIT", legs=legs, ttl_us=1)
 
 
 class Told:
@@ -152,6 +158,20 @@ async def test_after_a_sync_that_failed_a_new_file_is_begun(tmp_path: Path, disk
     assert content(tmp_path) == b""
     file.close(empty=True)
     assert files(tmp_path) == []
+
+
+async def test_a_disk_that_always_fails_does_not_use_descriptors_up(tmp_path: Path, disk: Disk) -> None:
+    file = file_on(disk, tmp_path)
+    disk.sync_fails = True
+    for _ in range(3 * LEFT_MAX):
+        with pytest.raises(OSError, match="Input/output|too often"):
+            await file.append(b"line\n")
+    assert len(files(tmp_path)) == LEFT_MAX
+    disk.sync_fails = False
+    await file.tidy(list)
+    await file.append(b"line\n")
+    assert content(tmp_path) == b"line\n"
+    file.close(empty=True)
 
 
 async def test_a_full_journal_refuses_like_a_full_disk(tmp_path: Path, disk: Disk) -> None:
@@ -238,6 +258,55 @@ async def test_an_intent_that_could_not_be_written_is_taken_back(tmp_path: Path,
     assert [type(command).__name__ for command in told.commands] == ["Release"]
     living.close()
     assert content(tmp_path) == b""
+
+
+async def test_an_intent_that_could_not_be_replaced_does_not_come_back_after_the_end(
+    tmp_path: Path, disk: Disk
+) -> None:
+    """A heartbeat's line fails while the request is settled: nothing is charged of one that was released."""
+    living, told = journal_on(disk, tmp_path), Told()
+    first = debit("a", 1)
+    await living.intend(first)
+    disk.writes_fail = lambda data: 0
+    renewing = asyncio.create_task(living.intend(debit("a", 2, command_id=first.id)))
+    await asyncio.sleep(0)
+    with pytest.raises(OSError, match="No space left"):
+        await living.keep(release("a"))
+    with pytest.raises(OSError, match="No space left"):
+        await renewing
+    disk.writes_fail = lambda data: None
+    assert await living.replay(told) == 1  # type: ignore[arg-type]
+    assert content(tmp_path) == b"", "nothing is needed of it any more"
+    living.close()
+    assert files(tmp_path) == []
+
+
+async def test_charges_that_no_disk_takes_come_before_reservations_in_doubt(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.proxy.journal.UNWRITTEN_MAX", 3)
+    living, told = journal_on(disk, tmp_path), Told()
+    for number in range(5):
+        living.withdraw(reserve(f"doubt-{number}"))
+    disk.writes_fail = lambda data: 0
+    for number in range(4):
+        with pytest.raises(OSError, match="No space left"):
+            await living.keep(debit(f"charge-{number}", 1))
+    assert living.waiting == 3
+    assert await living.replay(told) == 3  # type: ignore[arg-type]
+    assert told.names == ["charge-0", "charge-1", "charge-2"]
+    living.close()
+
+
+async def test_a_file_that_cannot_be_read_keeps_no_other_waiting(tmp_path: Path) -> None:
+    said: list[str] = []
+    told = Told()
+    dead = SettlementJournal(tmp_path, name="dead", report=said.append)
+    await dead.keep(release("a"))
+    dead.close()
+    (tmp_path / f"broken{SUFFIX}").mkdir()
+    assert await heir(tmp_path, said.append).adopt(told) == 1  # type: ignore[arg-type]
+    assert (told.names, said) == (["a"], [f"broken{SUFFIX} cannot be adopted: Is a directory"])
 
 
 async def test_an_unfinished_line_is_left_out_and_said(tmp_path: Path) -> None:
