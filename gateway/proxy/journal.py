@@ -82,10 +82,13 @@ class SettlementJournal:
         """What dead processes served to *scope* while the ledger was away, and this one has yet to tell."""
         return self._adopted_charges[scope]
 
-    async def intend(self, debit: Debit) -> None:
+    async def intend(self, debit: Debit, *, forwarded: bool = False) -> None:
         """Write durably what to charge for a request if this process dies before it is settled.
 
         Repeating it with another settlement replaces the one before.
+
+        Args:
+            forwarded: its upstream has been asked already; it will be settled, whatever becomes of this line.
 
         Raises:
             OSError: the disk refused. What was intended before still is; else nothing may be forwarded.
@@ -100,9 +103,10 @@ class SettlementJournal:
             elif before is not None:
                 self._intents[debit.reservation] = before
             else:
-                # The line may be on disk all the same: another one has to say that nothing was done.
-                self._intents.pop(debit.reservation, None)
-                self._remember(_release_of(debit), unwritten=isinstance(error, OSError))
+                # The line may be on disk all the same: of what was not done, the ledger has to be told that.
+                del self._intents[debit.reservation]
+                if not forwarded:
+                    self._remember(_release_of(debit), unwritten=isinstance(error, OSError))
             raise
 
     async def keep(self, command: Kept, *, told: Callable[[], None] | None = None) -> None:
@@ -166,17 +170,21 @@ class SettlementJournal:
             self._remember(release, unwritten=True)
 
     async def replay(self, ledger: Ledger) -> int:
-        """Tell *ledger* all that waits, in order; how much it took. What is told is forgotten on disk."""
+        """Tell *ledger* all that waits, in order; how much it took. What is told is forgotten on disk.
+
+        A page of which it took nothing says that it is away.
+        """
         told = 0
         async with self._replaying:
-            while self._waiting:
-                page = list(self._waiting.values())[:TOLD_AT_ONCE]
+            waiting = list(self._waiting.values())
+            for start in range(0, len(waiting), TOLD_AT_ONCE):
+                page = waiting[start : start + TOLD_AT_ONCE]
                 answered = await asyncio.gather(*(self._tell(ledger, command) for command in page))
                 for command, known in zip(page, answered, strict=True):
                     if known and self._waiting.get(command.reservation) is command:
                         self._forget(command.reservation)
                 told += sum(answered)
-                if not all(answered):
+                if not any(answered):
                     break
             if told:
                 await self._file.tidy(self._needed)
@@ -214,15 +222,16 @@ class SettlementJournal:
 
     async def _tell_adopted(self, ledger: Ledger, adopted: _Adopted) -> int:
         told = 0
-        while adopted.commands:
-            page = list(adopted.commands.values())[:TOLD_AT_ONCE]
+        waiting = list(adopted.commands.values())
+        for start in range(0, len(waiting), TOLD_AT_ONCE):
+            page = waiting[start : start + TOLD_AT_ONCE]
             answered = await asyncio.gather(*(self._tell(ledger, command) for command in page))
             for command, known in zip(page, answered, strict=True):
                 if known:
                     del adopted.commands[command.reservation]
                     self._adopted_charges[command.scope] -= _charge_of(command)
             told += sum(answered)
-            if not all(answered):
+            if not any(answered):
                 break
         return told
 

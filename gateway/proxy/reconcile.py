@@ -3,10 +3,10 @@
 import msgspec
 
 from ledger.commands import Commit, Debit, Refund, Release
-from ledger.errors import KeyReused, NotFound, ReservationSettled
+from ledger.errors import KeyReused, LedgerUnavailable, NotFound, ReservationSettled
 from ledger.ledger import Ledger
-from ledger.model import ReservationState
-from ledger.outcomes import Settled
+from ledger.model import ReservationRef, ReservationState
+from ledger.outcomes import Reserved, Settled
 
 Kept = Commit | Release | Debit
 """What a settlement can be. A debit is that of a request which was served while the ledger was away."""
@@ -49,8 +49,17 @@ async def give_back(ledger: Ledger, release: Release) -> None:
 
 
 async def _charge_afterwards(ledger: Ledger, debit: Debit) -> None:
-    """Charge for what was served. A key that stands for another request by now protects nothing: the work was done."""
+    """Charge for what was served. A key that stands for another request by now protects nothing: the work was done.
+
+    Where it stands for the same request, served a second time, that one is charged instead, as soon as it has ended:
+    if it fails, its key is free again and this one is.
+    """
     try:
-        await ledger.execute(debit)
+        result = (await ledger.execute(debit)).result
     except KeyReused:
         await ledger.execute(msgspec.structs.replace(debit, key=None, response=None))
+        return
+    if isinstance(result, Reserved) and result.reservation != debit.reservation.reservation:
+        other = await ledger.reservation(ReservationRef(*debit.scope, result.reservation))
+        if other is not None and other.state is ReservationState.OPEN:
+            raise LedgerUnavailable("whether the key's other request will be charged is not known yet")

@@ -16,6 +16,7 @@ from gateway.proxy.journal_file import COMPACT_BYTES, LEFT_MAX, SUFFIX, JournalF
 from ledger.commands import AnyCommand, Commit, Debit, Reserve, ReserveLeg
 from ledger.errors import LedgerUnavailable
 from ledger.model import Charge, ReservationRef, Scope, Settlement, UsageRecord, WalletRef
+from ledger.outcomes import Applied
 from tests.gateway.test_journey_ledger_away import files, release
 
 SCOPE = Scope("ten", "live")
@@ -90,7 +91,7 @@ class Told:
         self.away: Callable[[AnyCommand], bool] = lambda command: False
         self.at_once = self.most_at_once = 0
 
-    async def execute(self, command: AnyCommand) -> None:
+    async def execute(self, command: AnyCommand) -> Applied:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         await asyncio.sleep(0)
@@ -98,6 +99,7 @@ class Told:
         if self.away(command):
             raise LedgerUnavailable("away")
         self.commands.append(command)
+        return Applied(result=None)
 
     @property
     def names(self) -> list[str]:
@@ -164,7 +166,7 @@ async def test_a_disk_that_always_fails_does_not_use_descriptors_up(tmp_path: Pa
     file = file_on(disk, tmp_path)
     disk.sync_fails = True
     for _ in range(3 * LEFT_MAX):
-        with pytest.raises(OSError, match="Input/output|too often"):
+        with pytest.raises(OSError, match=r"Input/output|too often"):
             await file.append(b"line\n")
     assert len(files(tmp_path)) == LEFT_MAX
     disk.sync_fails = False
@@ -260,9 +262,7 @@ async def test_an_intent_that_could_not_be_written_is_taken_back(tmp_path: Path,
     assert content(tmp_path) == b""
 
 
-async def test_an_intent_that_could_not_be_replaced_does_not_come_back_after_the_end(
-    tmp_path: Path, disk: Disk
-) -> None:
+async def test_an_intent_that_could_not_be_replaced_is_gone_after_the_end(tmp_path: Path, disk: Disk) -> None:
     """A heartbeat's line fails while the request is settled: nothing is charged of one that was released."""
     living, told = journal_on(disk, tmp_path), Told()
     first = debit("a", 1)
@@ -355,6 +355,22 @@ async def test_one_that_always_fails_keeps_no_other_waiting(tmp_path: Path, disk
         await living.keep(release(f"{number}"))
     assert await living.replay(told) == 2  # type: ignore[arg-type]
     assert (told.names, living.waiting) == (["0", "2"], 1)
+    living.close()
+
+
+async def test_however_many_always_fail_the_others_are_told(tmp_path: Path, disk: Disk) -> None:
+    living, told = journal_on(disk, tmp_path), Told()
+
+    def broken(command: AnyCommand) -> bool:
+        if told_name(command).startswith("broken"):
+            raise ValueError("a bug of ours")
+        return False
+
+    told.away = broken
+    names = [f"{'well' if number % 2 else 'broken'}-{number}" for number in range(3 * TOLD_AT_ONCE)]
+    await asyncio.gather(*(living.keep(release(name)) for name in names))
+    assert await living.replay(told) == len(names) // 2  # type: ignore[arg-type]
+    assert set(told.names) == {name for name in names if name.startswith("well")}
     living.close()
 
 

@@ -474,7 +474,7 @@ async def test_a_database_that_is_gone_under_load_keeps_nobody_waiting(tmp_path:
 async def test_bodies_that_wait_for_the_ledger_are_bounded_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.proxy.chat.WAITING_BYTES_MAX", 250)
+    monkeypatch.setattr("gateway.proxy.reserving.WAITING_BYTES_MAX", 250)
     async with running(tmp_path) as rig:
         await rig.grant("5")
         goes_on = asyncio.Event()
