@@ -277,8 +277,9 @@ class SettlementJournal:
         except LedgerError as error:
             self._report(f"the ledger refused the settlement of {command.reservation.reservation}: {error}")
         except Exception as error:
-            # A bug of ours must not keep the others waiting; this one stays, and is told again.
-            self._report(f"the settlement of {command.reservation.reservation} fails: {error!r}")
+            # A bug of ours must not keep the others waiting; this one stays, and is told again. A driver's message may
+            # have values in it, which are somebody's.
+            self._report(f"the settlement of {command.reservation.reservation} fails: {type(error).__name__}")
             return False
         return True
 

@@ -342,12 +342,13 @@ async def test_while_the_ledger_is_away_one_crowd_finds_out(tmp_path: Path, disk
     living.close()
 
 
-async def test_one_that_always_fails_keeps_no_other_waiting(tmp_path: Path, disk: Disk) -> None:
-    living, told = journal_on(disk, tmp_path), Told()
+async def test_one_that_always_fails_keeps_no_other_waiting(tmp_path: Path) -> None:
+    said: list[str] = []
+    living, told = SettlementJournal(tmp_path, name="p", report=said.append), Told()
 
     def broken(command: AnyCommand) -> bool:
         if told_name(command) == "1":
-            raise ValueError("a bug of ours")
+            raise ValueError("a bug of ours, with somebody's values in it")
         return False
 
     told.away = broken
@@ -355,6 +356,7 @@ async def test_one_that_always_fails_keeps_no_other_waiting(tmp_path: Path, disk
         await living.keep(release(f"{number}"))
     assert await living.replay(told) == 2  # type: ignore[arg-type]
     assert (told.names, living.waiting) == (["0", "2"], 1)
+    assert said == ["the settlement of 1 fails: ValueError"]
     living.close()
 
 
