@@ -11,15 +11,16 @@ import asyncio
 import fcntl
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import IO, Final, NamedTuple
 
 import msgspec
 
 from gateway.ids import new_id
+from gateway.proxy.doubts import Asked, Doubts
 from gateway.proxy.journal_file import SUFFIX, JournalFile
-from gateway.proxy.reconcile import Kept, tell
+from gateway.proxy.reconcile import Kept, give_back, tell
 from ledger.commands import AnyCommand, Debit, Release, Reserve
 from ledger.errors import LedgerError, LedgerUnavailable
 from ledger.ledger import Ledger
@@ -52,14 +53,21 @@ class SettlementJournal:
     """
 
     def __init__(
-        self, folder: Path, *, name: str, report: Callable[[str], None], file: JournalFile | None = None
+        self,
+        folder: Path,
+        *,
+        name: str,
+        report: Callable[[str], None],
+        file: JournalFile | None = None,
+        doubts: Doubts | None = None,
     ) -> None:
         self._folder = folder
         self._report = report
         self._file = file or JournalFile(folder, name=name)
         self._waiting: dict[ReservationRef, Kept] = {}
         self._intents: dict[ReservationRef, Debit] = {}
-        self._unwritten: dict[ReservationRef, None] = {}
+        self._unwritten: set[ReservationRef] = set()
+        self._doubts = Doubts() if doubts is None else doubts  # An empty one is false.
         self._told: dict[ReservationRef, Callable[[], None]] = {}
         self._adopted: list[_Adopted] = []
         self._adopted_charges: Counter[Scope] = Counter()
@@ -127,26 +135,18 @@ class SettlementJournal:
             raise
 
     def _remember(self, command: Kept, *, unwritten: bool = False) -> None:
-        """Tell the ledger of *command* when it is back. What is on no disk is remembered within a bound.
-
-        Beyond it a charge takes the place of a release, which most often is of a reservation that was never made.
-        """
+        """Tell the ledger of *command* when it is back. What is on no disk is remembered within a bound."""
         ref = command.reservation
         if unwritten and ref not in self._unwritten:
             if len(self._unwritten) >= UNWRITTEN_MAX:
-                left_out = ref if isinstance(command, Release) else self._first_release() or ref
-                self._forget(left_out)
-                if left_out == ref:
-                    return
-            self._unwritten[ref] = None
+                self._forget(ref)
+                return
+            self._unwritten.add(ref)
         self._waiting[ref] = command
-
-    def _first_release(self) -> ReservationRef | None:
-        return next((ref for ref in self._unwritten if isinstance(self._waiting.get(ref), Release)), None)
 
     def _forget(self, ref: ReservationRef) -> None:
         self._waiting.pop(ref, None)
-        self._unwritten.pop(ref, None)
+        self._unwritten.discard(ref)
         told = self._told.pop(ref, None)
         if told is not None:
             told()
@@ -166,8 +166,7 @@ class SettlementJournal:
         """Give back what *command* may have reserved, unless its request was served, and will be charged."""
         ref = command.reservation
         if ref not in self._intents and ref not in self._waiting:
-            release = Release(id=new_id("cmd"), scope=command.scope, reservation=ref)
-            self._remember(release, unwritten=True)
+            self._doubts.add(Release(id=new_id("cmd"), scope=command.scope, reservation=ref))
 
     async def replay(self, ledger: Ledger) -> int:
         """Tell *ledger* all that waits, in order; how much it took. What is told is forgotten on disk.
@@ -176,6 +175,7 @@ class SettlementJournal:
         """
         told = 0
         async with self._replaying:
+            await self._doubts.settle(lambda release: self._give_back(ledger, release))
             waiting = list(self._waiting.values())
             for start in range(0, len(waiting), TOLD_AT_ONCE):
                 page = waiting[start : start + TOLD_AT_ONCE]
@@ -268,10 +268,24 @@ class SettlementJournal:
             return None
         return kept
 
+    async def _give_back(self, ledger: Ledger, release: Release) -> Asked:
+        found = False
+
+        async def asked() -> None:
+            nonlocal found
+            found = await give_back(ledger, release)
+
+        if not await self._done(asked(), release):
+            return Asked.AWAY
+        return Asked.SETTLED if found else Asked.UNKNOWN
+
     async def _tell(self, ledger: Ledger, command: Kept) -> bool:
+        return await self._done(tell(ledger, command), command)
+
+    async def _done(self, telling: Awaitable[None], command: Kept) -> bool:
         """Whether the ledger has dealt with *command*: applied, now or before, or refused for good."""
         try:
-            await tell(ledger, command)
+            await telling
         except LedgerUnavailable:
             return False
         except LedgerError as error:

@@ -27,8 +27,10 @@ async def tell(ledger: Ledger, command: Kept) -> None:
         await ledger.execute(command)
 
 
-async def give_back(ledger: Ledger, release: Release) -> None:
+async def give_back(ledger: Ledger, release: Release) -> bool:
     """Release a reservation; what was charged for it because its time had run out is refunded.
+
+    False where there is none: nobody knew whether it was made.
 
     Raises:
         LedgerUnavailable: try again.
@@ -36,7 +38,7 @@ async def give_back(ledger: Ledger, release: Release) -> None:
     try:
         await ledger.execute(release)
     except NotFound:
-        return  # It was never made: nobody knew.
+        return False
     except ReservationSettled as error:
         if error.state is ReservationState.EXPIRED and isinstance(error.result, Settled) and error.result.payments:
             refund = Refund(
@@ -46,6 +48,7 @@ async def give_back(ledger: Ledger, release: Release) -> None:
                 payments=error.result.payments,
             )
             await ledger.execute(refund)
+    return True
 
 
 async def _charge_afterwards(ledger: Ledger, debit: Debit) -> None:

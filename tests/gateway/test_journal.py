@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from gateway.ids import new_id
+from gateway.proxy.doubts import Doubts
 from gateway.proxy.journal import TOLD_AT_ONCE, SettlementJournal
 from gateway.proxy.journal_file import COMPACT_BYTES, LEFT_MAX, SUFFIX, JournalFile
 from ledger.commands import AnyCommand, Commit, Debit, Reserve, ReserveLeg
-from ledger.errors import LedgerUnavailable
+from ledger.errors import LedgerUnavailable, NotFound
 from ledger.model import Charge, ReservationRef, Scope, Settlement, UsageRecord, WalletRef
 from ledger.outcomes import Applied
 from tests.gateway.test_journey_ledger_away import files, release
@@ -281,7 +282,7 @@ async def test_an_intent_that_could_not_be_replaced_is_gone_after_the_end(tmp_pa
     assert files(tmp_path) == []
 
 
-async def test_charges_that_no_disk_takes_come_before_reservations_in_doubt(
+async def test_reservations_in_doubt_take_no_room_of_charges_that_no_disk_takes(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.proxy.journal.UNWRITTEN_MAX", 3)
@@ -294,8 +295,39 @@ async def test_charges_that_no_disk_takes_come_before_reservations_in_doubt(
             await living.keep(debit(f"charge-{number}", 1))
     assert living.waiting == 3
     assert await living.replay(told) == 3  # type: ignore[arg-type]
-    assert told.names == ["charge-0", "charge-1", "charge-2"]
+    assert told.names == [f"doubt-{number}" for number in range(5)] + [f"charge-{number}" for number in range(3)]
     living.close()
+
+
+async def test_a_reservation_in_doubt_is_asked_for_until_it_would_have_run_out(tmp_path: Path) -> None:
+    """What is not there yet may still come: its commit waits for a standby."""
+    now_s = 0.0
+    told, there = Told(), False
+    living = SettlementJournal(
+        tmp_path, name="p", report=lambda message: None, doubts=Doubts(monotonic_s=lambda: now_s)
+    )
+
+    def unknown(command: AnyCommand) -> bool:
+        told.commands.append(command)
+        if not there:
+            raise NotFound("there is none")
+        return False
+
+    told.away = unknown
+    living.withdraw(reserve("a"))
+    asked_s = []
+    for second in range(600):
+        now_s = float(second)
+        told.commands.clear()
+        await living.replay(told)  # type: ignore[arg-type]
+        asked_s += [second] * len(told.commands)
+    assert asked_s == [0, 1, 3, 7, 15, 31, 63, 127, 255]
+    assert len(living._doubts) == 0
+    living.withdraw(reserve("b"))
+    await living.replay(told)  # type: ignore[arg-type]
+    there, now_s = True, now_s + 1
+    await living.replay(told)  # type: ignore[arg-type]
+    assert len(living._doubts) == 0, "it was there, and is given back"
 
 
 async def test_a_file_that_cannot_be_read_keeps_no_other_waiting(tmp_path: Path) -> None:
