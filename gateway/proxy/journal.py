@@ -195,6 +195,10 @@ class SettlementJournal:
 
     async def adopt(self, ledger: Ledger) -> int:
         """Replay the journals of processes that are gone, and remove each that was told in full."""
+        async with self._replaying:
+            return await self._adopt(ledger)
+
+    async def _adopt(self, ledger: Ledger) -> int:
         known = {adopted.path for adopted in self._adopted}
         found = sorted(self._folder.glob(f"*{SUFFIX}")) if self._folder.is_dir() else []
         for path in found:

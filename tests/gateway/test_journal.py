@@ -330,6 +330,17 @@ async def test_a_reservation_in_doubt_is_asked_for_until_it_would_have_run_out(t
     assert len(living._doubts) == 0, "it was there, and is given back"
 
 
+async def test_a_file_is_adopted_once_by_rounds_that_overlap(tmp_path: Path, disk: Disk) -> None:
+    dead, told = journal_on(disk, tmp_path), Told()
+    for number in range(3):
+        await dead.keep(debit(f"{number}", 10))
+    dead.close()
+    first = heir(tmp_path)
+    rounds = (first.adopt(told), first.adopt(told))  # type: ignore[arg-type]
+    assert sorted(await asyncio.gather(*rounds)) == [0, 3]
+    assert (told.names, first.adopted_charges(SCOPE), files(tmp_path)) == (["0", "1", "2"], 0, [])
+
+
 async def test_a_file_that_cannot_be_read_keeps_no_other_waiting(tmp_path: Path) -> None:
     said: list[str] = []
     told = Told()
