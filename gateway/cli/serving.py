@@ -35,21 +35,21 @@ def serve(
     supervisor.exit_on_sigterm()
     settings = settings_from(config, host=host, port=port, workers=workers)
     require_supported(settings.database_url)
-    listener = supervisor.listen(settings.host, settings.port)
-    migrate_or_check(settings.database_url)
-    typer.echo(f"The books are in {asyncio.run(whereabouts(settings.database_url))}.", err=True)
-    if settings.live_upstream is None:
-        typer.echo(
-            "No upstream is set up: live keys will get 502. Set OPENAI_API_KEY, or name one under [[upstreams]].",
-            err=True,
+    with supervisor.listen(settings.host, settings.port) as listener:
+        migrate_or_check(settings.database_url)
+        typer.echo(f"The books are in {asyncio.run(whereabouts(settings.database_url))}.", err=True)
+        if settings.live_upstream is None:
+            typer.echo(
+                "No upstream is set up: live keys will get 502. Set OPENAI_API_KEY, or name one under [[upstreams]].",
+                err=True,
+            )
+        base_url = base_url_of(settings, listener.getsockname()[1])
+        code = supervisor.serve(
+            settings,
+            listener,
+            started=lambda: typer.echo(f"Farebox serves {base_url}", err=True),
+            reload=lambda: settings_from(config, host=host, port=port, workers=workers),
         )
-    base_url = base_url_of(settings, listener.getsockname()[1])
-    code = supervisor.serve(
-        settings,
-        listener,
-        started=lambda: typer.echo(f"Farebox serves {base_url}", err=True),
-        reload=lambda: settings_from(config, host=host, port=port, workers=workers),
-    )
     raise typer.Exit(code)
 
 
