@@ -33,7 +33,7 @@ from gateway.supervisor import RETIRE_SIGNAL
 KEEPALIVE_S: Final = 75
 """Longer than the usual client's, so that it is the client who closes an idle connection."""
 
-LINGER_S: Final = 0.5
+LINGER_S: Final = 2.0
 """How long an idle connection is kept open for a request that may be on its way, when the process is to end."""
 
 HEAD_BYTES_MAX: Final = 64 * 1024

@@ -12,8 +12,8 @@ from typing import Any, Final
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gateway.shared.link import CONNECT_TIMEOUT_S, LEASE_S, Link
-from gateway.shared.wire import RedisAway
+from gateway.shared.link import LEASE_S, Link
+from gateway.shared.wire import CONNECT_TIMEOUT_S, RedisAway
 
 CHANNEL: Final = "farebox:changes"
 CHECK_S: Final = 5.0

@@ -12,15 +12,23 @@ from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import structlog
+from redis.exceptions import RedisError
 
-from gateway.shared.wire import LIFE_KEY, SIGN_OF_LIFE, Command, Part, RedisAway, Script, Wire, connect, reason
+from gateway.shared.wire import (
+    CONNECT_TIMEOUT_S,
+    LIFE_KEY,
+    SIGN_OF_LIFE,
+    Command,
+    Part,
+    RedisAway,
+    Script,
+    Wire,
+    reason,
+)
 from gateway.telemetry import Metrics
 
 TIMEOUT_S: Final = 0.05
 """How long Redis may take. Requests wait for it."""
-
-CONNECT_TIMEOUT_S: Final = 0.5
-"""How long making a link may take. Only its own task waits for it, and the start of a process."""
 
 LEASE_S: Final = 1.0
 """How long Redis is left alone after a failure, and how often it is asked for a sign of life."""
@@ -49,10 +57,10 @@ class Link:
         self.timeout_s = timeout_s
         self._lease_s = lease_s
         self._wire: Wire | None = None
-        self._unsent: list[Command] = []
         self._waiting: deque[Command] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._cut = asyncio.Event()
+        self._closing: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._connected: list[Callable[[], None]] = []
         self._reason = "not asked yet"
@@ -80,6 +88,7 @@ class Link:
             self._keeper.cancel()
             await asyncio.wait((self._keeper,))
         self._break(ConnectionResetError("the link was closed"), quietly=True)
+        await self._closed()
 
     def ask(self, use: Use, script: Script | None, keys: tuple[str, ...], *arguments: Part) -> "asyncio.Future[Any]":
         """The reply to *script* for *keys*, which share a hash tag; without a script *arguments* are a whole command.
@@ -97,9 +106,7 @@ class Link:
         parts = arguments if script is None else (len(keys), *keys, *arguments)
         command = Command(use, script, parts, reply=loop.create_future(), asked_s=loop.time())
         self._waiting.append(command)
-        self._unsent.append(command)
-        if len(self._unsent) == 1:
-            loop.call_soon(self._send)
+        self._wire.send(command)
         if self._timer is None:
             self._timer = loop.call_later(self.timeout_s, self._look_late)
         return command.reply
@@ -108,11 +115,6 @@ class Link:
         """Of the oldest commands that have their reply."""
         while self._waiting and self._waiting[0].reply.done():
             self._waiting.popleft()
-
-    def _send(self) -> None:
-        unsent, self._unsent = self._unsent, []
-        if self._wire is not None and unsent:
-            self._wire.send(unsent)
 
     # What takes too long.
 
@@ -154,16 +156,20 @@ class Link:
             return
 
     async def _connect(self) -> None:
+        await self._closed()
         self._cut.clear()
+        wire = Wire(self._url, self._break)
         try:
             async with asyncio.timeout(max(CONNECT_TIMEOUT_S, self.timeout_s)):
-                wire = await connect(self._url)
-        except (OSError, RedisAway) as error:
+                await wire.open()
+        except BaseException as error:
+            await wire.close()
+            if not isinstance(error, (OSError, RedisError)):
+                raise
             self._metrics.redis_failures.labels("connect").inc()
             if self._reason != reason(error):
                 self._note(error)
             return
-        wire.when_broken = lambda error: self._break(error) if self._wire is wire else None
         self._wire = wire
         self._metrics.redis_up.set(1)
         log.info("redis is there")
@@ -178,18 +184,20 @@ class Link:
         self._metrics.redis_up.set(0)
         if not quietly:
             self._note(error)
-        wire.close()
+        self._closing = asyncio.create_task(wire.close(), name="redis-close")
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._unsent.clear()
         waiting, self._waiting = self._waiting, deque()
         for command in waiting:
-            # The wire may have failed what it had sent before it told us.
-            if not command.reply.done() or (not command.reply.cancelled() and command.reply.exception() is not None):
+            if not command.reply.done():
                 self._metrics.redis_failures.labels(command.use).inc()
             command.fail(error)
         self._cut.set()
+
+    async def _closed(self) -> None:
+        if self._closing is not None:
+            await asyncio.wait((self._closing,))
 
     def _note(self, error: Exception) -> None:
         self._reason = reason(error)

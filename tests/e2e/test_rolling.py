@@ -48,9 +48,9 @@ class Balancer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._turn += 1
+        turn = self._turn % len(self._ports)
         try:
-            for number in range(len(self._ports)):
-                port = self._ports[(self._turn + number) % len(self._ports)]
+            for port in (*self._ports[turn:], *self._ports[:turn]):
                 try:
                     back_reader, back_writer = await asyncio.open_connection("127.0.0.1", port, limit=PART_BYTES)
                 except ConnectionRefusedError:

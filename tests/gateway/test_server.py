@@ -3,14 +3,19 @@
 import asyncio
 import contextlib
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from gateway.server import HEAD_BYTES_MAX, LINGER_S, Connection, State
+from gateway.app import Gateway
+from gateway.server import HEAD_BYTES_MAX, LINGER_S, Connection, Server, State
+from gateway.settings import Settings
+from gateway.supervisor import listen
 
 LEAST = b"GET / HTTP/1.1\r\nHost: farebox\r\n"
 ONE_READ = 2**18
@@ -182,3 +187,29 @@ async def test_a_stream_that_has_begun_keeps_the_connection_that_it_promised(ser
         served.go_on.set()
         assert await reader.readexactly(5) == b"hello"
         assert b"connection: close" in await ask(reader, writer), "the next one is served, and is the last"
+
+
+async def test_connections_that_the_kernel_had_taken_are_served(tmp_path: Path):
+    gateway = Gateway(
+        Settings(database_url=f"sqlite:///{tmp_path}/farebox.db")
+    )  # Not started: it refuses all politely.
+    server = Server(gateway, Settings())
+    server.config.lifespan = "off"
+    server.config.load()
+    server.lifespan = server.config.lifespan_class(server.config)
+    listener = listen("127.0.0.1", 0)
+    address = listener.getsockname()
+    await server.startup([listener])
+    clients = [socket.create_connection(address) for _ in range(5)]  # The loop has had no turn to accept them.
+    ending = asyncio.create_task(server.shutdown([listener]))
+    for client in clients:
+        reader, writer = await asyncio.open_connection(sock=client)
+        writer.write(LEAST + b"\r\n")
+        async with asyncio.timeout(WAIT_S):
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"shutting_down" in answer
+        writer.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+    await ending

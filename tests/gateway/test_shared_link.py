@@ -2,21 +2,27 @@
 
 import asyncio
 import contextlib
+import gc
 import os
+import shutil
 import signal
+import ssl
+import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 import redis
+from redis.asyncio.cluster import RedisCluster
 from redis.crc import key_slot
 
 from gateway.shared import link as link_module
 from gateway.shared.link import WAITING_MAX, Link
 from gateway.shared.rate_limit import Bucket
 from gateway.shared.wallets import _keys
-from gateway.shared.wire import ClusterWire, Command, RedisAway, Script, ServerWire
+from gateway.shared.wire import RedisAway, Script
 from gateway.telemetry import Metrics
 from ledger.model import WalletRef
 from tests.servers.valkey import ValkeyServer
@@ -28,6 +34,8 @@ LEASE_S = 0.05
 DEADLINE_S = 20.0
 
 ECHO = Script("return ARGV[1]")
+SET = Script("return redis.call('SET', KEYS[1], ARGV[1])")
+KEY = "farebox:{a}"
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -43,6 +51,20 @@ def server() -> Iterator[ValkeyServer]:
     server = ValkeyServer().start()
     yield server
     server.close()
+
+
+@pytest.fixture
+def server_of() -> Iterator[Callable[..., ValkeyServer]]:
+    """Starts servers of the test's own, as it wants them."""
+    servers: list[ValkeyServer] = []
+
+    def start(*, cluster: bool) -> ValkeyServer:
+        servers.append(ValkeyServer(cluster=cluster))
+        return servers[-1].start()
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture(params=["single", "cluster"])
@@ -73,6 +95,31 @@ def value(metrics: Metrics, name: str) -> float:
     return 0.0
 
 
+def clients(server: ValkeyServer) -> int:
+    """How many are connected, with the one that asks."""
+    with server.client() as client:
+        count: int = client.info("clients")["connected_clients"]
+    return count
+
+
+def knows(client: redis.Redis, node: ValkeyServer) -> bool:
+    """Whether *node* has joined the cluster, as the server says that *client* asks."""
+    nodes: dict[str, dict[str, str]] = client.execute_command("CLUSTER NODES")
+    return nodes.get(f"127.0.0.1:{node.port}", {}).get("flags") == "master"
+
+
+async def move_slot(ours: ValkeyServer, other: ValkeyServer) -> None:
+    """*other* joins the cluster, and has the slot of `KEY` from now on."""
+    with ours.client() as client, other.client() as newcomer:
+        newcomer.execute_command("CLUSTER RESET", "HARD")
+        newcomer.execute_command("CLUSTER MEET", "127.0.0.1", ours.port, ours.cluster_port)
+        await until(lambda: knows(client, other))
+        await until(lambda: knows(newcomer, ours))
+        other_id = newcomer.execute_command("CLUSTER MYID")
+        for one in (newcomer, client):
+            one.execute_command("CLUSTER SETSLOT", key_slot(KEY.encode()), "NODE", other_id)
+
+
 async def test_a_script_that_redis_does_not_know_is_sent_whole(any_url: str, metrics: Metrics):
     link = Link(any_url, metrics, timeout_s=PATIENT_S)
     await link.start()
@@ -95,7 +142,8 @@ async def test_a_cluster_that_is_killed_is_found_again(metrics: Metrics):
     server = ValkeyServer(cluster=True).start()
     link = Link(server.url, metrics, timeout_s=PATIENT_S, lease_s=LEASE_S)
     await link.start()
-    assert isinstance(link._wire, ClusterWire)
+    assert link._wire is not None
+    assert isinstance(link._wire.client, RedisCluster)
     server.kill()
     await until(lambda: not link.up)
     server.start()
@@ -105,48 +153,84 @@ async def test_a_cluster_that_is_killed_is_found_again(metrics: Metrics):
     server.close()
 
 
-async def test_a_slot_that_moves_is_followed():
-    """Two servers that say of each other's slots where they are."""
-    answers = {"mine": [b"-MOVED 15495 127.0.0.1:{other}\r\n"], "other": [b"$2\r\nok\r\n"]}
-    ports: dict[str, int] = {}
-    closed: list[str] = []
+async def test_a_slot_that_moves_is_followed(server_of: Callable[..., ValkeyServer], metrics: Metrics):
+    """To a node that has joined the cluster since."""
+    ours, other = server_of(cluster=True), server_of(cluster=True)
+    link = Link(ours.url, metrics, timeout_s=PATIENT_S)
+    await link.start()
+    connected: list[bool] = []
+    link.when_connected(lambda: connected.append(link.up))
+    assert await link.ask("balance", ECHO, (KEY,), "before") == b"before"
+    await move_slot(ours, other)
+    with other.client() as client:
+        await until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
+        for n in range(20):
+            assert await link.ask("balance", SET, (KEY,), n) == b"OK"
+        assert client.get(KEY) == b"19"
+    assert link.up
+    assert not connected
+    other.kill()
+    with pytest.raises(RedisAway):
+        await link.ask("balance", SET, (KEY,), "x")
+    await link.stop()
 
-    def serve(name: str) -> Callable[..., Coroutine[Any, Any, None]]:
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(ConnectionError):
-                while await reader.read(65_536):
-                    writer.write(answers[name][0].replace(b"{other}", str(ports["other"]).encode()))
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
-            closed.append(name)
 
-        return answer
+async def test_a_slot_that_moves_to_a_node_that_died_cuts_the_link_to_all(
+    server_of: Callable[..., ValkeyServer], metrics: Metrics
+):
+    ours, other = server_of(cluster=True), server_of(cluster=True)
+    link = Link(ours.url, metrics, timeout_s=PATIENT_S)
+    await link.start()
+    await move_slot(ours, other)
+    other.kill()
+    with pytest.raises(RedisAway):
+        await link.ask("balance", ECHO, (KEY,), "x")
+    assert not link.up
+    await link.stop()
+    await until(lambda: clients(ours) == 1)
 
-    servers = [await asyncio.start_server(serve(name), "127.0.0.1", 0) for name in answers]
-    ports.update({name: server.sockets[0].getsockname()[1] for name, server in zip(answers, servers, strict=True)})
-    loop = asyncio.get_running_loop()
-    nodes = {}
-    for port in ports.values():
-        _, nodes[f"127.0.0.1:{port}"] = await loop.create_connection(ServerWire, "127.0.0.1", port)
-    wire = ClusterWire(nodes, [(0, 16_383, f"127.0.0.1:{ports['mine']}")])
-    broken: list[Exception] = []
-    wire.when_broken = broken.append
-    for _ in range(2):  # The second one goes there at once, or it would be told the same again.
-        command = Command("balance", ECHO, (1, "farebox:{a}"), reply=loop.create_future(), asked_s=0)
-        wire.send([command])
-        assert await command.reply == b"ok"
-    answers["other"] = answers["mine"]
-    command = Command("balance", ECHO, (1, "farebox:{a}"), reply=loop.create_future(), asked_s=0)
-    wire.send([command])
-    with pytest.raises(RedisAway, match="MOVED"):
-        await command.reply
-    assert broken
-    wire.close()
-    await until(lambda: len(closed) == len(servers))
-    for server in servers:
-        server.close()
-        await server.wait_closed()
+
+@pytest.mark.parametrize("cluster", [False, True])
+async def test_a_link_that_was_cut_leaves_no_socket_open(
+    cluster: bool, server_of: Callable[..., ValkeyServer], metrics: Metrics
+):
+    server = server_of(cluster=cluster)
+    with warnings.catch_warnings(record=True, action="always", category=ResourceWarning) as unclosed:
+        link = Link(server.url, metrics, timeout_s=0.1, lease_s=LEASE_S)
+        await link.start()
+        await link.ask("balance", ECHO, (KEY,), "known")
+        connected = clients(server)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            for reply in [link.ask("balance", ECHO, (f"farebox:{{{n}}}",), n) for n in range(10)]:
+                with pytest.raises(RedisAway):
+                    await reply
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        await until(lambda: value(metrics, "farebox_redis_up") == 1 and clients(server) == connected)
+        await link.stop()
+        await until(lambda: clients(server) == 1)
+        del link
+        gc.collect()
+    assert not unclosed
+
+
+async def test_a_redis_that_restarts_between_two_commands_is_a_new_link(server: ValkeyServer, metrics: Metrics):
+    """What Redis knew is gone, so nobody may go on as if it were the same."""
+    link = Link(server.url, metrics, timeout_s=PATIENT_S)
+    await link.start()
+    connected: list[bool] = []
+    link.when_connected(lambda: connected.append(link.up))
+    server.kill()
+    server.start()
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)  # The loop has turned: the client may know.
+    writer.close()
+    await writer.wait_closed()
+    with pytest.raises(RedisAway):
+        await link.ask("balance", ECHO, (KEY,), "x")
+    await until(lambda: link.up)
+    assert connected == [True]
+    await link.stop()
 
 
 async def test_what_one_tick_asks_is_one_packet(redis_url: str, metrics: Metrics, valkey_server: ValkeyServer):
@@ -281,13 +365,61 @@ async def test_it_logs_in_and_chooses_its_database(metrics: Metrics, log):
     await link.ask("balance", Script("redis.call('SET', KEYS[1], 1)"), ("farebox:{a}",))
     refused = Link(f"redis://:wrong@127.0.0.1:{server.port}/3", metrics, timeout_s=PATIENT_S)
     await refused.start()
-    assert "WRONGPASS" in refused.describe()
+    assert "AuthenticationError: invalid username-password pair" in refused.describe()
     with redis.Redis(port=server.port, password="hunter2secret", db=3) as client:
         assert client.exists("farebox:{a}")
     assert "hunter2secret" not in log.getvalue()
     await refused.stop()
     await link.stop()
     server.close()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """Of 127.0.0.1, by itself, with its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate")
+    path = tmp_path / "certificate.pem"
+    request = f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {path} -out {path}.only"
+    names = ("-addext", "subjectAltName=IP:127.0.0.1")
+    subprocess.run([openssl, *request.split(), *names], check=True, capture_output=True)
+    path.write_text(path.read_text() + path.with_suffix(".pem.only").read_text())
+    return path
+
+
+@pytest.fixture
+async def tls_port(certificate: Path, valkey_server: ValkeyServer) -> AsyncIterator[int]:
+    """TLS before a Redis that may have been built without."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while part := await reader.read(65_536):
+                writer.write(part)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", valkey_server.port)
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+    async with await asyncio.start_server(pass_on, "127.0.0.1", 0, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def test_it_speaks_tls_with_whom_it_trusts(tls_port: int, certificate: Path, metrics: Metrics):
+    url = f"rediss://127.0.0.1:{tls_port}/0"
+    link = Link(f"{url}?ssl_ca_certs={certificate}", metrics, timeout_s=PATIENT_S)
+    await link.start()
+    assert await link.ask("balance", ECHO, (KEY,), "x") == b"x"
+    await link.stop()
+    stranger = Link(url, metrics, timeout_s=PATIENT_S)
+    await stranger.start()
+    assert "certificate verify failed" in stranger.describe()
+    await stranger.stop()
 
 
 def test_what_one_script_touches_lies_in_one_slot():

@@ -27,7 +27,7 @@ class ValkeyServer:
     def __init__(self, *, cluster: bool = False) -> None:
         self.port = free_port()
         self._cluster = cluster
-        self._cluster_port = free_port()
+        self.cluster_port = free_port()
         self._folder = Path(tempfile.mkdtemp(prefix="farebox-valkey-"))
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -46,7 +46,7 @@ class ValkeyServer:
         options += ["--dir", str(self._folder), "--enable-debug-command", "yes"]
         if self._cluster:
             # By default the port for the other nodes is 10,000 higher, which may be no port at all.
-            options += ["--cluster-enabled", "yes", "--cluster-port", str(self._cluster_port)]
+            options += ["--cluster-enabled", "yes", "--cluster-port", str(self.cluster_port)]
         self._process = subprocess.Popen([_program(), *options], stdout=subprocess.DEVNULL, cwd=self._folder)
         deadline = time.monotonic() + START_S
         with self.client() as client:
