@@ -262,8 +262,8 @@ class _unavailable:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if error is not None and unavailable(error):
-            cause = error.__cause__ or error
-            raise DatabaseUnavailable(str(cause) or type(cause).__name__) from error
+            late = isinstance(error, TimeoutError)
+            raise DatabaseUnavailable("no answer in time" if late else str(error.__cause__ or error)) from error
 
 
 def _naming(rows: Rows) -> _Opening:

@@ -2,10 +2,11 @@
 
 How it works. The socket is bound before anything else, so that a busy port is known at once and a port 0 is resolved.
 One process serves it itself; with more, a supervisor forks them, and each accepts from the same socket. A worker that
-died is started anew, unless it never came up: then all stop, because the next one would not come up either. SIGHUP
-reads the settings anew and replaces the workers one by one: the next is ready before the last one goes, so that no
-request is refused. What is slow to import is imported here only where it is needed: the counters that workers share
-must know of each other before the first of them is made.
+died is started anew. At the start, one that does not come up stops all, because the next one would not come up
+either; once all have served, it is tried again and again, because what is away then comes back. SIGHUP reads the
+settings anew and replaces the workers one by one: the next is ready before the last one goes, so that no request is
+refused. What is slow to import is imported here only where it is needed: the counters that workers share must know of
+each other before the first of them is made.
 """
 
 import os
@@ -28,6 +29,9 @@ from gateway.settings import Settings, SettingsInvalid
 
 BACKLOG: Final = 2048
 RESTART_PAUSE_S: Final = 0.5
+NOT_UP_PAUSE_S: Final = 2.0
+"""After a worker that did not come up: starting one costs a second of a core."""
+
 READY_POLL_S: Final = 0.01
 WATCH_POLL_S: Final = 0.05
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -119,6 +123,7 @@ class Supervisor:
         self._newest = 0
         self._ready: set[int] = set()
         self._stopping = False
+        self._serving = False
         self._roll_asked = False
         self._roll: Roll | None = None
         self._retired: set[int] = set()
@@ -126,7 +131,7 @@ class Supervisor:
         self._lifeline, self._held = os.pipe()
 
     def run(self) -> int:
-        """Until asked to stop and every worker has; 0, or 1 when a worker could not start."""
+        """Until asked to stop and every worker has; 0, or 1 when a worker could not start in the beginning."""
         with tempfile.TemporaryDirectory(prefix="farebox-metrics-") as folder:
             os.environ[MULTIPROCESS_DIR] = folder
             before = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
@@ -134,7 +139,8 @@ class Supervisor:
             try:
                 for _ in range(self._settings.workers):
                     self._fork()
-                if self._all_came_up() and self._started is not None:
+                self._serving = self._all_came_up()
+                if self._serving and self._started is not None:
                     self._started()
                 return self._watch()
             finally:
@@ -234,12 +240,12 @@ class Supervisor:
             self._roll = None
             _say("the new worker did not come up, so the others stay as they are")
             return 0
-        if not came_up:
+        if not came_up and not self._serving:
             self._stop(signal.SIGTERM, None)
             return 1
         if self._roll is not None:
             self._roll.old.discard(worker)
-        time.sleep(RESTART_PAUSE_S)
+        time.sleep(RESTART_PAUSE_S if came_up else NOT_UP_PAUSE_S)
         self._fork()
         return 0
 

@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +35,8 @@ def serve(
     supervisor.exit_on_sigterm()
     settings = settings_from(config, host=host, port=port, workers=workers)
     require_supported(settings.database_url)
-    with supervisor.listen(settings.host, settings.port) as listener:
+    listener = supervisor.listen(settings.host, settings.port)
+    with closing(listener):
         migrate_or_check(settings.database_url)
         typer.echo(f"The books are in {asyncio.run(whereabouts(settings.database_url))}.", err=True)
         if settings.live_upstream is None:

@@ -133,8 +133,9 @@ class Books:
                 )
             }
         return {
-            name: Totals(*blocks.get(name, (0, 0, 0)), receivable, balances.get(name, 0))
+            name: Totals(granted, remaining, reserved, receivable, balances.get(name, 0))
             for name, receivable in owed.items()
+            for granted, remaining, reserved in (blocks.get(name, (0, 0, 0)),)
         }
 
     def _changes(self) -> Iterator[tuple[str, int]]:

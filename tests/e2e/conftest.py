@@ -43,7 +43,6 @@ def install(tmp_path: Path, upstream: Upstream) -> Iterator[Install]:
 @pytest.fixture(scope="session")
 def fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleets]:
     """One for all modules: it takes ten seconds to start."""
-    pytest.importorskip("ledger.store.postgres")
     with running_servers() as servers:
         fleets = Fleets(tmp_path_factory.mktemp("fleets"), servers)
         yield fleets

@@ -7,7 +7,8 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from gateway.proxy.upkeep import SWEEP_S
 from tests.e2e.audit import assert_each_paid_once, assert_nothing_made_or_lost
 from tests.e2e.books import Books
 from tests.e2e.farebox import Clock, Farebox, Gateway, Upstream, installed, until_async
-from tests.e2e.load import Load, a_brief_request
+from tests.e2e.load import Load, Seen, a_brief_request
 from tests.servers.postgres import DURABLE, PostgresServer, database_of
 from tests.servers.postgres_proxy import WRITES, PostgresProxy
 from tests.servers.proxy import Proxy
@@ -137,6 +138,7 @@ class Fleet:
 
     Attributes:
         given: what each user has been given, in the credit's smallest unit.
+        sound: the last round ended with an audit that found nothing.
     """
 
     servers: Servers
@@ -147,6 +149,7 @@ class Fleet:
     gateways: list[Gateway] = field(default_factory=list)
     given: dict[str, int] = field(default_factory=dict)
     rounds: int = 0
+    sound: bool = True
 
     @property
     def books(self) -> Books:
@@ -166,7 +169,8 @@ class Fleet:
 
     def serve(self) -> None:
         """Start a gateway on each host, and give each user credits."""
-        self.gateways = [self._serve(number) for number in range(len(self.hosts))]
+        with ThreadPoolExecutor() as threads:
+            self.gateways = list(threads.map(self._serve, range(len(self.hosts))))
         for user in USERS:
             self.hosts[0].top_up(self.gateways[0], user, millicredits=FUNDS_MILLICREDITS)
             self.given[user] = FUNDS_MILLICREDITS * UNITS_OF_MILLICREDIT
@@ -205,12 +209,14 @@ class Fleet:
             poll_s=POLL_S,
         )
 
-    async def audit(self, load: Load) -> int:
+    async def audit(self, seen: Sequence[Seen]) -> int:
         """Once all is settled: every answer charged once, nothing made or lost; how many answers there were."""
         await self.all_settled()
-        whole = assert_each_paid_once(self.books, self.upstream, load.all)
+        assert all(gateway.running for gateway in self.gateways), [gateway.err for gateway in self.gateways]
+        whole = assert_each_paid_once(self.books, self.upstream, seen)
         assert_nothing_made_or_lost(self.books, given=self.given)
         await asyncio.to_thread(self.hosts[0].verify)
+        self.sound = True
         return whole
 
 
@@ -237,11 +243,12 @@ class Fleets:
         self._fleet: Fleet | None = None
 
     def next(self) -> Fleet:
-        if self._fleet is None or self._fleet.rounds >= ROUNDS_OF_ONE_FLEET:
+        if self._fleet is None or self._fleet.rounds >= ROUNDS_OF_ONE_FLEET or not self._fleet.sound:
             self._stack.close()
             self._made += 1
             self._fleet = self._stack.enter_context(running_fleet(self._folder / f"fleet-{self._made}", self.servers))
         self._fleet.rounds += 1
+        self._fleet.sound = False
         return self._fleet
 
     def close(self) -> None:

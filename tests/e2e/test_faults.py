@@ -187,7 +187,7 @@ async def one_round(fleet: Fleet, faults: Sequence[Fault], rng: random.Random, f
         for fault in faults:
             await fault(fleet, load, rng)
             findings.back_s.append(await served_again(load))
-    findings.add(load.all, whole=await fleet.audit(load))
+    findings.add(load.all, whole=await fleet.audit(load.all))
     return load.all
 
 

@@ -41,8 +41,8 @@ async def test_the_orphans_of_a_dead_host_are_settled_once_though_all_others_swe
     assert {booked[orphan].endings for orphan in orphans} == {("died",)}
     assert all(booked[orphan].charged == booked[orphan].recorded > 0 for orphan in orphans)
     assert lapses(fleet.hosts[0]) - lapsed_before == ORPHANS
-    await asyncio.to_thread(fleet.hosts[0].verify)
     await asyncio.to_thread(fleet.serve_again, 1)
+    await fleet.audit(seen)
 
 
 def held_up(farebox: Farebox) -> int:
@@ -70,12 +70,12 @@ def lapses(farebox: Farebox) -> int:
 async def test_what_one_host_charged_the_other_knows_at_once(fleets: Fleets) -> None:
     fleet = await asyncio.to_thread(fleets.next)
     body = chat("meter", simulate={"tokens": 10}, max_tokens=64)
-    balances = []
+    seen = []
     async with session() as client:
         for turn in range(20):
-            seen = await ask(client, fleet.base_urls[turn % 2], fleet.headers[0], body)
-            assert seen.served, seen.body
-            balances.append(units(seen.headers["x-quota-balance"]))
+            seen.append(await ask(client, fleet.base_urls[turn % 2], fleet.headers[0], body))
+    balances = [units(each.headers["x-quota-balance"]) for each in seen]
     charged = balances[0] - balances[1]
     assert charged > 0
     assert balances == [balances[0] - turn * charged for turn in range(20)]
+    await fleet.audit(seen)

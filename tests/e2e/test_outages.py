@@ -67,7 +67,7 @@ async def test_an_outage_fills_no_memory_is_answered_in_time_and_ends_by_itself(
     slowest_s = max(map(took_s, meanwhile))
     assert slowest_s < LEDGER_TIMEOUT_S + MARGIN_S
     assert max(map(took_s, load.all)) < SLOWEST_S
-    whole = await fleet.audit(load)
+    whole = await fleet.audit(load.all)
     facts = (
         f"{away_s} s; {len(meanwhile)} refused, within {slowest_s:.1f} s; {grown_bytes // 2**20} MiB more memory; "
         f"back within {back_s:.1f} s; {whole} whole answers, each charged once"
@@ -108,7 +108,7 @@ async def outage_survived(fleet: Fleet, rng: random.Random) -> str:
         await asyncio.to_thread(fleet.serve_again, 1)
         load.base_urls = fleet.base_urls
         back_s = await served_again(load)
-    whole = await fleet.audit(load)
+    whole = await fleet.audit(load.all)
     choose(fleet.hosts[0], "closed")
     return f"{away(load)} of {whole} whole answers while it was away, each charged once; back within {back_s:.1f} s"
 
@@ -142,7 +142,7 @@ async def test_a_promoted_standby_has_every_charge_that_was_answered(
                 await asyncio.to_thread(servers.pair.primary.kill)
                 await asyncio.to_thread(servers.pair.promote)
                 back_s = await served_again(load)
-            whole = await fleet.audit(load)
+            whole = await fleet.audit(load.all)
         facts = f"{whole} whole answers, each charged once on the standby; back within {back_s:.1f} s"
         print(f"\nfail-over: {facts}; FAREBOX_TEST_SEED={campaign.seed}")
         record_property(f"fail-over {number}", facts)

@@ -221,13 +221,14 @@ class TestPostgres:
         assert found == [["ten_1"]] * 10 * CONNECTIONS_MAX
 
     async def test_waiting_for_a_connection_has_an_end(self, gateway_url: str, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr("gateway.database.ACQUIRE_TIMEOUT_S", 0.05)
         database = Database(gateway_url)
         async with contextlib.AsyncExitStack() as all_of_them:
             for _ in range(CONNECTIONS_MAX):
                 await all_of_them.enter_async_context(database.read(TEN_1))
-            with pytest.raises(DatabaseUnavailable):
+            monkeypatch.setattr("gateway.database.ACQUIRE_TIMEOUT_S", 0.05)
+            with pytest.raises(DatabaseUnavailable, match="in time"):
                 await names(database)
+        monkeypatch.undo()
         assert await names(database) == []
         await database.close()
 
@@ -246,7 +247,7 @@ class TestPostgresThatHangs:
     @pytest.fixture
     async def database(self, server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Database]:
         for limit in ("ACQUIRE_TIMEOUT_S", "TRANSACTION_TIMEOUT_S"):
-            monkeypatch.setattr(f"gateway.database.{limit}", 0.3)
+            monkeypatch.setattr(f"gateway.database.{limit}", 1.0)
         database = Database(server.url)
         yield database
         await database.close()
