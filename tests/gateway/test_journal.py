@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,23 @@ async def test_all_who_wait_are_written_with_one_sync(tmp_path: Path, disk: Disk
     assert content(tmp_path) == b"".join(f"{number}\n".encode() for number in range(100))
     file.close(empty=True)
     assert content(tmp_path) == b""
+
+
+async def test_a_files_name_is_durable_before_anybody_relies_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is synced can still be lost with the power, if its folder was not."""
+    synced: list[str] = []
+
+    def sync(descriptor: int) -> None:
+        synced.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    file = JournalFile(tmp_path, name="p", sync=sync)
+    await file.append(b"0\n")
+    await file.append(b"1\n")
+    assert synced == ["folder", "file", "file"]
+    file.close(empty=True)
 
 
 async def test_a_full_disk_leaves_no_half_of_a_line(tmp_path: Path, disk: Disk) -> None:
