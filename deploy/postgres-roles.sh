@@ -9,7 +9,9 @@
 set -eu
 psql --no-psqlrc --quiet --set ON_ERROR_STOP=1 --username "$POSTGRES_USER" --dbname "$POSTGRES_DB" <<'SQL'
 \getenv password GATEWAY_PASSWORD
-CREATE ROLE farebox_gateway NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOBYPASSRLS;
+-- Roles belong to all databases of a server: a migration of one of them may have made this one already.
+SELECT 'CREATE ROLE farebox_gateway NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOBYPASSRLS'
+WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'farebox_gateway') \gexec
 CREATE ROLE farebox_app LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOBYPASSRLS PASSWORD :'password'
     IN ROLE farebox_gateway;
 SQL

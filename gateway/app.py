@@ -50,6 +50,7 @@ from gateway.shared.wallets import SharedWallets
 from gateway.stores import SQLITE, OpenStore, open_store
 from gateway.telemetry import PROXIED, Metrics
 from ledger.ledger import Ledger
+from ledger.store.protocol import SchemaMissing, StoreUnavailable
 from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
 
 CHAT_PATH: Final = PROXIED
@@ -207,7 +208,8 @@ class Gateway:
                 try:
                     await self.start()
                 except Exception as error:
-                    log.exception("the gateway could not start")
+                    if not isinstance(error, OSError | StoreUnavailable | SchemaMissing):  # These say what to do.
+                        log.exception("the gateway could not start")
                     await send({"type": "lifespan.startup.failed", "message": str(error)})
                     return
                 await send({"type": "lifespan.startup.complete"})

@@ -159,8 +159,7 @@ class Database:
                 await connection.invalidate()
             raise
         finally:
-            timer.cancel()
-            await asyncio.shield(connection.close())
+            await asyncio.shield(_closed(connection, timer))
 
     async def _opened(self, opening: _Opening) -> tuple[AsyncConnection, asyncio.TimerHandle]:
         """A connection that has named its rows, and the timer that will drop it."""
@@ -175,10 +174,9 @@ class Database:
             try:
                 await connection.execute(*opening)
             except BaseException as error:
-                timer.cancel()
                 if unavailable(error):
                     await connection.invalidate()
-                await asyncio.shield(connection.close())
+                await asyncio.shield(_closed(connection, timer))
                 if not left or not unavailable(error) or loop.time() >= timer.when():
                     raise
             else:
@@ -233,6 +231,14 @@ class Joined:
 
     def write(self, rows: Rows) -> AbstractAsyncContextManager[AsyncConnection]:
         return self.read(rows)
+
+
+async def _closed(connection: AsyncConnection, timer: asyncio.TimerHandle) -> None:
+    """Give *connection* back. The server is asked to roll back what is open: *timer* ends that wait too."""
+    try:
+        await connection.close()
+    finally:
+        timer.cancel()
 
 
 def insert_new(table: type[SQLModel], dialect: str) -> Any:

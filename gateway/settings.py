@@ -91,6 +91,17 @@ def _secret(value: Any) -> Any:
     return value
 
 
+def _require_server(url: str) -> None:
+    """Refuse what no driver reads as it was meant, and what a driver would quote in its error, a password with it."""
+    parts = urlsplit(url)
+    escaped = "a character that means something in a URL, such as # / ? @ or %, is written as %23 %2F %3F %40 %25"
+    if "@" in parts.path + parts.fragment or any("=" not in option for option in parts.query.split("&") if option):
+        raise ValueError(f"it is no URL with a user, a host and options; in a password {escaped}")
+    for host in parts.netloc.rpartition("@")[2].split(","):
+        if (port := re.search(r":([^]:]*)$", host)) and not re.fullmatch(r"[0-9]{1,5}|", port[1]):
+            raise ValueError(f"the port in it is not a number; in a password {escaped}")
+
+
 def _header_safe(value: SecretStr) -> SecretStr:
     """A secret goes into a request header, where a line break would start another one."""
     if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", value.get_secret_value()):
@@ -280,6 +291,7 @@ class Settings(BaseSettings):
             return None
         if not re.match(r"rediss?://.", url):
             raise ValueError("it must begin with redis:// or rediss://")
+        _require_server(url)
         options = (option.partition("=")[0] for option in urlsplit(url).query.split("&"))
         unknown = sorted({option for option in options if option} - REDIS_OPTIONS)
         if unknown:
@@ -293,6 +305,8 @@ class Settings(BaseSettings):
             raise ValueError("it must begin with sqlite:/// and a path, or with postgresql://")
         if ":memory:" in url:
             raise ValueError("credits in memory would be lost with the process: name a file")
+        if not url.startswith("sqlite:"):
+            _require_server(url)
         return url
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from ledger.commands import (
 )
 from ledger.core import decide
 from ledger.draft import RETURN_BLOCKS
+from ledger.granting import block_ids
 from ledger.model import Block, Reservation, ReservationRef, Scope, Wallet, WalletRef
 from ledger.outcomes import (
     Applied,
@@ -86,7 +87,7 @@ def needs(commands: Iterable[AnyCommand]) -> Needs:
                 named.blocks.update(_blocks_refunded(command))
             case Grant():
                 named.wallets.update(_wallets_named(command))
-                named.blocks.add((command.wallet, command.block_id))
+                named.blocks.update((command.wallet, block_id) for block_id in block_ids(command))
             case Revoke() | Freeze():
                 named.wallets.add(command.wallet)
                 if command.block_id is not None:
@@ -118,7 +119,7 @@ def used_up(state: State, commands: Sequence[AnyCommand]) -> set[WalletRef]:
     for command in commands:
         if isinstance(command, _USING_UP):
             found |= _wallets_touched(state, command)
-        if reserving and isinstance(command, (Commit, Lapse)) and command.reservation in reserving:
+        if reserving and isinstance(command, (Commit, Lapse, Debit)) and command.reservation in reserving:
             found |= _wallets_named(reserving[command.reservation])
     return found
 
@@ -169,6 +170,10 @@ def _wallets_named(command: Hold | Grant) -> set[WalletRef]:
 def _wallets_touched(state: State, command: AnyCommand) -> set[WalletRef]:
     """The wallets of *command* but for pools, as far as *state* knows them."""
     match command:
+        case Debit():
+            # It may settle a reservation that is there already, whoever was to pay for that one.
+            reservation = state.reservations.get(command.reservation)
+            return _wallets_named(command) | (set() if reservation is None else reserved_wallets(reservation))
         case Hold() | Grant():
             return _wallets_named(command)
         case Extend() | Commit() | Release() | Lapse():

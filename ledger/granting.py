@@ -38,7 +38,7 @@ def grant(state: State, command: Grant, now_us: int) -> Outcome:
     if not _comes_from_somewhere(command):
         return Rejected(Reason.NOT_FOUND)
     blocks = state.blocks.get(command.wallet, {})
-    if command.block_id in blocks or _second_block(command) in blocks:
+    if any(block_id in blocks for block_id in block_ids(command)):
         return Rejected(Reason.ALREADY_EXISTS)
     draft = Draft(state, command, now_us)
     wallet = draft.open_wallet(command.wallet, command.asset)
@@ -106,8 +106,9 @@ def _comes_from_somewhere(command: Grant) -> bool:
     return command.from_wallet[:2] == command.scope
 
 
-def _second_block(command: Grant) -> str:
-    return f"{command.block_id}_2"
+def block_ids(command: Grant) -> tuple[str, str]:
+    """The blocks that a grant may open: neither may be there."""
+    return command.block_id, f"{command.block_id}_2"
 
 
 def _lots(draft: Draft, command: Grant, wallet: Wallet) -> list[_Lot] | Rejected:
@@ -151,9 +152,8 @@ def _take_from_wallet(draft: Draft, command: Grant, source: WalletRef, wallet: W
             taken[block.operator_paid] += part.amount
             draft.use(part, part.amount, held=False)
             draft.spend(part, part.amount, account=wallet.account, reference=command.block_id)
-    block_ids = (command.block_id, _second_block(command))
     kinds = [(paid, part) for paid, part in taken.items() if part > 0]
-    return [_Lot(block_id, paid, part) for block_id, (paid, part) in zip(block_ids, kinds, strict=False)]
+    return [_Lot(block_id, paid, part) for block_id, (paid, part) in zip(block_ids(command), kinds, strict=False)]
 
 
 def revoke(state: State, command: Revoke, now_us: int) -> Outcome:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from ledger.entries import check_entry
 from ledger.invariants import Audit, Violation, digest
 from ledger.model import Reservation, ReservationRef
 from ledger.outcomes import KeyTaken
@@ -43,6 +44,7 @@ async def verify(store: Store, *, operator: str | None = None) -> Verified:
         try:
             async for entry in snapshot.journal():
                 audit.observe(entry)
+                audit.found += check_entry(entry)
                 if len(audit.found) >= VIOLATIONS_MAX:
                     return _verified(audit, [])
             audit.finish()

@@ -296,8 +296,16 @@ def test_no_secret_stands_in_the_file_and_none_has_a_default() -> None:
 def cluster() -> Iterator[PostgresServer]:
     """A server of its own, because roles belong to all databases of one; with the roles that compose makes."""
     server = PostgresServer(settings=QUICK).create().start()
+    done = make_roles(server)
+    assert done.returncode == 0, done.stderr
+    assert "ecret" not in done.stdout + done.stderr
+    yield server
+    server.close()
+
+
+def make_roles(server: PostgresServer) -> subprocess.CompletedProcess[str]:
     script = next(mount.split(":")[0] for mount in SERVICES["postgres"]["volumes"] if mount.startswith("./"))
-    done = subprocess.run(
+    return subprocess.run(
         ["sh", ROOT / script],
         env={
             "PATH": f"{server.programs}:{os.environ['PATH']}",
@@ -311,10 +319,6 @@ def cluster() -> Iterator[PostgresServer]:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert "ecret" not in done.stdout + done.stderr
-    yield server
-    server.close()
 
 
 def farebox(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -337,6 +341,14 @@ def test_the_roles_are_those_that_the_gateway_needs(cluster: PostgresServer) -> 
             [GATEWAY_ROLE],
         ).fetchall()
     assert found == [("farebox_app", True, False, True), (GATEWAY_ROLE, False, False, True)]
+
+
+def test_the_logins_role_can_be_made_after_a_migration(cluster: PostgresServer) -> None:
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute("DROP ROLE farebox_app")
+    done = make_roles(cluster)
+    assert done.returncode == 0, done.stderr
+    test_the_roles_are_those_that_the_gateway_needs(cluster)
 
 
 def test_the_owner_migrates_and_the_gateways_login_does_the_rest(cluster: PostgresServer) -> None:

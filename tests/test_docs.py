@@ -215,12 +215,17 @@ def test_files_that_are_named_exist(page: Path):
 
 def test_the_plan_of_the_house_is_the_house():
     plan = next(block for block in BLOCKS if block.page == "docs/architecture.md" and block.language == "text")
-    folder = ROOT
+    shown: dict[Path, set[str]] = {}
     for line in plan.text.splitlines():
-        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
+        indent, names = re.match(r"( *)([^\s,]+(?:, [^\s,]+)*)", line).groups()  # type: ignore[union-attr]
         if not indent:
-            folder = ROOT / name
-        assert (folder / name if indent else folder).exists(), line
+            folder = ROOT / names
+        shown.setdefault(folder, set()).update(name.rstrip("/") for name in names.split(", ") if indent)
+    for folder, names in shown.items():
+        modules = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        packages = {path.parent.name for path in folder.glob("*/__init__.py")}
+        assert names >= modules | packages
+        assert all((folder / name).exists() for name in names)
 
 
 def test_make_has_the_targets_that_are_shown():

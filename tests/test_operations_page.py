@@ -16,6 +16,8 @@ SCALING = (ROOT / "docs" / "scaling.md").read_text()
 PROCESSES = {"4 hosts of 2 processes": 8, "16 hosts of 4": 64}
 REQUESTS = (200, 5_000)
 DAY_S = 86_400
+SUPERUSERS = 3
+"""What PostgreSQL keeps back of its connections, by default."""
 
 
 def row(page: str, first: str) -> list[str]:
@@ -25,13 +27,16 @@ def row(page: str, first: str) -> list[str]:
 
 
 def test_the_connections_are_those_of_the_code() -> None:
-    one, reads, own = 1, ledger_store.READERS, own_tables.CONNECTIONS_MAX
-    assert f"at most {one + reads + own} connections to PostgreSQL: {one} for the ledger's batches, {reads}" in (
+    writers, reads, own = batches.BATCHES_AT_ONCE, ledger_store.READERS, own_tables.CONNECTIONS_MAX
+    total = writers + reads + own
+    assert f"at most {total} connections to PostgreSQL: {writers} for the ledger's batches, {reads}" in (
         OPERATIONS.replace("\n", " ")
     )
     assert f"{own} for tenants" in OPERATIONS
+    assert f"that is {(100 - SUPERUSERS) // total} processes" in OPERATIONS
+    assert f"give the pool {total} for each" in OPERATIONS
     assert [int(cell) for cell in row(SCALING, "connections, at most")] == [
-        processes * (one + reads + own) for processes in PROCESSES.values()
+        processes * total for processes in PROCESSES.values()
     ]
 
 

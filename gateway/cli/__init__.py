@@ -1,6 +1,8 @@
 """The command line. What is slow to import is imported by the command that needs it: `--help` answers at once."""
 
 import sys
+from collections.abc import Iterator
+from typing import Final
 
 import typer
 
@@ -11,6 +13,17 @@ from gateway.cli.prices import prices
 from gateway.cli.serving import demo, serve
 from gateway.cli.shared import EXIT_FAILED
 from gateway.cli.tenants import tenants
+
+CONNECT_ADVICE: Final = "Does the server run, and does database_url name its host and port?"
+
+ADVICE: Final = {
+    "08": CONNECT_ADVICE,
+    "28": "Look at the user and the password in database_url, and at the server's pg_hba.conf.",
+    "3D": "Make the database first: CREATE DATABASE … OWNER …, or name another one in database_url.",
+    "42501": "`farebox migrate` wants the owner of the tables, everything else a member of their role: "
+    "GRANT farebox_gateway TO …",
+}
+"""What to do next, by the beginning of PostgreSQL's SQLSTATE."""
 
 cli = typer.Typer(
     name="farebox",
@@ -53,7 +66,8 @@ def _explained(error: Exception) -> str | None:
         case SchemaMissing():
             return "The database has no Farebox in it yet: run `farebox init`, or `farebox migrate`."
         case StoreUnavailable():
-            return f"The database cannot be used: {error}."
+            said = str(error).partition("\n")[0].rstrip(".")
+            return " ".join(filter(None, (f"The database cannot be used: {said}.", _advice(error))))
         case (
             CannotCopy()
             | CannotInstall()
@@ -64,5 +78,24 @@ def _explained(error: Exception) -> str | None:
             | StoreUnsupported()
         ):
             return str(error)
-    refusal = REFUSALS.translate(error)
-    return None if refusal is None else refusal.message
+    if (refusal := REFUSALS.translate(error)) is not None:
+        return refusal.message
+    # What the database refuses its user: the statement that stands beside it is no business of theirs.
+    advice = _advice(error)
+    return None if advice is None else f"The database refuses it. {advice}"
+
+
+def _advice(error: Exception) -> str | None:
+    for cause in _causes(error):
+        if isinstance(cause, OSError):  # TimeoutError is one.
+            return CONNECT_ADVICE
+        if state := getattr(cause, "sqlstate", None):
+            return next((advice for prefix, advice in ADVICE.items() if str(state).startswith(prefix)), None)
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """*error* and what it was raised from; SQLAlchemy keeps the driver's own error in an attribute."""
+    while error is not None:
+        yield error
+        error = getattr(error, "orig", None) or error.__cause__

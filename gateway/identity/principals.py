@@ -6,6 +6,7 @@ out only other guesses. However many requests arrive when a lease has run out, t
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import Final, Literal, NamedTuple, cast
@@ -27,13 +28,16 @@ from pricing.money import Asset
 LEASE_S: Final = 1.0
 OUTAGE_LEASE_S: Final = 600.0
 """How long beyond its lease a principal is used while the database cannot be asked, where the tenant chose to be served
-then. A key that is revoked in that time works until the database is back, and no longer than this."""
+then. A key that was revoked since its row was read works until the database is back, and no longer than this."""
 
 OUTAGE_LOOK_S: Final = 1.0
 """How long the database is taken for away after a look-up has failed, for those who may go on without it."""
 
 LOOK_UP_S: Final = 5.0
 """How long a look-up may take before the database is taken for away."""
+
+OUTAGE_WAIT_S: Final = 0.25
+"""How long those who may go on without it wait for a database that was away a moment ago: it may hang."""
 
 LOOK_UPS_MAX: Final = 1_000
 """Look-ups under way at once. More are refused: an outage must not fill the memory."""
@@ -103,7 +107,7 @@ class Principals:
         self._known: LRU[bytes, Lease] = LRU(PRINCIPALS_MAX)
         self._unknown: LRU[bytes, float] = LRU(UNKNOWN_MAX)
         self._under_way: dict[bytes, asyncio.Task[Principal | None]] = {}
-        self._away_until_s = 0.0
+        self._away_until_s = -math.inf
 
     async def authenticate(self, token: bytes) -> Principal:
         """The principal of a key.
@@ -126,8 +130,10 @@ class Principals:
         if parsed is None or now_s < (self._unknown.get(digest) or 0):
             raise errors.invalid_api_key()
         self._looked_up(False)
+        lately = now_s < self._away_until_s + LOOK_UP_S
         try:
-            principal = await self._look_up_once(digest, parsed.key_id)
+            async with within(OUTAGE_WAIT_S if stale is not None and lately else LOOK_UP_S):
+                principal = await self._look_up_once(digest, parsed.key_id)
         except DatabaseUnavailable:
             self._away_until_s = self._monotonic_s() + OUTAGE_LOOK_S
             if stale is not None:

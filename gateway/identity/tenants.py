@@ -177,7 +177,8 @@ class Tenants:
             raise errors.invalid_request(f"open_allowance is 0 to {AMOUNT_MAX}.", param="open_allowance")
         await self.tenant(tenant_id)
         async with self._transactions.write(of(tenant_id)) as connection:
-            query = select(col(Tenant.settings)).where(col(Tenant.id) == tenant_id)
+            # Locked, so that of two who change different things none takes the other's back.
+            query = select(col(Tenant.settings)).where(col(Tenant.id) == tenant_id).with_for_update()
             settings = (await connection.execute(query)).scalar_one()
             changed = with_availability(settings, choice=when_ledger_is_down, allowance=open_allowance)
             await connection.execute(update(Tenant).where(col(Tenant.id) == tenant_id).values(settings=changed))

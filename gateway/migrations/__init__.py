@@ -98,7 +98,9 @@ def _is_sqlite(database_url: str) -> bool:
 
 def _refuse_newer(found: str | None) -> None:
     if found is not None and found > HEAD:
-        raise StoreUnavailable(f"a newer Farebox has migrated it to {found}, and this one knows {HEAD}")
+        raise StoreUnavailable(
+            f"a newer Farebox has migrated it to {found}, and this one knows {HEAD}: use the newer one"
+        )
 
 
 def _upgrade_sqlite(database_url: str) -> None:

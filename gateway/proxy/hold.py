@@ -128,8 +128,7 @@ class Hold:
         Raises:
             LedgerUnavailable: nobody knows; deliver nothing more.
         """
-        wanted = max(tokens, min(tokens * GROWTH, ceiling))
-        missing = self.tariff.worst(prompt_tokens=self._prompt_tokens_max, output_tokens=wanted) - self.held[0]
+        missing = self._missing(tokens, ceiling)
         if missing <= 0:
             return
         command = Extend(
@@ -147,6 +146,11 @@ class Hold:
             return
         assert isinstance(extended, Reserved)
         self._cover(extended.held)
+
+    def _missing(self, tokens: int, ceiling: int) -> int:
+        """What has to come to the hold for it to cover *tokens* of output and, up to *ceiling*, as many again."""
+        wanted = max(tokens, min(tokens * GROWTH, ceiling))
+        return self.tariff.worst(prompt_tokens=self._prompt_tokens_max, output_tokens=wanted) - self.held[0]
 
     async def renew(self) -> None:
         """Keep the hold alive, with a mark of how far the work has come."""
@@ -203,10 +207,13 @@ class Hold:
         except ReservationSettled as error:
             result = error.result
         except LedgerUnavailable:
-            await self._keep(command)
-            return Charged(usage=usage)
+            return await self._charge_later(command, usage)
         assert isinstance(result, Settled)
         return Charged(usage=usage, cost=result.charged[0].total, balance=result.balance)
+
+    async def _charge_later(self, command: Commit, usage: Usage) -> "Charged":
+        await self._keep(command)
+        return Charged(usage=usage)
 
     async def release(self) -> None:
         """Give everything back. Where the ledger cannot be reached, the journal does it later."""

@@ -11,15 +11,16 @@ import asyncio
 import fcntl
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import IO, Final, NamedTuple
 
 import msgspec
 
 from gateway.ids import new_id
+from gateway.proxy.doubts import Asked, Doubts
 from gateway.proxy.journal_file import SUFFIX, JournalFile
-from gateway.proxy.reconcile import Kept, tell
+from gateway.proxy.reconcile import Kept, give_back, tell
 from ledger.commands import AnyCommand, Debit, Release, Reserve
 from ledger.errors import LedgerError, LedgerUnavailable
 from ledger.ledger import Ledger
@@ -52,7 +53,13 @@ class SettlementJournal:
     """
 
     def __init__(
-        self, folder: Path, *, name: str, report: Callable[[str], None], file: JournalFile | None = None
+        self,
+        folder: Path,
+        *,
+        name: str,
+        report: Callable[[str], None],
+        file: JournalFile | None = None,
+        doubts: Doubts | None = None,
     ) -> None:
         self._folder = folder
         self._report = report
@@ -60,6 +67,7 @@ class SettlementJournal:
         self._waiting: dict[ReservationRef, Kept] = {}
         self._intents: dict[ReservationRef, Debit] = {}
         self._unwritten: set[ReservationRef] = set()
+        self._doubts = Doubts() if doubts is None else doubts  # An empty one is false.
         self._told: dict[ReservationRef, Callable[[], None]] = {}
         self._adopted: list[_Adopted] = []
         self._adopted_charges: Counter[Scope] = Counter()
@@ -82,10 +90,13 @@ class SettlementJournal:
         """What dead processes served to *scope* while the ledger was away, and this one has yet to tell."""
         return self._adopted_charges[scope]
 
-    async def intend(self, debit: Debit) -> None:
+    async def intend(self, debit: Debit, *, forwarded: bool = False) -> None:
         """Write durably what to charge for a request if this process dies before it is settled.
 
         Repeating it with another settlement replaces the one before.
+
+        Args:
+            forwarded: its upstream has been asked already; it will be settled, whatever becomes of this line.
 
         Raises:
             OSError: the disk refused. What was intended before still is; else nothing may be forwarded.
@@ -95,12 +106,15 @@ class SettlementJournal:
         try:
             await self._file.append(_line(debit))
         except BaseException as error:
-            if before is not None:
+            if self._intents.get(debit.reservation) is not debit:
+                pass  # Its settlement, or another intent, has taken its place meanwhile.
+            elif before is not None:
                 self._intents[debit.reservation] = before
             else:
-                # The line may be on disk all the same: another one has to say that nothing was done.
-                self._intents.pop(debit.reservation, None)
-                self._remember(_release_of(debit), unwritten=isinstance(error, OSError))
+                # The line may be on disk all the same: of what was not done, the ledger has to be told that.
+                del self._intents[debit.reservation]
+                if not forwarded:
+                    self._remember(_release_of(debit), unwritten=isinstance(error, OSError))
             raise
 
     async def keep(self, command: Kept, *, told: Callable[[], None] | None = None) -> None:
@@ -152,21 +166,25 @@ class SettlementJournal:
         """Give back what *command* may have reserved, unless its request was served, and will be charged."""
         ref = command.reservation
         if ref not in self._intents and ref not in self._waiting:
-            release = Release(id=new_id("cmd"), scope=command.scope, reservation=ref)
-            self._remember(release, unwritten=True)
+            self._doubts.add(Release(id=new_id("cmd"), scope=command.scope, reservation=ref))
 
     async def replay(self, ledger: Ledger) -> int:
-        """Tell *ledger* all that waits, in order; how much it took. What is told is forgotten on disk."""
+        """Tell *ledger* all that waits, in order; how much it took. What is told is forgotten on disk.
+
+        A page of which it took nothing says that it is away.
+        """
         told = 0
         async with self._replaying:
-            while self._waiting:
-                page = list(self._waiting.values())[:TOLD_AT_ONCE]
+            await self._doubts.settle(lambda release: self._give_back(ledger, release))
+            waiting = list(self._waiting.values())
+            for start in range(0, len(waiting), TOLD_AT_ONCE):
+                page = waiting[start : start + TOLD_AT_ONCE]
                 answered = await asyncio.gather(*(self._tell(ledger, command) for command in page))
                 for command, known in zip(page, answered, strict=True):
                     if known and self._waiting.get(command.reservation) is command:
                         self._forget(command.reservation)
                 told += sum(answered)
-                if not all(answered):
+                if not any(answered):
                     break
             if told:
                 await self._file.tidy(self._needed)
@@ -177,15 +195,25 @@ class SettlementJournal:
 
     async def adopt(self, ledger: Ledger) -> int:
         """Replay the journals of processes that are gone, and remove each that was told in full."""
+        async with self._replaying:
+            return await self._adopt(ledger)
+
+    async def _adopt(self, ledger: Ledger) -> int:
         known = {adopted.path for adopted in self._adopted}
         found = sorted(self._folder.glob(f"*{SUFFIX}")) if self._folder.is_dir() else []
         for path in found:
-            if path not in known:
+            if path in known:
+                continue
+            try:
                 adopted = await asyncio.to_thread(self._take_over, path)
-                if adopted is not None:
-                    self._adopted.append(adopted)
-                    for command in adopted.commands.values():
-                        self._adopted_charges[command.scope] += _charge_of(command)
+            except OSError as error:
+                # One file that cannot be read must not keep the others waiting; it is tried again.
+                self._report(f"{path.name} cannot be adopted: {error.strerror}")
+                continue
+            if adopted is not None:
+                self._adopted.append(adopted)
+                for command in adopted.commands.values():
+                    self._adopted_charges[command.scope] += _charge_of(command)
         told = 0
         for adopted in list(self._adopted):
             told += await self._tell_adopted(ledger, adopted)
@@ -198,15 +226,16 @@ class SettlementJournal:
 
     async def _tell_adopted(self, ledger: Ledger, adopted: _Adopted) -> int:
         told = 0
-        while adopted.commands:
-            page = list(adopted.commands.values())[:TOLD_AT_ONCE]
+        waiting = list(adopted.commands.values())
+        for start in range(0, len(waiting), TOLD_AT_ONCE):
+            page = waiting[start : start + TOLD_AT_ONCE]
             answered = await asyncio.gather(*(self._tell(ledger, command) for command in page))
             for command, known in zip(page, answered, strict=True):
                 if known:
                     del adopted.commands[command.reservation]
                     self._adopted_charges[command.scope] -= _charge_of(command)
             told += sum(answered)
-            if not all(answered):
+            if not any(answered):
                 break
         return told
 
@@ -243,17 +272,32 @@ class SettlementJournal:
             return None
         return kept
 
+    async def _give_back(self, ledger: Ledger, release: Release) -> Asked:
+        found = False
+
+        async def asked() -> None:
+            nonlocal found
+            found = await give_back(ledger, release)
+
+        if not await self._done(asked(), release):
+            return Asked.AWAY
+        return Asked.SETTLED if found else Asked.UNKNOWN
+
     async def _tell(self, ledger: Ledger, command: Kept) -> bool:
+        return await self._done(tell(ledger, command), command)
+
+    async def _done(self, telling: Awaitable[None], command: Kept) -> bool:
         """Whether the ledger has dealt with *command*: applied, now or before, or refused for good."""
         try:
-            await tell(ledger, command)
+            await telling
         except LedgerUnavailable:
             return False
         except LedgerError as error:
             self._report(f"the ledger refused the settlement of {command.reservation.reservation}: {error}")
         except Exception as error:
-            # A bug of ours must not keep the others waiting; this one stays, and is told again.
-            self._report(f"the settlement of {command.reservation.reservation} fails: {error!r}")
+            # A bug of ours must not keep the others waiting; this one stays, and is told again. A driver's message may
+            # have values in it, which are somebody's.
+            self._report(f"the settlement of {command.reservation.reservation} fails: {type(error).__name__}")
             return False
         return True
 

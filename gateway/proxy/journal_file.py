@@ -26,6 +26,10 @@ LINES_WAITING_MAX: Final = 10_000
 WAIT_S: Final = 10.0
 """How long a line waits for the disk before it is taken for one that could not be written."""
 
+LEFT_MAX: Final = 16
+"""Most files that are left as they are before all they hold is dealt with: a disk whose every sync fails must not take
+all the descriptors that a process may have."""
+
 COMPACT_BYTES: Final = 2**20
 """A journal of this size is written anew when less than half of it is still needed."""
 
@@ -129,6 +133,8 @@ class JournalFile:
 
     def _put(self, data: bytes) -> None:
         if self._descriptor is None:
+            if len(self._left) >= LEFT_MAX:
+                raise OSError(errno.EIO, "the disk has failed too often")
             self.prepare()
             self._path, self._descriptor = self._create()
             self._length = 0

@@ -4,21 +4,22 @@ How it works. Each process has the tenant's whole allowance, and counts in memor
 spent of it. Before a request is forwarded, the journal has an intent on disk: the debit with which the request will be
 charged, for what it is charged if this process dies. At the end the debit for what it really cost takes its place, and
 the allowance gets back what was not needed; what was spent comes back when the ledger knows the debit. The debit has
-the reservation's own id, so that it settles a reservation that was made although nobody could tell.
+the reservation's own id, so that it settles a reservation that was made although nobody could tell, or one that its
+stream had before the ledger went away.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 import structlog
 
-from gateway.proxy.hold import GROWTH, Charged, Hold
+from gateway.proxy.hold import Charged, Hold
 from gateway.proxy.journal import SettlementJournal
+from gateway.proxy.quoting import Plan
 from gateway.proxy.settlement import Ending, UsageSource
 from gateway.proxy.shield import Shield
-from gateway.proxy.tariff import Tariff
-from ledger.commands import Debit, Key, Release, Reserve, ReserveLeg, StoredResponse
+from ledger.commands import Commit, Debit, Key, Release, Reserve, ReserveLeg, StoredResponse
 from ledger.errors import LedgerUnavailable
 from ledger.ledger import Ledger
 from ledger.model import Scope, Settlement, UsageRecord
@@ -63,25 +64,24 @@ class Allowance:
         if left <= 0 or left < minimum:
             return None
         taken = min(amount, left)
-        self._spending.setdefault(scope, _Spending()).aside += taken
+        self._book(scope, aside=taken)
         return taken
 
     def settle(self, scope: Scope, *, aside: int, spent: int) -> None:
         """Put what was spent in the place of what was set aside."""
-        spending = self._spending[scope]
-        spending.aside -= aside
-        spending.spent += spent
-        self._trim(scope)
+        self._book(scope, aside=-aside, spent=spent)
 
     def reconciled(self, scope: Scope, spent: int) -> None:
         """The ledger knows of so much."""
-        self._spending[scope].spent -= spent
-        self._trim(scope)
+        self._book(scope, spent=-spent)
 
-    def _trim(self, scope: Scope) -> None:
-        spending = self._spending[scope]
-        if spending.aside == 0 and spending.spent == 0:
-            del self._spending[scope]
+    def _book(self, scope: Scope, *, aside: int = 0, spent: int = 0) -> None:
+        """Change the two. A scope that has nothing of either is forgotten, though some of its requests cost nothing."""
+        spending = self._spending.pop(scope, None) or _Spending()
+        spending.aside += aside
+        spending.spent += spent
+        if spending.aside or spending.spent:
+            self._spending[scope] = spending
 
 
 class OpenAnswer(msgspec.Struct):
@@ -116,6 +116,13 @@ class OpenServing:
         """What this process has served under *key* since the ledger went away."""
         return self._answers.get((scope, key.operation, key.key))
 
+    def begin(self, debit: Debit) -> None:
+        """The request that *debit* would charge is under way under its key."""
+        usage = debit.settlement.usage
+        if debit.key is not None and usage is not None:
+            name = (debit.scope, debit.key.operation, debit.key.key)
+            self._answers.setdefault(name, OpenAnswer(debit.key.digest, usage.request_id))
+
     def finish(self, debit: Debit) -> None:
         """Keep the answer of *debit* until the ledger has it."""
         answer = self._answer_of(debit)
@@ -136,87 +143,102 @@ class OpenServing:
         usage = debit.settlement.usage
         return answer if answer is not None and usage is not None and answer.request_id == usage.request_id else None
 
-    async def hold(
-        self,
-        command: Reserve,
-        *,
-        limit: int,
-        tariff: Tariff,
-        record: UsageRecord,
-        prompt_tokens: int,
-        prompt_tokens_max: int,
-    ) -> "OpenHold | None":
+    async def hold(self, command: Reserve, *, plan: Plan, record: UsageRecord, limit: int) -> "OpenHold | None":
         """Set aside what *command* would have reserved, durably; None when the allowance does not cover its minimum.
 
         Raises:
             LedgerUnavailable: the journal cannot be written, so nothing is served.
         """
-        usage = None if command.mark is None else command.mark.usage
-        assert command.mark is not None
-        assert usage is not None
         amount = sum(leg.amount for leg in command.legs)
         minimum = sum(leg.minimum for leg in command.legs)
         taken = self.allowance.take(command.scope, amount, minimum=minimum, limit=limit)
         if taken is None:
             return None
-        debit = Debit(
-            id=self._new_id("cmd"),
-            scope=command.scope,
-            key=command.key,
-            reservation=command.reservation,
-            asset=command.asset,
-            legs=command.legs,
-            limits=command.limits,
-            unfunded=command.unfunded,
-            developer=command.developer,
-            tags=command.tags,
-            settlement=_marked_away(command.mark),
-            beyond="receivable",
-        )
-        if command.key is not None:
-            name = (command.scope, command.key.operation, command.key.key)
-            self._answers[name] = OpenAnswer(command.key.digest, usage.request_id)
+        debit = _debit_of(command, self._new_id("cmd"))
+        self.begin(debit)
         try:
             await self.journal.intend(debit)
         except BaseException as error:
             self.allowance.settle(command.scope, aside=taken, spent=0)
             self.forget(debit)
             if isinstance(error, OSError):
-                raise LedgerUnavailable(f"the settlement journal cannot be written: {error}") from error
+                raise _unwritable(error) from error
             raise
+        held = _by_leg(command.legs, taken)
+        return self._made(command, debit, held, plan=plan, record=record, limit=limit, aside=taken)
+
+    def on_reservation(
+        self, command: Reserve, held: tuple[int, ...], *, plan: Plan, record: UsageRecord, limit: int
+    ) -> "OpenHold":
+        """The hold of a request for which the ledger has reserved *held*, and may go away before its end."""
+        debit = _debit_of(command, self._new_id("cmd"))
+        return self._made(command, debit, held, plan=plan, record=record, limit=limit, aside=None)
+
+    def _made(
+        self,
+        command: Reserve,
+        debit: Debit,
+        held: tuple[int, ...],
+        *,
+        plan: Plan,
+        record: UsageRecord,
+        limit: int,
+        aside: int | None,
+    ) -> "OpenHold":
         return OpenHold(
             serving=self,
             debit=debit,
             limit=limit,
+            aside=aside,
             ledger=self._ledger,
             journal=self.journal,
             shield=self._shield,
             new_id=self._new_id,
             reservation=command.reservation,
-            tariff=tariff,
-            record=msgspec.structs.replace(record, metadata={**record.metadata, **LEDGER_AWAY}),
-            prompt_tokens=prompt_tokens,
-            prompt_tokens_max=prompt_tokens_max,
-            held=_by_leg(command.legs, taken),
+            tariff=plan.tariff,
+            record=record,
+            prompt_tokens=plan.prompt_tokens,
+            prompt_tokens_max=plan.prompt_tokens_max,
+            held=held,
             ttl_us=command.ttl_us,
         )
 
 
 class OpenHold(Hold):
-    """A hold on the allowance: settled in the journal, and charged when the ledger is back."""
+    """A hold of a tenant that is served without the ledger: on a reservation while the ledger answers, if it did.
 
-    dry: Mapping[str, str] = USED_UP
+    From when it does not, the hold is on the allowance: it is settled in the journal, and charged when the ledger is
+    back. What the reservation holds pays first, so that the allowance gives only what is needed beyond it.
+    """
 
-    def __init__(self, *, serving: OpenServing, debit: Debit, limit: int, **hold: Any) -> None:
+    def __init__(self, *, serving: OpenServing, debit: Debit, limit: int, aside: int | None, **hold: Any) -> None:
+        """*aside* has been taken from the allowance; None where the ledger has reserved."""
         super().__init__(**hold)
         self._serving = serving
         self._debit = debit
         self._limit = limit
-        self._aside = sum(self.held)
+        self._away = False
+        self._aside = aside or 0
+        self._reserved = sum(self.held) - self._aside
+        if aside is not None:
+            self._leave_ledger()
+
+    def _leave_ledger(self) -> None:
+        """The ledger is away, and this request goes on without it, to its end."""
+        self._away = True
+        self.dry = USED_UP
+        self.record = msgspec.structs.replace(self.record, metadata={**self.record.metadata, **LEDGER_AWAY})
+        self._serving.begin(self._debit)
 
     async def extend(self, tokens: int, *, ceiling: int) -> None:
-        wanted = max(tokens, min(tokens * GROWTH, ceiling))
-        missing = self.tariff.worst(prompt_tokens=self._prompt_tokens_max, output_tokens=wanted) - self.held[0]
+        if not self._away:
+            try:
+                await super().extend(tokens, ceiling=ceiling)
+                return
+            except LedgerUnavailable:
+                self._reserved = sum(self.held)
+                self._leave_ledger()
+        missing = self._missing(tokens, ceiling)
         if missing <= 0:
             return
         taken = self._serving.allowance.take(self._scope, missing, minimum=1, limit=self._limit)
@@ -227,40 +249,58 @@ class OpenHold(Hold):
         self._cover((self.held[0] + taken, *self.held[1:]))
 
     async def renew(self) -> None:
-        """Write down how far the work has come: what is charged for it if this process dies.
+        """Keep the hold alive, or without the ledger write down how far the work has come: what is charged for it if
+        this process dies.
 
         Raises:
             LedgerUnavailable: the journal cannot be written; deliver nothing more.
         """
+        if not self._away:
+            await super().renew()
+            return
         mark = self._mark()
         if mark is None or self.settled:
             return
         self._debit = msgspec.structs.replace(self._debit, settlement=mark)
         try:
-            await self._journal.intend(self._debit)
+            await self._journal.intend(self._debit, forwarded=True)
         except OSError as error:
-            raise LedgerUnavailable(f"the settlement journal cannot be written: {error}") from error
+            raise _unwritable(error) from error
 
     async def _charge(self, usage: Usage, settlement: Settlement, response: StoredResponse | None) -> Charged:
-        serving, scope = self._serving, self._scope
+        if not self._away:
+            return await super()._charge(usage, settlement, response)
         debit = msgspec.structs.replace(self._debit, settlement=settlement, response=response)
-        cost = sum(charge.total for charge in settlement.charges)
-        serving.allowance.settle(scope, aside=self._aside, spent=cost)
+        spent = max(0, sum(charge.total for charge in settlement.charges) - self._reserved)
+        self._serving.allowance.settle(self._scope, aside=self._aside, spent=spent)
+        return await self._kept(debit, debit, usage, spent=spent)
+
+    async def _charge_later(self, command: Commit, usage: Usage) -> Charged:
+        self._serving.begin(self._debit)
+        debit = msgspec.structs.replace(self._debit, settlement=command.settlement, response=command.response)
+        return await self._kept(command, debit, usage, spent=0)
+
+    async def _kept(self, command: Commit | Debit, debit: Debit, usage: Usage, *, spent: int) -> Charged:
+        """Have the journal charge *command*; until the ledger knows, the key's answer is what *debit* says."""
+        serving, scope = self._serving, self._scope
 
         def told() -> None:
-            serving.allowance.reconciled(scope, cost)
+            serving.allowance.reconciled(scope, spent)
             serving.forget(debit)
 
         try:
-            await self._journal.keep(debit, told=told)
+            await self._journal.keep(command, told=told)
         except OSError as error:
             log.error("a settlement could not be written", request_id=self.record.request_id, error=str(error))
-            serving.forget(debit)
+            serving.finish(msgspec.structs.replace(debit, response=None))  # The journal keeps none in memory alone.
             return Charged(usage=usage)
         serving.finish(debit)
-        return Charged(usage=usage, cost=settlement.charges[0].total)
+        return Charged(usage=usage, cost=debit.settlement.charges[0].total)
 
     async def _release(self) -> None:
+        if not self._away:
+            await super()._release()
+            return
         self._serving.allowance.settle(self._scope, aside=self._aside, spent=0)
         self._serving.forget(self._debit)
         release = Release(id=self._new_id("cmd"), scope=self._scope, reservation=self.reservation)
@@ -268,6 +308,29 @@ class OpenHold(Hold):
             await self._journal.keep(release)
         except OSError as error:
             log.error("a release could not be written", request_id=self.record.request_id, error=str(error))
+
+
+def _debit_of(command: Reserve, command_id: str) -> Debit:
+    """What charges for the work that *command* would have reserved for; at first, for what it is worth if we die."""
+    assert command.mark is not None
+    return Debit(
+        id=command_id,
+        scope=command.scope,
+        key=command.key,
+        reservation=command.reservation,
+        asset=command.asset,
+        legs=command.legs,
+        limits=command.limits,
+        unfunded=command.unfunded,
+        developer=command.developer,
+        tags=command.tags,
+        settlement=_marked_away(command.mark),
+        beyond="receivable",
+    )
+
+
+def _unwritable(error: OSError) -> LedgerUnavailable:
+    return LedgerUnavailable(f"the settlement journal cannot be written: {error}")
 
 
 def _marked_away(mark: Settlement) -> Settlement:

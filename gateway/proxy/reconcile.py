@@ -3,10 +3,10 @@
 import msgspec
 
 from ledger.commands import Commit, Debit, Refund, Release
-from ledger.errors import KeyReused, NotFound, ReservationSettled
+from ledger.errors import KeyReused, LedgerUnavailable, NotFound, ReservationSettled
 from ledger.ledger import Ledger
-from ledger.model import ReservationState
-from ledger.outcomes import Settled
+from ledger.model import ReservationRef, ReservationState
+from ledger.outcomes import Reserved, Settled
 
 Kept = Commit | Release | Debit
 """What a settlement can be. A debit is that of a request which was served while the ledger was away."""
@@ -27,8 +27,10 @@ async def tell(ledger: Ledger, command: Kept) -> None:
         await ledger.execute(command)
 
 
-async def give_back(ledger: Ledger, release: Release) -> None:
+async def give_back(ledger: Ledger, release: Release) -> bool:
     """Release a reservation; what was charged for it because its time had run out is refunded.
+
+    False where there is none: nobody knew whether it was made.
 
     Raises:
         LedgerUnavailable: try again.
@@ -36,7 +38,7 @@ async def give_back(ledger: Ledger, release: Release) -> None:
     try:
         await ledger.execute(release)
     except NotFound:
-        return  # It was never made: nobody knew.
+        return False
     except ReservationSettled as error:
         if error.state is ReservationState.EXPIRED and isinstance(error.result, Settled) and error.result.payments:
             refund = Refund(
@@ -46,11 +48,21 @@ async def give_back(ledger: Ledger, release: Release) -> None:
                 payments=error.result.payments,
             )
             await ledger.execute(refund)
+    return True
 
 
 async def _charge_afterwards(ledger: Ledger, debit: Debit) -> None:
-    """Charge for what was served. A key that stands for another request by now protects nothing: the work was done."""
+    """Charge for what was served. A key that stands for another request by now protects nothing: the work was done.
+
+    Where it stands for the same request, served a second time, that one is charged instead, as soon as it has ended:
+    if it fails, its key is free again and this one is.
+    """
     try:
-        await ledger.execute(debit)
+        result = (await ledger.execute(debit)).result
     except KeyReused:
         await ledger.execute(msgspec.structs.replace(debit, key=None, response=None))
+        return
+    if isinstance(result, Reserved) and result.reservation != debit.reservation.reservation:
+        other = await ledger.reservation(ReservationRef(*debit.scope, result.reservation))
+        if other is not None and other.state is ReservationState.OPEN:
+            raise LedgerUnavailable("whether the key's other request will be charged is not known yet")

@@ -17,7 +17,8 @@ Why what is kept can be trusted, if its wallets have the versions that they had:
   who does locks all its wallets, and the first payer's exists since it was made.
 - That something is not there (a command's id, a key, a new reservation, block or wallet) is looked up after the locks,
   and what is put there must not be there yet, by its table's primary key.
-- The server is the same and has not been started anew: a promoted standby may have another past.
+- The server is the same and has not been started anew, and its table of wallets is the same: a promoted standby, or a
+  backup that was restored, may have another past.
 
 The time of a batch is the database's clock after locking. The short way has to know it before, and reckons it from the
 last answer by this machine's monotonic clock: never ahead of the database's, and behind it by less than a round trip. A
@@ -47,7 +48,7 @@ from ledger.batch import (
 from ledger.commands import AnyCommand, Freeze, Hold, Refund, Revoke
 from ledger.draft import RETURN_BLOCKS
 from ledger.model import Block, Reservation, ReservationRef, ReservationState, Scope, Wallet, WalletRef
-from ledger.outcomes import Outcome
+from ledger.outcomes import Applied, Outcome
 from ledger.state import State
 from ledger.store import postgres_rows as rows
 from ledger.store.postgres_connection import Connection, Connections
@@ -374,7 +375,10 @@ class Batches:
             await self._announce(writes)
             if writes.journal:
                 await connection.fetchval(_WRITE, *written.parameters)
-            await connection.execute("COMMIT" if writes.journal else "ROLLBACK")
+            # A repetition is told that it has happened. A server that was started anew before its standby had it waits
+            # for the standby only when something is committed: the locks.
+            told = writes.journal or any(isinstance(each, Applied) and each.replayed for each in outcomes)
+            await connection.execute("COMMIT" if told else "ROLLBACK")
         except Exception:
             if not connection.is_closed():
                 await connection.execute("ROLLBACK")

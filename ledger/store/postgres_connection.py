@@ -36,7 +36,7 @@ _SET_UP: Final = (
     "SET client_min_messages = warning; SET jit = off"
 )
 
-_VALUE_AT_FAULT: Final = ("21", "22", "23", "44")
+_VALUE_AT_FAULT: Final = ("21", "22", "23", "44", "54")
 """The classes of SQLSTATE that tell of a value: trying again will not help, and another command is not to blame."""
 
 _SCHEMA_AT_FAULT: Final = ("42P01", "42883", "42703", "3F000")

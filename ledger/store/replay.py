@@ -34,9 +34,15 @@ def entries(commands: Iterable[Sequence[Any]], transfers: Iterable[Sequence[Any]
     Raises:
         DamagedRow: one cannot be read.
     """
+    commands = list(commands)
+    told = {seq: (count, at_us) for seq, _, _, _, _, at_us, count, _, _ in commands}
     booked: dict[int, list[Transfer]] = defaultdict(list)
     for row in transfers:
-        booked[row[2]].append(transfer_from(row))
+        seq, position, at_us = row[2], row[3], row[10]
+        count, told_us = told.get(seq, (position + 1, at_us))
+        if not 0 <= position < count or at_us != told_us:
+            raise DamagedRow(f"ledger_transfer {seq}, {position}: its place or its time is not its command's")
+        booked[seq].append(transfer_from(row))
     found = [
         JournalEntry(
             seq=seq,

@@ -87,6 +87,12 @@ class Books:
             )
         return found
 
+    def commands(self) -> int:
+        """How many commands the journal has."""
+        with self._read() as rows:
+            count: int = rows("SELECT COUNT(*) FROM ledger_command")[0][0]
+            return count
+
     def open_requests(self, model: str | None = None) -> set[str]:
         """The ids of requests whose credits are still reserved."""
         with self._read() as rows:

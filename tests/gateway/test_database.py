@@ -269,3 +269,24 @@ class TestPostgresThatHangs:
         server.start()
         await write(database, "ten_3")
         assert await names(database) == ["ten_1", "ten_3"]
+
+    async def test_a_server_that_hangs_at_the_end_of_a_transaction_keeps_no_connection(
+        self, server: PostgresServer, database: Database
+    ):
+        async def hung(ready: asyncio.Event) -> None:
+            async with database.read(TEN_1) as connection:
+                await connection.execute(text("SELECT 1"))
+                ready.set()
+                await paused.wait()
+
+        paused = asyncio.Event()
+        readers = [(ready, asyncio.create_task(hung(ready))) for ready in (asyncio.Event() for _ in range(5))]
+        for ready, _ in readers:
+            await ready.wait()
+        server.pause()
+        paused.set()
+        done, waiting = await asyncio.wait([reader for _, reader in readers], timeout=5)
+        assert (len(done), waiting) == (5, set())
+        await asyncio.gather(*done, return_exceptions=True)
+        server.resume()
+        assert await names(database) == []

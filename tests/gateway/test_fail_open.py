@@ -11,20 +11,22 @@ import pytest
 
 from gateway.api.requests import receipt_view
 from gateway.identity.principals import Principal
+from gateway.ids import new_id
 from gateway.proxy.journal_file import SUFFIX, JournalFile
-from gateway.proxy.open_serving import OpenServing
+from gateway.proxy.open_serving import Allowance, OpenServing
 from gateway.proxy.simulated import SimulatedUpstream
 from gateway.settings import Settings
-from ledger.commands import Commit, Debit, Extend, Reserve
+from ledger.commands import Commit, Debit, Extend, Release, Reserve
 from ledger.model import ReservationState, Scope
 from ledger.store.protocol import StoreUnavailable
+from pricing.encodings import count_text
 from pricing.money import CREDIT
 from tests.gateway.rig import GatedUpstream, Rig, has, nothing, running
 from tests.gateway.test_journey_ledger_away import COST, TEXT, back, body
 
 
 def serving(rig: Rig) -> OpenServing:
-    return rig.proxy._open
+    return rig.proxy._reserving.open
 
 
 def used(rig: Rig) -> int:
@@ -188,6 +190,31 @@ async def test_a_stream_that_uses_the_allowance_up_ends_well_formed(tmp_path: Pa
         assert Decimal("0.0295") < charged <= Decimal("0.03")
 
 
+async def test_what_costs_nothing_leaves_the_allowance_in_order(tmp_path: Path) -> None:
+    free = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    async with running(tmp_path) as rig:
+        await rig.grant("1")
+        await opened(rig)
+        answers = [await rig.chat(body(simulate={"text": TEXT, "usage": free}), Idempotency_Key="k") for _ in range(2)]
+        assert [answer.headers["X-Quota-Cost"] for answer in answers] == ["0", "0"]
+        assert used(rig) == 0
+        rig.store.away = lambda command: False
+        await rig.journal.replay(rig.ledger)
+        await back(rig)
+        assert (used(rig), serving(rig)._answers) == (0, {})
+        assert await rig.balance() == "1"
+
+
+def test_requests_that_set_nothing_aside_do_not_disturb_each_other() -> None:
+    scope = Scope("ten", "live")
+    allowance = Allowance(lambda scope: 0)
+    assert [allowance.take(scope, 0, minimum=0, limit=1) for _ in range(2)] == [0, 0]
+    for _ in range(2):
+        allowance.settle(scope, aside=0, spent=0)
+        allowance.reconciled(scope, 0)
+    assert allowance.used(scope) == 0
+
+
 async def test_a_whole_answer_is_clamped_to_what_is_left(tmp_path: Path) -> None:
     async with running(tmp_path) as rig:
         await rig.grant("5")
@@ -271,6 +298,174 @@ async def test_a_key_that_stood_for_another_request_all_along_does_not_make_work
         assert (await rig.chat(body(), Idempotency_Key="k")).status_code == 200
         await back(rig)
         assert Decimal(1) - Decimal(await rig.balance()) == 2 * COST
+
+
+async def test_a_key_is_answered_again_before_the_ledger_has_been_told(tmp_path: Path) -> None:
+    """The ledger is back and knows nothing of the key yet: it would have the work done, and charged, once more."""
+    upstream = SimulatedUpstream()
+    async with running(tmp_path, settings=upstream_settings(tmp_path), upstreams={"simulated": upstream}) as rig:
+        await rig.grant("1")
+        await rig.upkeep.stop()
+        await opened(rig)
+        first = await rig.chat(body(), Idempotency_Key="k")
+        rig.store.away = lambda command: False
+        again = await rig.chat(body(), Idempotency_Key="k")
+        assert (again.status_code, again.headers["X-Idempotent-Replayed"]) == (200, "true")
+        assert again.headers["X-Request-Id"] == first.headers["X-Request-Id"]
+        assert upstream.requests_count == 1
+        await back(rig)
+        assert Decimal(1) - Decimal(await rig.balance()) == COST
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_key_whose_other_request_is_under_way_waits_for_its_end(tmp_path: Path, fails: bool) -> None:
+    """Another process reserved under the key after the outage. If that one fails, ours is charged: work was done."""
+    gate = GatedUpstream()
+    async with running(tmp_path, settings=upstream_settings(tmp_path), upstreams={"simulated": gate}) as rig:
+        await rig.grant("1")
+        await rig.upkeep.stop()  # What it tells would share its batches with what is asked here.
+        await opened(rig)
+        sent = body(stream=True)
+        gate.allow()
+        assert (await rig.stream(sent, Idempotency_Key="k")).done
+        gate.permits = asyncio.Semaphore(0)
+        gate.reached.clear()
+        rig.store.away = lambda command: False
+        serving(rig)._answers.clear()
+        other = asyncio.create_task(rig.stream(sent, Idempotency_Key="k"))
+        await gate.reached.wait()
+        await rig.upkeep.replay()
+        assert (rig.journal.waiting, rig.store.count(Debit)) == (1, 1)
+        if fails:
+            other.cancel()
+            await rig.proxy._reserving._ledger.execute(released(rig))
+        gate.allow()
+        await asyncio.gather(other, return_exceptions=True)
+        await rig.settled()
+        await back(rig)
+        assert Decimal(1) - Decimal(await rig.balance()) == COST
+
+
+def released(rig: Rig) -> Release:
+    """What gives back what was reserved last."""
+    reserved = [command for command in rig.store.seen if isinstance(command, Reserve)]
+    return Release(id=new_id("cmd"), scope=reserved[-1].scope, reservation=reserved[-1].reservation)
+
+
+# A ledger that goes away in the middle.
+
+
+LONG: dict[str, Any] = {"tokens": 2_000, "usage": None}
+
+
+async def test_a_stream_that_was_reserved_goes_on_from_the_allowance(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.grant("1")
+        await opened(rig)
+        rig.store.away = lambda command: isinstance(command, Extend | Commit | Debit)
+        got = await rig.stream(body(simulate=LONG, stream_options={"include_usage": True}), Idempotency_Key="k")
+        assert (got.done, got.finish_reasons) == (True, ["stop"])
+        reserved = CREDIT.parse(got.headers["X-Quota-Reserved"])
+        cost = CREDIT.parse(got.usage["cost"])
+        assert used(rig) == cost - reserved > 0, "what the reservation holds is not taken from the allowance"
+        again = await rig.chat(body(simulate=LONG, stream_options={"include_usage": True}, stream=True))
+        assert again.status_code == 200
+        await back(rig)
+        receipt = await rig.receipt(got)
+        assert receipt.reservation.state is ReservationState.COMMITTED
+        assert receipt.usage[0].record.metadata == {"ledger": "away"}
+        assert CREDIT.parse("1") - CREDIT.parse(await rig.balance()) == 2 * cost
+        assert (used(rig), serving(rig)._answers) == (0, {})
+
+
+async def test_what_a_reserved_stream_costs_beyond_the_wallet_is_owed(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.grant("0.03")
+        await opened(rig)
+        rig.store.away = lambda command: isinstance(command, Extend)
+        got = await rig.stream(body(simulate=LONG, stream_options={"include_usage": True}))
+        assert (got.done, got.finish_reasons) == (True, ["stop"])
+        await back(rig)
+        wallet = await rig.wallet()
+        assert Decimal(CREDIT.format(wallet.receivable)) == Decimal(got.usage["cost"]) - Decimal("0.03") > 0
+
+
+async def test_a_reserved_stream_ends_well_formed_when_the_allowance_is_used_up(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.grant("1")
+        await opened(rig, "0.01")
+        rig.store.away = lambda command: isinstance(command, Extend)
+        got = await rig.stream(body(simulate=LONG))
+        assert (got.done, got.finish_reasons) == (True, ["length"])
+        assert [chunk["quota"]["code"] for chunk in got.chunks if "quota" in chunk] == ["ledger_unavailable"]
+        most = CREDIT.parse(got.headers["X-Quota-Reserved"]) + CREDIT.parse("0.01")
+        await back(rig)
+        charged = CREDIT.parse("1") - CREDIT.parse(await rig.balance())
+        assert most - CREDIT.parse("0.0005") < charged <= most
+
+
+async def test_a_reserved_stream_whose_process_dies_on_the_allowance_is_charged_its_mark(tmp_path: Path) -> None:
+    gate = GatedUpstream()
+    async with running(tmp_path, settings=upstream_settings(tmp_path), upstreams={"simulated": gate}) as rig:
+        await rig.grant("1")
+        await opened(rig)
+        rig.store.away = lambda command: isinstance(command, Extend | Commit | Debit)
+        streaming = asyncio.create_task(rig.stream(body(simulate={"tokens": 1_000, "usage": None})))
+        gate.allow(600)
+        while gate.permits._value:  # noqa: ASYNC110 - until all that was allowed has passed
+            await asyncio.sleep(0.001)
+        await rig.live.heartbeat()
+        (kept,) = (tmp_path / "kept").glob(f"*{SUFFIX}")
+        left = kept.with_name(f"dead{SUFFIX}")
+        left.write_bytes(kept.read_bytes())
+        rig.clock.pass_s(200)
+        rig.store.away = lambda command: False
+        await rig.upkeep.sweep()  # The reservation runs out first, for an earlier mark.
+        while left.exists():
+            await rig.upkeep.replay()
+        parts = (await rig.ledger.receipt(rig.tenant, "live", _request_of(rig))).usage  # type: ignore[union-attr]
+        assert {part.record.ending for part in parts} == {"died"}
+        assert 500 < sum(part.record.units.get("output", 0) for part in parts) <= 600
+        charged = Decimal(1) - Decimal(await rig.balance())
+        gate.allow()
+        assert (await streaming).done  # It was not dead after all: it charges nothing twice.
+        await back(rig)
+        assert Decimal(1) - Decimal(await rig.balance()) == charged
+
+
+async def test_a_reserved_stream_that_cannot_be_written_down_ends_and_is_charged(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.grant("1")
+        await opened(rig)
+        disk = with_disk(rig, tmp_path)
+        disk.full = True
+        rig.store.away = lambda command: isinstance(command, Extend | Commit | Debit | Release)
+        got = await rig.stream(body(simulate=LONG))
+        assert got.error is not None
+        assert got.error["code"] == "ledger_unavailable"
+        assert [type(command).__name__ for command in rig.journal._waiting.values()] == ["Debit"]
+        await back(rig)
+        assert (await rig.receipt(got)).usage[0].record.units["output"] == count_text(got.text(), "o200k_base") > 0
+        assert (rig.store.count(Release), used(rig)) == (0, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_was_reserved_before_the_ledger_went_away_is_answered(tmp_path: Path, stream: bool) -> None:
+    async with running(tmp_path) as rig:
+        await rig.grant("1")
+        await opened(rig)
+        rig.store.away = lambda command: isinstance(command, Commit)
+        sent = body(stream=stream, stream_options={"include_usage": True} if stream else None)
+        got = await rig.stream(sent, Idempotency_Key="k")
+        assert got.status == 200
+        assert got.done is stream
+        again = await rig.chat(sent, Idempotency_Key="k")
+        assert again.status_code == (409 if stream else 200)
+        assert again.json().get("error", {}).get("code") == ("request_already_completed" if stream else None)
+        await back(rig)
+        assert Decimal(1) - Decimal(await rig.balance()) == COST
+        assert (await rig.chat(sent, Idempotency_Key="k")).status_code == again.status_code
+        assert serving(rig)._answers == {}
 
 
 # Reservations in doubt.

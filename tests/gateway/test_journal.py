@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 
 from gateway.ids import new_id
+from gateway.proxy.doubts import Doubts
 from gateway.proxy.journal import TOLD_AT_ONCE, SettlementJournal
-from gateway.proxy.journal_file import COMPACT_BYTES, SUFFIX, JournalFile
-from ledger.commands import AnyCommand, Commit, Debit, ReserveLeg
-from ledger.errors import LedgerUnavailable
+from gateway.proxy.journal_file import COMPACT_BYTES, LEFT_MAX, SUFFIX, JournalFile
+from ledger.commands import AnyCommand, Commit, Debit, Reserve, ReserveLeg
+from ledger.errors import LedgerUnavailable, NotFound
 from ledger.model import Charge, ReservationRef, Scope, Settlement, UsageRecord, WalletRef
+from ledger.outcomes import Applied
 from tests.gateway.test_journey_ledger_away import files, release
 
 SCOPE = Scope("ten", "live")
@@ -76,6 +79,12 @@ def debit(name: str, cost: int, *, command_id: str | None = None) -> Debit:
     )
 
 
+def reserve(name: str) -> Reserve:
+    legs = (ReserveLeg((WalletRef(*SCOPE, "customer:a"),), 1, 1),)
+    ref = ReservationRef(*SCOPE, name)
+    return Reserve(id=new_id("cmd"), scope=SCOPE, reservation=ref, asset="CREDIT", legs=legs, ttl_us=1)
+
+
 class Told:
     """A ledger that only listens, or is away."""
 
@@ -84,7 +93,7 @@ class Told:
         self.away: Callable[[AnyCommand], bool] = lambda command: False
         self.at_once = self.most_at_once = 0
 
-    async def execute(self, command: AnyCommand) -> None:
+    async def execute(self, command: AnyCommand) -> Applied:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         await asyncio.sleep(0)
@@ -92,6 +101,7 @@ class Told:
         if self.away(command):
             raise LedgerUnavailable("away")
         self.commands.append(command)
+        return Applied(result=None)
 
     @property
     def names(self) -> list[str]:
@@ -120,6 +130,23 @@ async def test_all_who_wait_are_written_with_one_sync(tmp_path: Path, disk: Disk
     assert content(tmp_path) == b"".join(f"{number}\n".encode() for number in range(100))
     file.close(empty=True)
     assert content(tmp_path) == b""
+
+
+async def test_a_files_name_is_durable_before_anybody_relies_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is synced can still be lost with the power, if its folder was not."""
+    synced: list[str] = []
+
+    def sync(descriptor: int) -> None:
+        synced.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    file = JournalFile(tmp_path, name="p", sync=sync)
+    await file.append(b"0\n")
+    await file.append(b"1\n")
+    assert synced == ["folder", "file", "file"]
+    file.close(empty=True)
 
 
 async def test_a_full_disk_leaves_no_half_of_a_line(tmp_path: Path, disk: Disk) -> None:
@@ -152,6 +179,20 @@ async def test_after_a_sync_that_failed_a_new_file_is_begun(tmp_path: Path, disk
     assert content(tmp_path) == b""
     file.close(empty=True)
     assert files(tmp_path) == []
+
+
+async def test_a_disk_that_always_fails_does_not_use_descriptors_up(tmp_path: Path, disk: Disk) -> None:
+    file = file_on(disk, tmp_path)
+    disk.sync_fails = True
+    for _ in range(3 * LEFT_MAX):
+        with pytest.raises(OSError, match=r"Input/output|too often"):
+            await file.append(b"line\n")
+    assert len(files(tmp_path)) == LEFT_MAX
+    disk.sync_fails = False
+    await file.tidy(list)
+    await file.append(b"line\n")
+    assert content(tmp_path) == b"line\n"
+    file.close(empty=True)
 
 
 async def test_a_full_journal_refuses_like_a_full_disk(tmp_path: Path, disk: Disk) -> None:
@@ -240,6 +281,95 @@ async def test_an_intent_that_could_not_be_written_is_taken_back(tmp_path: Path,
     assert content(tmp_path) == b""
 
 
+async def test_an_intent_that_could_not_be_replaced_is_gone_after_the_end(tmp_path: Path, disk: Disk) -> None:
+    """A heartbeat's line fails while the request is settled: nothing is charged of one that was released."""
+    living, told = journal_on(disk, tmp_path), Told()
+    first = debit("a", 1)
+    await living.intend(first)
+    disk.writes_fail = lambda data: 0
+    renewing = asyncio.create_task(living.intend(debit("a", 2, command_id=first.id)))
+    await asyncio.sleep(0)
+    with pytest.raises(OSError, match="No space left"):
+        await living.keep(release("a"))
+    with pytest.raises(OSError, match="No space left"):
+        await renewing
+    disk.writes_fail = lambda data: None
+    assert await living.replay(told) == 1  # type: ignore[arg-type]
+    assert content(tmp_path) == b"", "nothing is needed of it any more"
+    living.close()
+    assert files(tmp_path) == []
+
+
+async def test_reservations_in_doubt_take_no_room_of_charges_that_no_disk_takes(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.proxy.journal.UNWRITTEN_MAX", 3)
+    living, told = journal_on(disk, tmp_path), Told()
+    for number in range(5):
+        living.withdraw(reserve(f"doubt-{number}"))
+    disk.writes_fail = lambda data: 0
+    for number in range(4):
+        with pytest.raises(OSError, match="No space left"):
+            await living.keep(debit(f"charge-{number}", 1))
+    assert living.waiting == 3
+    assert await living.replay(told) == 3  # type: ignore[arg-type]
+    assert told.names == [f"doubt-{number}" for number in range(5)] + [f"charge-{number}" for number in range(3)]
+    living.close()
+
+
+async def test_a_reservation_in_doubt_is_asked_for_until_it_would_have_run_out(tmp_path: Path) -> None:
+    """What is not there yet may still come: its commit waits for a standby."""
+    now_s = 0.0
+    told, there = Told(), False
+    living = SettlementJournal(
+        tmp_path, name="p", report=lambda message: None, doubts=Doubts(monotonic_s=lambda: now_s)
+    )
+
+    def unknown(command: AnyCommand) -> bool:
+        told.commands.append(command)
+        if not there:
+            raise NotFound("there is none")
+        return False
+
+    told.away = unknown
+    living.withdraw(reserve("a"))
+    asked_s = []
+    for second in range(600):
+        now_s = float(second)
+        told.commands.clear()
+        await living.replay(told)  # type: ignore[arg-type]
+        asked_s += [second] * len(told.commands)
+    assert asked_s == [0, 1, 3, 7, 15, 31, 63, 127, 255]
+    assert len(living._doubts) == 0
+    living.withdraw(reserve("b"))
+    await living.replay(told)  # type: ignore[arg-type]
+    there, now_s = True, now_s + 1
+    await living.replay(told)  # type: ignore[arg-type]
+    assert len(living._doubts) == 0, "it was there, and is given back"
+
+
+async def test_a_file_is_adopted_once_by_rounds_that_overlap(tmp_path: Path, disk: Disk) -> None:
+    dead, told = journal_on(disk, tmp_path), Told()
+    for number in range(3):
+        await dead.keep(debit(f"{number}", 10))
+    dead.close()
+    first = heir(tmp_path)
+    rounds = (first.adopt(told), first.adopt(told))  # type: ignore[arg-type]
+    assert sorted(await asyncio.gather(*rounds)) == [0, 3]
+    assert (told.names, first.adopted_charges(SCOPE), files(tmp_path)) == (["0", "1", "2"], 0, [])
+
+
+async def test_a_file_that_cannot_be_read_keeps_no_other_waiting(tmp_path: Path) -> None:
+    said: list[str] = []
+    told = Told()
+    dead = SettlementJournal(tmp_path, name="dead", report=said.append)
+    await dead.keep(release("a"))
+    dead.close()
+    (tmp_path / f"broken{SUFFIX}").mkdir()
+    assert await heir(tmp_path, said.append).adopt(told) == 1  # type: ignore[arg-type]
+    assert (told.names, said) == (["a"], [f"broken{SUFFIX} cannot be adopted: Is a directory"])
+
+
 async def test_an_unfinished_line_is_left_out_and_said(tmp_path: Path) -> None:
     said: list[str] = []
     told = Told()
@@ -273,12 +403,13 @@ async def test_while_the_ledger_is_away_one_crowd_finds_out(tmp_path: Path, disk
     living.close()
 
 
-async def test_one_that_always_fails_keeps_no_other_waiting(tmp_path: Path, disk: Disk) -> None:
-    living, told = journal_on(disk, tmp_path), Told()
+async def test_one_that_always_fails_keeps_no_other_waiting(tmp_path: Path) -> None:
+    said: list[str] = []
+    living, told = SettlementJournal(tmp_path, name="p", report=said.append), Told()
 
     def broken(command: AnyCommand) -> bool:
         if told_name(command) == "1":
-            raise ValueError("a bug of ours")
+            raise ValueError("a bug of ours, with somebody's values in it")
         return False
 
     told.away = broken
@@ -286,6 +417,23 @@ async def test_one_that_always_fails_keeps_no_other_waiting(tmp_path: Path, disk
         await living.keep(release(f"{number}"))
     assert await living.replay(told) == 2  # type: ignore[arg-type]
     assert (told.names, living.waiting) == (["0", "2"], 1)
+    assert said == ["the settlement of 1 fails: ValueError"]
+    living.close()
+
+
+async def test_however_many_always_fail_the_others_are_told(tmp_path: Path, disk: Disk) -> None:
+    living, told = journal_on(disk, tmp_path), Told()
+
+    def broken(command: AnyCommand) -> bool:
+        if told_name(command).startswith("broken"):
+            raise ValueError("a bug of ours")
+        return False
+
+    told.away = broken
+    names = [f"{'well' if number % 2 else 'broken'}-{number}" for number in range(3 * TOLD_AT_ONCE)]
+    await asyncio.gather(*(living.keep(release(name)) for name in names))
+    assert await living.replay(told) == len(names) // 2  # type: ignore[arg-type]
+    assert set(told.names) == {name for name in names if name.startswith("well")}
     living.close()
 
 

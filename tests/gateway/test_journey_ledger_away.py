@@ -97,6 +97,7 @@ async def test_a_reservation_that_comes_after_its_request_gave_up_is_given_back(
 async def test_a_whole_answer_that_cannot_be_charged_is_withheld_and_charged_later(tmp_path: Path) -> None:
     async with running(tmp_path) as rig:
         await rig.grant("1")
+        await rig.upkeep.stop()  # What it tells would share its batches, and their fate, with what is asked here.
         rig.store.away = kinds(Commit)
         refused = await rig.chat(body(), Idempotency_Key="k")
         error = refused.json()["error"]
@@ -474,7 +475,7 @@ async def test_a_database_that_is_gone_under_load_keeps_nobody_waiting(tmp_path:
 async def test_bodies_that_wait_for_the_ledger_are_bounded_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.proxy.chat.WAITING_BYTES_MAX", 250)
+    monkeypatch.setattr("gateway.proxy.reserving.WAITING_BYTES_MAX", 250)
     async with running(tmp_path) as rig:
         await rig.grant("5")
         goes_on = asyncio.Event()

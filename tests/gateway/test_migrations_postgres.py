@@ -139,6 +139,7 @@ def test_rows_of_the_first_release_are_there_afterwards_and_only_for_who_names_t
             assert [row[0] for row in rows] == ["ten_a"], table
         scopes = connection.execute("SELECT * FROM farebox_ledger_scopes()").fetchall()
         assert sorted(scopes) == [("ten_a", "live"), ("ten_b", "live")]
+        assert connection.execute("SELECT nextval('farebox_journal')").fetchone() == (2,), "one is taken"
         # What the caller had named is as it was.
         assert connection.execute("SELECT id FROM tenants").fetchall() == [("ten_a",)]
 

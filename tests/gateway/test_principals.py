@@ -294,6 +294,30 @@ async def test_a_key_that_was_revoked_meanwhile_ends_when_the_database_is_back(
     assert (await refusal(principals, token)).status == 401
 
 
+async def test_a_database_that_hangs_is_waited_for_once_by_those_who_may_go_on(
+    tenants: Tenants, principals: Principals, counted: CountedDatabase, clock: Clock, monkeypatch: pytest.MonkeyPatch
+):
+    token, tenant_id, key_id = await new_key(tenants)
+    await tenants.change_tenant(tenant_id, when_ledger_is_down="open", open_allowance=7)
+    await principals.authenticate(token)
+    monkeypatch.setattr("gateway.identity.principals.LOOK_UP_S", 2.0)
+    monkeypatch.setattr("gateway.identity.principals.OUTAGE_WAIT_S", 0.01)
+    counted.away = True
+    clock.pass_s(LEASE_S)
+    await principals.authenticate(token)
+    counted.away = False
+    counted.go_on.clear()
+    for _ in range(3):
+        clock.pass_s(OUTAGE_LOOK_S)
+        assert (await asyncio.wait_for(principals.authenticate(token), 1)).key_id == key_id
+    await tenants.revoke_key(tenant_id, key_id)
+    counted.go_on.set()
+    clock.pass_s(OUTAGE_LOOK_S)
+    monkeypatch.setattr("gateway.identity.principals.OUTAGE_WAIT_S", 5.0)
+    await principals.authenticate(token)  # The look-up that was under way had read the row before.
+    assert (await refusal(principals, token)).status == 401, "one that answers again is believed"
+
+
 async def test_look_ups_under_way_are_bounded_and_end(
     tenants: Tenants, principals: Principals, counted: CountedDatabase, monkeypatch: pytest.MonkeyPatch
 ):

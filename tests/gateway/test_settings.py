@@ -209,10 +209,34 @@ def test_no_secret_is_in_a_repr_or_in_an_error(tmp_path: Path, monkeypatch: pyte
         ("[[actions]]\nkey = 'a'\ncredits = '1e9'", "actions[0].credits: '1e9' is not a plain decimal"),
         ("[[actions]]\nkey = 'a'\ncredits = 'four'", "actions[0].credits: 'four' is not a decimal"),
         ("port = ", "is not valid TOML"),
+        ('database_url = "postgresql://u@h:x/d"', "database_url: the port in it is not a number"),
+        ('database_url = "postgresql://[::1/d"', "database_url: "),
     ],
 )
 def test_a_mistake_is_named_with_its_place(tmp_path: Path, toml: str, said: str):
     assert said in problems(tmp_path, toml)
+
+
+@pytest.mark.parametrize("setting", ["database_url = 'postgresql", "redis_url = 'redis"])
+@pytest.mark.parametrize("password", ["hun/ter2", "hun#ter2", "hun?ter2", "1/hunter2", "1?hunter2", "1#hunter2"])
+def test_a_password_that_breaks_its_url_is_told_and_not_quoted(tmp_path: Path, setting: str, password: str):
+    said = problems(tmp_path, f"{setting}://user:{password}@127.0.0.1/0'")
+    assert "%2F" in said
+    assert "hun" not in said
+    assert "ter2" not in said
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user@a:5432,b:5432/farebox?target_session_attrs=read-write",
+        "postgresql://user:hun%2Fter2@[::1]:5432/farebox?sslmode=verify-full&sslrootcert=/etc/ca.pem",
+        "postgresql://user@[::1]/farebox",
+        "postgresql:///farebox?host=/run/postgresql&user=farebox@host",
+    ],
+)
+def test_the_forms_of_a_servers_url(url: str):
+    assert Settings(database_url=url).database_url == url
 
 
 def test_a_mistake_in_the_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,9 @@ import psycopg
 import pytest
 
 from gateway.migrations import migrate
-from gateway.stores import whereabouts
+from gateway.stores import open_store, whereabouts
+from ledger.commands import Grant
+from ledger.model import Funding, Scope, WalletRef
 from ledger.store.protocol import SchemaMissing, StoreUnavailable
 from ledger.store.row_security import GATEWAY_ROLE
 from tests.servers.postgres import PostgresServer, database_of
@@ -38,6 +40,29 @@ async def test_a_login_of_its_own_stays_what_it_is(migrated: str) -> None:
         connection.execute(f"CREATE ROLE app_of_whereabouts LOGIN IN ROLE {GATEWAY_ROLE}")
     said = await whereabouts(migrated.replace("//postgres@", "//app_of_whereabouts@"))
     assert said.endswith("as app_of_whereabouts")
+
+
+async def test_on_a_server_no_hosts_clock_is_asked(migrated: str) -> None:
+    """Hosts differ, and the ledger of all has one time. A file has no other clock than its host's."""
+
+    def clock() -> int:
+        raise AssertionError("the host's clock was asked")
+
+    wallet = WalletRef("ten_1", "live", "customer:cus_1")
+    grant = Grant(
+        id="cmd_1",
+        scope=Scope("ten_1", "live"),
+        wallet=wallet,
+        asset="credit",
+        block_id="blk_1",
+        amount=1,
+        funding=Funding.PROMOTIONAL,
+    )
+    store = await open_store(migrated, clock=clock)
+    try:
+        await store.run_batch([grant])
+    finally:
+        await store.close()
 
 
 async def test_what_is_not_there_is_said_as_the_store_says_it(postgres_url: str) -> None:

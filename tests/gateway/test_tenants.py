@@ -1,5 +1,7 @@
 """Tenants, apps and keys as the operator and the tenants manage them."""
 
+import asyncio
+
 import pytest
 
 from gateway.database import Database
@@ -49,6 +51,16 @@ async def test_a_tenant_is_refused_without_a_ledger_until_it_chooses_otherwise(t
     with pytest.raises(ApiError) as caught:
         await tenants.change_tenant("ten_none", open_allowance=1)
     assert caught.value.code == "not_found"
+
+
+async def test_two_who_change_different_things_of_a_tenant_at_once_both_do(tenants: Tenants):
+    for _ in range(5):
+        tenant = await tenants.create_tenant("One")
+        await asyncio.gather(
+            tenants.change_tenant(tenant.id, when_ledger_is_down="open"),
+            tenants.change_tenant(tenant.id, open_allowance=50),
+        )
+        assert (await tenants.tenant(tenant.id)).open_allowance == 50
 
 
 async def test_there_is_one_first_tenant(tenants: Tenants):

@@ -19,7 +19,9 @@ from ledger.store import postgres, postgres_batch, postgres_connection
 from ledger.store.postgres import PostgresStore
 from ledger.store.protocol import SchemaMissing, StoreUnavailable, WalletBlocks, WalletVersion
 from ledger.store.row_security import GATEWAY_ROLE
+from ledger.store.tables import TABLES
 from ledger.verify import verify
+from ledger.writer import BatchRun
 from tests.conftest import Campaign
 from tests.ledger.conftest import NewDatabase
 from tests.ledger.rig import (
@@ -67,6 +69,13 @@ async def until(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it did not happen in time"
         await asyncio.sleep(0.005)
+
+
+def until_shown(connection: "psycopg.Connection[Any]", standbys: str) -> None:
+    """A session reads a reloaded setting between two statements."""
+    deadline = time.monotonic() + DEADLINE_S
+    while connection.execute("SHOW synchronous_standby_names").fetchone() != (standbys,):
+        assert time.monotonic() < deadline, "the setting was not reloaded in time"
 
 
 def waits(outside: "psycopg.Connection[Any]") -> bool:
@@ -528,6 +537,20 @@ async def test_a_poisoned_command_fails_alone(open_store: Open, clock: Clock, sa
     assert isinstance(outcomes[7], asyncpg.DataError)
 
 
+async def test_a_name_that_is_too_long_for_an_index_is_the_commands_fault(
+    open_store: Open, clock: Clock, say: Say, campaign: Campaign
+) -> None:
+    """The store is not away for it: nobody else is made to wait."""
+    attempts: list[BatchRun] = []
+    ledger = await Ledger.open(await open_store(), clock=clock, new_command_id=say.id, observed=attempts.append)
+    await ledger.execute(say.grant("a", "1", 100))
+    attempts.clear()
+    name = campaign.random().randbytes(4000).hex()
+    with pytest.raises(asyncpg.ProgramLimitExceededError):
+        await ledger.execute(say.grant(name, "1", 100))
+    assert len(attempts) == 1
+
+
 async def test_a_value_at_fault_leaves_the_connection_whole(open_store: Open, say: Say) -> None:
     store = await open_store()
     connection = counted(store)
@@ -580,6 +603,18 @@ async def test_an_answer_that_is_lost_is_no_second_effect(open_store: Open, cloc
     outcomes = await asyncio.gather(*(ledger.execute(say.debit("a", f"{number}", 10)) for number in range(3)))
     assert connection.is_closed()
     assert [result_of(outcome).balance for outcome in outcomes] == [90, 80, 70]
+
+
+async def test_a_repetition_is_committed_before_it_is_told(open_store: Open, say: Say) -> None:
+    store = await open_store()
+    debit, keyed = say.debit("a", "1", 10), say.grant("a", "2", 10, key=key("k"))
+    await store.run_batch([say.grant("a", "1", 100), debit, keyed])
+    connection = counted(store)
+    for again, short in ((debit, SHORT), (msgspec.structs.replace(keyed, id=say.id()), SHORT)):
+        connection.asked.clear()
+        (outcome,) = await store.run_batch([again])
+        assert outcome.replayed  # type: ignore[union-attr]
+        assert connection.asked == [*short, "BEGIN", "SELECT farebox_load_v1", "COMMIT"]
 
 
 async def test_a_batch_whose_caller_has_gone_is_committed_all_the_same(open_store: Open, say: Say) -> None:
@@ -648,6 +683,58 @@ async def test_a_server_that_hangs_or_dies_is_unavailable_in_time_and_missed_no_
     assert await store.wallet(wallet("a")) is not None
     assert (await verify(store)).violations == ()
     await store.close()
+
+
+async def test_what_no_standby_has_is_not_told_to_have_happened_either(
+    own_server: PostgresServer, clock: Clock, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is started anew forgets that a commit was to wait for its standby; whoever asks again waits."""
+    await asyncio.to_thread(migrate, own_server.url)
+    store = await PostgresStore.open(own_server.url, clock=clock)
+    await store.run_batch([say.grant("a", "1", 100)])
+    debit = say.debit("a", "1", 10)
+
+    def wait_for_standby(name: str) -> None:
+        with psycopg.connect(own_server.url, autocommit=True) as connection:
+            connection.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{name}'")
+            connection.execute("SELECT pg_reload_conf()")
+            until_shown(connection, name)
+
+    await asyncio.to_thread(wait_for_standby, "nobody")
+    monkeypatch.setattr(postgres_batch, "BATCH_S", 0.5)
+    with pytest.raises(StoreUnavailable):
+        await store.run_batch([debit])
+    own_server.kill()
+    await asyncio.to_thread(own_server.start)
+    found = await store.wallet(wallet("a"))
+    assert found is not None
+    assert found.blocks[0].remaining == 90, "it is there, and only there"
+    with pytest.raises(StoreUnavailable):
+        await store.run_batch([debit])
+    await asyncio.to_thread(wait_for_standby, "")
+    monkeypatch.undo()
+    (outcome,) = await store.run_batch([debit])
+    assert outcome.replayed  # type: ignore[union-attr]
+    await store.close()
+
+
+async def test_what_was_kept_of_a_ledger_that_a_backup_has_replaced_is_not_believed(
+    open_store: Open, say: Say, outside: "psycopg.Connection[Any]"
+) -> None:
+    """Its server is the same, and its wallet has reached the very version that it had before."""
+    one, other = await open_store(), await open_store()
+    await one.run_batch([say.grant("a", "1", 100)])
+    names = [table.name for table in TABLES]
+    for name in names:
+        outside.execute(f"CREATE TABLE backup_{name} AS TABLE {name}")
+    await one.run_batch([say.debit("a", "1", 10)])
+    outside.execute("BEGIN; SET LOCAL session_replication_role = replica")
+    for name in names:
+        outside.execute(f"TRUNCATE {name}; INSERT INTO {name} TABLE backup_{name}")
+    outside.execute("COMMIT")
+    await other.run_batch([say.debit("a", "2", 60)])
+    (refused,) = await one.run_batch([say.debit("a", "3", 50)])
+    assert refused == Rejected(Reason.INSUFFICIENT_CREDITS, needed=50, available=40)
 
 
 async def test_a_closed_store_says_so_and_may_be_closed_again(open_store: Open, say: Say) -> None:

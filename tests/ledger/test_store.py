@@ -10,7 +10,7 @@ import pytest
 
 from ledger.batch import RESPONSE_LIFE_US, AppliedBefore, CommandRef, fold, kind_of
 from ledger.commands import AnyCommand
-from ledger.model import UNRESTRICTED, Block, Funding, Restriction, Wallet, WalletRef
+from ledger.model import UNRESTRICTED, Block, Charge, Funding, Restriction, Settlement, Wallet, WalletRef
 from ledger.outcomes import Applied, Granted, Outcome, Reason, Rejected, Reserved, Settled
 from ledger.state import State
 from ledger.store.protocol import Position, Store
@@ -325,6 +325,43 @@ async def test_a_reservation_may_be_made_and_settled_in_one_batch_against_an_old
     assert result_of(outcomes[2]).balance == 0
     assert (await verify(second)).violations == ()
     await second.close()
+
+
+@pytest.mark.parametrize("in_one_batch", [False, True])
+async def test_work_done_without_asking_settles_its_reservation_whoever_was_to_pay_for_it(
+    database: Database, clock: Clock, say: Say, in_one_batch: bool
+) -> None:
+    """The pool behind its payer's blocks is loaded, and the payer's time does not go back."""
+    first = await database.open(clock)
+    for commands in (
+        [say.grant("pool", "p", 1000), say.grant("b", "b", 100)],
+        [say.grant("a", "a", 100, source_wallet="pool", funding=Funding.DEVELOPER_GRANT)],
+    ):
+        clock.us += 10 * SECOND_US
+        await first.run_batch(commands)
+    reserve = say.reserve("a", "1", 10)
+    settlement = Settlement((Charge(5, 5),), usage("1"))
+    debit = msgspec.structs.replace(say.debit("b", "1", 10, beyond="receivable"), settlement=settlement)
+    if not in_one_batch:
+        await first.run_batch([reserve])
+    await first.close()
+    clock.us -= 5 * SECOND_US
+    second = await database.open(clock)
+    outcomes = await second.run_batch([reserve, debit] if in_one_batch else [debit])
+    assert [payment.wallet for payment in result_of(outcomes[-1]).payments] == [wallet("a")]
+    pool = await second.wallet(wallet("pool"))
+    assert pool is not None
+    assert [(block.id, block.remaining) for block in pool.blocks] == [("blk_p", 900), ("blk_returns_paid", 5)]
+    assert (await verify(second)).violations == ()
+    await second.close()
+
+
+async def test_a_grant_needs_both_names_of_its_blocks_though_nothing_is_left_in_them(store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("pool", "p", 50), say.grant("pool", "x", 50, funding=Funding.EXTERNAL)])
+    await store.run_batch([say.grant("a", "1_2", 10), say.debit("a", "1", 10)])
+    for grant in (say.grant("a", "1", 80, source_wallet="pool"), say.grant("a", "1", 80)):
+        (outcome,) = await store.run_batch([grant])
+        assert reason_of(outcome) is Reason.ALREADY_EXISTS
 
 
 async def test_time_does_not_go_back_for_a_wallet_and_does_not_jump_for_others(

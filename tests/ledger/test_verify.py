@@ -179,11 +179,27 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
         ),
         (in_facts("commit", '"charged":[{"base":10', '"charged":[{"base":9'), "what was charged is what was paid"),
         ("UPDATE ledger_command SET seq = 0 WHERE seq = 1", "an entry's transfers must all be there"),
+        ("UPDATE ledger_command SET kind = 'revoke' WHERE seq = 1", "a command answers with what its kind does"),
+        (
+            "UPDATE ledger_command SET at_us = at_us + 1 WHERE kind = 'set_overdraft'",
+            "an entry's facts are of its time",
+        ),
+        (
+            "UPDATE ledger_command SET result = replace(result, '20', '19') WHERE facts LIKE '%key_taken%'",
+            "a key answers with its command's result",
+        ),
+        ("UPDATE ledger_command SET id = 'x' || id WHERE kind = 'commit'", "a reservation tells what settled it"),
+        (
+            "UPDATE ledger_transfer SET reference = NULL WHERE credit = 'revenue'",
+            "a transfer refers to its reservation",
+        ),
+        ("UPDATE ledger_transfer SET at_us = at_us + 1 WHERE seq = 1", "its place or its time is not its command's"),
+        ("UPDATE ledger_transfer SET position = 9 WHERE seq = 1", "its place or its time is not its command's"),
     ],
 )
 async def test_damage_is_found(damage: Damage, sql: str, message: str) -> None:
     verified = await damage(sql)
-    found = [violation.message for violation in verified.violations]
+    found = [f"{violation.message}: {violation.facts.get('row')}" for violation in verified.violations]
     assert any(message in each for each in found), found
 
 

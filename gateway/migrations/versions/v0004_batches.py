@@ -24,6 +24,11 @@ SET plan_cache_mode = force_generic_plan SET jit = off"""
 
 _CLOCK_US = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 
+# Tells one past from another: a server's start, and the table's place, which is new where a backup was restored.
+_SERVER = """concat_ws(
+        ' ', pg_postmaster_start_time(), (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database()),
+        to_regclass('ledger_wallet')::oid, pg_relation_filenode(to_regclass('ledger_wallet')))"""
+
 _LOCK = """
     WITH named AS (
         SELECT n.tenant, n.mode, n.wallet, n.pools
@@ -62,7 +67,7 @@ BEGIN
         )
         SELECT json_build_object(
             'now_us', {_CLOCK_US},
-            'server', pg_postmaster_start_time()::text,
+            'server', {_SERVER},
             'wallets', (SELECT json_agg(w) FROM locked JOIN ledger_wallet AS w USING (tenant, mode, wallet)),
             'blocks', (
                 SELECT json_agg(b) FROM (
@@ -314,7 +319,7 @@ BEGIN
         RETURN json_build_object('now_us', {_CLOCK_US}, 'moved', moved);
     END IF;
     -- From here on nobody else changes these wallets, their blocks, or a reservation that they pay for.
-    IF server <> pg_postmaster_start_time()::text OR abs({_CLOCK_US} - time_us) > skew_us_max THEN
+    IF server <> {_SERVER} OR abs({_CLOCK_US} - time_us) > skew_us_max THEN
         RETURN json_build_object('now_us', {_CLOCK_US}, 'moved', json_build_array());
     END IF;
     IF reservations_kept IS NOT NULL THEN
@@ -348,6 +353,17 @@ END $$
 """
 
 
+# As the owner, for whom alone «*» opens everything.
+_CONTINUE_NUMBERS = """
+DO $$
+BEGIN
+    PERFORM set_config('farebox.scopes', '*', true);
+    PERFORM setval('farebox_journal', max(seq)) FROM ledger_command HAVING max(seq) IS NOT NULL;
+    PERFORM set_config('farebox.scopes', '', true);
+END $$
+"""
+
+
 def upgrade() -> None:
     op.add_column("ledger_event", sa.Column("delivered_at_us", sa.BigInteger(), nullable=True))
     op.create_index(
@@ -366,6 +382,7 @@ def upgrade() -> None:
             # A row that every batch changes stays in its page then, and no index has to learn of it.
             connection.exec_driver_sql(f"ALTER TABLE {table} SET (fillfactor = 50)")
         connection.exec_driver_sql("CREATE SEQUENCE farebox_journal")
+        connection.exec_driver_sql(_CONTINUE_NUMBERS)
         for name, fields in _TYPES.items():
             connection.exec_driver_sql(f"CREATE TYPE {name} AS ({fields})")
         for function in (_LOAD, _WRITE, _APPLY, _READ):
