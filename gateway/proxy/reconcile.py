@@ -6,7 +6,7 @@ from ledger.commands import Commit, Debit, Refund, Release
 from ledger.errors import KeyReused, LedgerUnavailable, NotFound, ReservationSettled
 from ledger.ledger import Ledger
 from ledger.model import ReservationRef, ReservationState
-from ledger.outcomes import Reserved, Settled
+from ledger.outcomes import Reserved, Result, Settled
 
 Kept = Commit | Release | Debit
 """What a settlement can be. A debit is that of a request which was served while the ledger was away."""
@@ -24,7 +24,27 @@ async def tell(ledger: Ledger, command: Kept) -> None:
     elif isinstance(command, Debit):
         await _charge_afterwards(ledger, command)
     else:
-        await ledger.execute(command)
+        await _only_the_cost(ledger, command, (await ledger.execute(command)).result)
+
+
+async def _only_the_cost(ledger: Ledger, command: Commit | Debit, result: Result | None) -> None:
+    """Give back what a mark took beyond what the work cost: the sweeper came first, and the client knows the cost."""
+    if not isinstance(result, Settled) or result.reservation != command.reservation.reservation:
+        return
+    paid = [0] * len(command.settlement.charges)
+    for payment in result.payments:
+        paid[payment.leg] += payment.total
+    costs = (charge.total for charge in command.settlement.charges)
+    excess = tuple(max(0, taken - cost) for taken, cost in zip(paid, costs, strict=True))
+    if any(excess):
+        refund = Refund(
+            id=f"{command.id}r",
+            scope=command.scope,
+            reservation=command.reservation,
+            payments=result.payments,
+            amounts=excess,
+        )
+        await ledger.execute(refund)
 
 
 async def give_back(ledger: Ledger, release: Release) -> bool:
@@ -60,9 +80,10 @@ async def _charge_afterwards(ledger: Ledger, debit: Debit) -> None:
     try:
         result = (await ledger.execute(debit)).result
     except KeyReused:
-        await ledger.execute(msgspec.structs.replace(debit, key=None, response=None))
-        return
+        debit = msgspec.structs.replace(debit, key=None, response=None)
+        result = (await ledger.execute(debit)).result
     if isinstance(result, Reserved) and result.reservation != debit.reservation.reservation:
         other = await ledger.reservation(ReservationRef(*debit.scope, result.reservation))
         if other is not None and other.state is ReservationState.OPEN:
             raise LedgerUnavailable("whether the key's other request will be charged is not known yet")
+    await _only_the_cost(ledger, debit, result)

@@ -371,6 +371,29 @@ async def test_a_late_commit_gives_nothing_back(tmp_path: Path) -> None:
         assert await rig.balance() == orphan
 
 
+async def test_a_settlement_that_waited_gives_back_what_the_mark_took_beyond_it(tmp_path: Path) -> None:
+    """The sweeper had charged the mark before the ledger could be told what the work cost, which was less."""
+    gate = GatedUpstream()
+    async with gated(tmp_path, gate) as rig:
+        await rig.grant("1")
+        cheap = {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
+        asking = asyncio.create_task(rig.chat(body(max_tokens=80, simulate={"usage": cheap})))
+        await gate.reached.wait()
+        rig.clock.pass_s(200)
+        await rig.upkeep.sweep()
+        orphan = Decimal(await rig.balance())
+        rig.store.away = kinds(Commit)
+        gate.allow()
+        assert (await asking).status_code == 503
+        await back(rig)
+        await rig.upkeep.replay()
+        reservation = (await rig.newest_receipt()).reservation
+        paid = sum(leg.total for leg in reservation.charged) - sum(reservation.refunded)
+        assert Decimal(1) - Decimal(await rig.balance()) == Decimal(paid) / 10**9 == Decimal("0.000015")
+        assert Decimal(await rig.balance()) > orphan
+        assert rig.store.count(Refund) == 1
+
+
 async def test_an_orphan_that_was_charged_and_comes_to_nothing_is_refunded(tmp_path: Path) -> None:
     """The sweeper took this process for dead, and charged the mark; then the upstream turned out to have refused."""
     gate = GatedUpstream()

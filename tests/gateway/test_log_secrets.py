@@ -196,10 +196,11 @@ async def test_a_gateway_that_cannot_start_says_why_without_a_secret(tmp_path: P
         return {"type": "lifespan.startup"}
 
     await gateway({"type": "lifespan"}, receive, messages.put)  # type: ignore[arg-type]
-    assert (await messages.get())["type"] == "lifespan.startup.failed"
-    assert "could not start" in log.getvalue()
+    failed = await messages.get()
+    assert failed["type"] == "lifespan.startup.failed"
+    assert "run `farebox migrate` first" in failed["message"]
     for hidden in (UPSTREAM_KEY, REDIS_PASSWORD):
-        assert hidden not in log.getvalue()
+        assert hidden not in failed["message"] + log.getvalue()
 
 
 def test_every_secret_of_the_settings_is_taken_out_by_value():
