@@ -16,6 +16,7 @@ from ledger.state import KeyRef
 from ledger.store import tables  # noqa: F401  (fills the metadata)
 from ledger.store.rows import (
     Row,
+    block_amounts,
     block_row,
     event_row,
     key_row,
@@ -70,13 +71,7 @@ def _changes_of(block: Block) -> Row:
     return (
         *block.wallet,
         block.id,
-        block.granted,
-        block.consumed,
-        block.reserved,
-        block.expired,
-        block.revoked,
-        block.clawed,
-        block.remaining,
+        *block_amounts(block),
         block.live,
         block.frozen,
     )

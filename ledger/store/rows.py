@@ -77,11 +77,9 @@ def wallet_from(row: Sequence[Any]) -> Wallet:
     )
 
 
-def block_row(block: Block) -> Row:
+def block_amounts(block: Block) -> Row:
+    """What a block was granted and what became of it, in the order of the columns."""
     return (
-        *block.wallet,
-        block.id,
-        block.sequence,
         block.granted,
         block.consumed,
         block.reserved,
@@ -89,6 +87,15 @@ def block_row(block: Block) -> Row:
         block.revoked,
         block.clawed,
         block.remaining,
+    )
+
+
+def block_row(block: Block) -> Row:
+    return (
+        *block.wallet,
+        block.id,
+        block.sequence,
+        *block_amounts(block),
         block.live,
         block.frozen,
         block.created_at_us,

@@ -27,6 +27,7 @@ from ledger.state import State
 from ledger.store import statements
 from ledger.store.lock import ProcessLock
 from ledger.store.rows import (
+    block_amounts,
     block_from,
     block_row,
     event_row,
@@ -299,13 +300,7 @@ class BatchConnection:
             row = (
                 *block.wallet,
                 block.id,
-                block.granted,
-                block.consumed,
-                block.reserved,
-                block.expired,
-                block.revoked,
-                block.clawed,
-                block.remaining,
+                *block_amounts(block),
                 block.frozen,
             )
             if block.live == was_live:
