@@ -5,6 +5,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from gateway.ids import new_id
@@ -356,15 +357,23 @@ async def test_an_orphan_is_settled_for_what_is_known_and_a_late_commit_adds_wha
             assert Decimal(answer.json()["usage"]["cost"]) == COST
 
 
+CHEAP = {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
+
+
+async def orphaned(rig: Rig, gate: GatedUpstream, *, simulate: dict[str, Any]) -> asyncio.Task[httpx.Response]:
+    """A request under way, for which the sweeper has charged the mark because it took its process for dead."""
+    asking = asyncio.create_task(rig.chat(body(max_tokens=80, simulate=simulate)))
+    await gate.reached.wait()
+    rig.clock.pass_s(200)
+    await rig.upkeep.sweep()
+    return asking
+
+
 async def test_a_late_commit_gives_nothing_back(tmp_path: Path) -> None:
     gate = GatedUpstream()
     async with gated(tmp_path, gate) as rig:
         await rig.grant("1")
-        cheap = {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
-        asking = asyncio.create_task(rig.chat(body(max_tokens=80, simulate={"usage": cheap})))
-        await gate.reached.wait()
-        rig.clock.pass_s(200)
-        await rig.upkeep.sweep()
+        asking = await orphaned(rig, gate, simulate={"usage": CHEAP})
         orphan = await rig.balance()
         gate.allow()
         assert (await asking).status_code == 200
@@ -376,11 +385,7 @@ async def test_a_settlement_that_waited_gives_back_what_the_mark_took_beyond_it(
     gate = GatedUpstream()
     async with gated(tmp_path, gate) as rig:
         await rig.grant("1")
-        cheap = {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
-        asking = asyncio.create_task(rig.chat(body(max_tokens=80, simulate={"usage": cheap})))
-        await gate.reached.wait()
-        rig.clock.pass_s(200)
-        await rig.upkeep.sweep()
+        asking = await orphaned(rig, gate, simulate={"usage": CHEAP})
         orphan = Decimal(await rig.balance())
         rig.store.away = kinds(Commit)
         gate.allow()
@@ -399,10 +404,7 @@ async def test_an_orphan_that_was_charged_and_comes_to_nothing_is_refunded(tmp_p
     gate = GatedUpstream()
     async with gated(tmp_path, gate) as rig:
         await rig.grant("1")
-        asking = asyncio.create_task(rig.chat(body(max_tokens=80, simulate={"status": 500})))
-        await gate.reached.wait()
-        rig.clock.pass_s(200)
-        await rig.upkeep.sweep()
+        asking = await orphaned(rig, gate, simulate={"status": 500})
         assert Decimal(await rig.balance()) < 1
         gate.allow()
         refused = await asking
@@ -418,10 +420,7 @@ async def test_the_refund_of_an_orphan_waits_for_the_ledger_too(tmp_path: Path) 
     gate = GatedUpstream()
     async with gated(tmp_path, gate) as rig:
         await rig.grant("1")
-        asking = asyncio.create_task(rig.chat(body(max_tokens=80, simulate={"status": 500})))
-        await gate.reached.wait()
-        rig.clock.pass_s(200)
-        await rig.upkeep.sweep()
+        asking = await orphaned(rig, gate, simulate={"status": 500})
         rig.store.away = kinds(Refund)
         gate.allow()
         assert (await asking).status_code == 502
