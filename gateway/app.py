@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.application import create_api
 from gateway.api.services import Services
+from gateway.billing.charging import Charging
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
@@ -275,6 +276,7 @@ async def running_parts(
         router = Router(settings, upstreams, price_book(settings))
         quoter = Quoter(settings, PromptCounter())
 
+        charging = Charging(ledger)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -295,6 +297,7 @@ async def running_parts(
             router=router,
             quoter=quoter,
             ledger=ledger,
+            charging=charging,
             live=live,
             journal=journal,
             shield=shield,
@@ -323,6 +326,7 @@ async def running_parts(
             router=router,
             models=ServedModels(settings, now_us),
             quoter=quoter,
+            charging=charging,
             proxy=chat,
             metrics=metrics,
             now_us=now_us,

@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-PREFIXES: Final = frozenset({"app", "blk", "cus", "evt", "key", "req", "rsv", "sub", "ten", "wal"})
+PREFIXES: Final = frozenset(
+    {"app", "blk", "bud", "cus", "evt", "key", "mtr", "pck", "req", "rsv", "rul", "sub", "ten", "wal", "whk"}
+)
 """What our ids begin with, and therefore no tenant's external id may."""
 
 ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"

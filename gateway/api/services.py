@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
+from gateway.billing.charging import Charging
 from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
@@ -35,6 +36,7 @@ class Services:
     router: Router
     models: ServedModels
     quoter: Quoter
+    charging: Charging
     proxy: ASGIApp
     metrics: Metrics
     now_us: Callable[[], int]

@@ -11,6 +11,7 @@ from typing import Final
 
 import structlog
 
+from gateway.billing.charging import Charging
 from gateway.errors import (
     ApiError,
     ErrorTable,
@@ -63,6 +64,7 @@ class ChatProxy:
         router: Router,
         quoter: Quoter,
         ledger: Ledger,
+        charging: Charging,
         live: LiveHolds,
         journal: SettlementJournal,
         shield: Shield,
@@ -82,7 +84,9 @@ class ChatProxy:
         self._new_counter = new_counter
         self._new_id = new_id
         self._now_us = now_us
-        self._reserving = Reserving(settings=settings, ledger=ledger, journal=journal, shield=shield, new_id=new_id)
+        self._reserving = Reserving(
+            settings=settings, ledger=ledger, charging=charging, journal=journal, shield=shield, new_id=new_id
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, *, path_user: str | None = None) -> None:
         exchange = Exchange(scope, receive, send, request_id=self._new_id("req"))

@@ -8,6 +8,7 @@ from typing import Final
 
 import msgspec
 
+from gateway.billing.charging import Charging, Spender
 from gateway.errors import (
     idempotency_key_reused,
     insufficient_credits,
@@ -55,11 +56,13 @@ class Reserving:
         *,
         settings: Settings,
         ledger: Ledger,
+        charging: Charging,
         journal: SettlementJournal,
         shield: Shield,
         new_id: Callable[[str], str],
     ) -> None:
         self._ledger = ledger
+        self._charging = charging
         self._journal = journal
         self._shield = shield
         self._new_id = new_id
@@ -102,7 +105,8 @@ class Reserving:
         )
         command = self._command(exchange, plan, principal, payer, key=key, record=record)
         try:
-            applied = await self._asked(command, size)
+            spender = Spender(app_id=principal.app_id, key_id=principal.key_id, customer_id=payer.customer_id)
+            applied = await self._asked(command, spender, size)
         except LedgerUnavailable as error:
             return await self._without_ledger(exchange, plan, principal, command, record=record, unavailable=error)
         except _UNAFFORDABLE as error:
@@ -163,13 +167,13 @@ class Reserving:
             mark=plan.tariff.settlement(unanswered, died),
         )
 
-    async def _asked(self, command: Reserve, size: int) -> Applied:
+    async def _asked(self, command: Reserve, spender: Spender, size: int) -> Applied:
         """Have the ledger do *command* for a request of so many bytes, within the bound on what waits."""
         if self._waiting_bytes + size > WAITING_BYTES_MAX:
             raise LedgerUnavailable(f"requests of {WAITING_BYTES_MAX} bytes wait already")
         self._waiting_bytes += size
         try:
-            return await self._ledger.execute(command)
+            return await self._charging.ask(command, spender)
         finally:
             self._waiting_bytes -= size
 

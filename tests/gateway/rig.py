@@ -16,6 +16,7 @@ import httpx
 import uvicorn
 from sqlalchemy import text
 
+from gateway.billing.charging import Charging
 from gateway.clock import now_us
 from gateway.database import NOBODY, Database
 from gateway.identity.customers import Customers
@@ -456,6 +457,7 @@ async def running(
         router=Router(settings, served, price_book(settings)),
         quoter=Quoter(settings, PromptCounter()),
         ledger=ledger,
+        charging=Charging(ledger),
         live=live,
         journal=journal,
         shield=shield,

@@ -1,9 +1,4 @@
-"""The gateway's own tables. The ledger's stand in `ledger/store/tables.py`; both share one migration history.
-
-Tenant, and mode where a row is live or test data, come first in every primary and unique key: a distributed database
-then keeps a tenant together, and row-level security has its columns. The one exception is an API key's id, which is
-unique by itself, because the key is what tells the tenant. All times are microseconds since the epoch, UTC.
-"""
+"""Tenants and their credits, apps, keys, customers, and the answers that their idempotency keys stand for."""
 
 from typing import Any
 

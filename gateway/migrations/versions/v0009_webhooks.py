@@ -1,0 +1,10 @@
+"""Webhook endpoints, and what is delivered to them."""
+
+revision = "0009"
+down_revision = "0008"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    pass

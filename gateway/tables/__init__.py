@@ -1,0 +1,32 @@
+"""The gateway's own tables. The ledger's stand in `ledger/store/tables.py`; both share one migration history.
+
+Tenant, and mode where a row is live or test data, come first in every primary and unique key: a distributed database
+then keeps a tenant together, and row-level security has its columns. The one exception is an API key's id, which is
+unique by itself, because the key is what tells the tenant. All times are microseconds since the epoch, UTC.
+"""
+
+from gateway.tables.identity import (
+    AMOUNT_MAX,
+    EXTERNAL_ID_LENGTH_MAX,
+    MARKUP_BPS_MAX,
+    NAME_LENGTH_MAX,
+    ApiKey,
+    App,
+    AssetVersion,
+    Customer,
+    KeptAnswer,
+    Tenant,
+)
+
+__all__ = [
+    "AMOUNT_MAX",
+    "EXTERNAL_ID_LENGTH_MAX",
+    "MARKUP_BPS_MAX",
+    "NAME_LENGTH_MAX",
+    "ApiKey",
+    "App",
+    "AssetVersion",
+    "Customer",
+    "KeptAnswer",
+    "Tenant",
+]
