@@ -2,7 +2,7 @@
 
 import msgspec
 
-from ledger.commands import Commit, Debit, Lapse, Release
+from ledger.commands import Beyond, Commit, Debit, Lapse, Release
 from ledger.draft import NO_TAGS, Draft, Source, total
 from ledger.model import (
     LIMIT_LEG,
@@ -39,7 +39,7 @@ def commit(state: State, command: Commit, now_us: int) -> Outcome:
     late = reservation.state is ReservationState.EXPIRED
     settlement = _missing(command.settlement, reservation.mark) if late else command.settlement
     ends_as = ReservationState.COMMITTED if command.final or late else ReservationState.OPEN
-    after = _settle(draft, reservation, settlement, ends_as)
+    after = _settle(draft, reservation, settlement, ends_as, beyond=command.beyond)
     answers = None if command.response is None else reservation.key
     return draft.applied(settled(after, late=late), after, answers=answers)
 
@@ -95,7 +95,8 @@ def debit(state: State, command: Debit, now_us: int) -> Outcome:
         reservation = debit_hold(draft, command)
         if isinstance(reservation, Rejected):
             return reservation
-    after = _settle(draft, reservation, settlement, ReservationState.COMMITTED, beyond=beyond)
+    whose: Beyond = "receivable" if beyond else "shortfall"
+    after = _settle(draft, reservation, settlement, ReservationState.COMMITTED, beyond=whose)
     answers = None
     if command.response is not None and command.key is not None:
         answers = (command.key.operation, command.key.key)
@@ -144,7 +145,7 @@ def _settle(
     settlement: Settlement | None,
     ends_as: ReservationState,
     *,
-    beyond: bool = False,
+    beyond: Beyond = "shortfall",
 ) -> Reservation:
     """Charge *settlement*, if any, and unless the reservation stays open free the rest of it; what it is then."""
     final = ends_as is not ReservationState.OPEN
@@ -184,12 +185,12 @@ def _charge(
     slices: list[Slice],
     *,
     final: bool,
-    beyond: bool,
+    beyond: Beyond,
 ) -> Reservation:
     """Charge every leg and draw on the limits: what the reservation is then, but for its *slices*, used up in place.
 
-    Each leg uses its own slices first. What one leg does not need of them is free for another before we bear a loss,
-    or, with *beyond*, before its first wallet owes it.
+    Each leg uses its own slices first. What one leg does not need of them is free for another before anything is
+    missing.
     """
     charges = settlement.charges
     parts = [_use_slices(draft, slices, charge.total, leg=leg) for leg, charge in enumerate(charges)]
@@ -199,20 +200,21 @@ def _charge(
     for leg, charge in enumerate(charges):
         parts[leg] += _use_more(draft, reservation, leg, charge.total - total(parts[leg]))
     owed: list[int] = []
-    if beyond:
+    if beyond == "receivable":
         for leg, charge in enumerate(charges):
-            missing = charge.total - total(parts[leg])
-            owed.append(missing)
-            if missing > 0:
-                parts[leg].append(_owe(draft, reservation, leg, missing))
+            rest = charge.total - total(parts[leg])
+            owed.append(rest)
+            if rest > 0:
+                parts[leg].append(_owe(draft, reservation, leg, rest))
     payments: list[Payment] = []
     charged: list[Charge] = []
-    shortfall = 0
+    missing = 0
     for leg, charge in enumerate(charges):
         made, paid = _post(draft, reservation, leg, charge, parts[leg])
         payments += made
         charged.append(paid)
-        shortfall += charge.total - paid.total
+        missing += charge.total - paid.total
+    waived, shortfall = (missing, 0) if beyond == "waive" else (0, missing)
     _draw_on_bounds(draft, reservation, slices, payments, payer_charged=charged[0].total)
     draft.transfer(
         shortfall,
@@ -226,6 +228,7 @@ def _charge(
         reservation,
         charged=tuple(map(_sum_of_charges, reservation.charged, charged)),
         shortfall=reservation.shortfall + shortfall,
+        waived=reservation.waived + waived,
         payments=merged([*reservation.payments, *payments]),
         owed=tuple(owed) if any(owed) else reservation.owed,
         commits=reservation.commits + 1,

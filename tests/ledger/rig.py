@@ -178,6 +178,7 @@ class Say:
             block_id=f"blk_{block}",
             amount=amount,
             funding=more.pop("funding", Funding.PAID),
+            operator_paid=more.pop("operator_paid", True),
             from_wallet=None if source is None else wallet(source, self.scope),
             **more,
         )
