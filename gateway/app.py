@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.api.application import create_api
 from gateway.api.services import Services
 from gateway.billing.charging import Charging
+from gateway.billing.refunds import Refunds
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
@@ -327,6 +328,7 @@ async def running_parts(
             models=ServedModels(settings, now_us),
             quoter=quoter,
             charging=charging,
+            refunds=Refunds(ledger, new_id=new_id),
             proxy=chat,
             metrics=metrics,
             now_us=now_us,

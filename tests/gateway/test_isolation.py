@@ -101,6 +101,14 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             *(Attempt(f"/v1/requests/{thing}") for thing in (things.request, things.block)),
             *(Attempt(f"/v1/requests/{things.request}?mode={mode}") for mode in MODES),
         ],
+        "POST /v1/requests/{request_id}/refund": [
+            *(Attempt(f"/v1/requests/{thing}/refund", {}, once) for thing in (things.request, things.block)),
+            Attempt(f"/v1/requests/{things.request}/refund", {"credits": 1}),
+        ],
+        "POST /v1/customers/{customer}/credits/{block_id}/revoke": [
+            *(Attempt(f"/v1/customers/{person}/credits/{things.block}/revoke", {}, once) for person in people),
+            Attempt(f"/v1/customers/alice/credits/{things.block}/revoke", {"clawback": True}),
+        ],
         "POST /v1/topup/grant": [
             *(Attempt("/v1/topup/grant", {**name, "credits": 1000}, once) for name in names),
             Attempt("/v1/topup/grant", {"end_user_id": things.user, "credits": 1, "apps": [things.app]}),
