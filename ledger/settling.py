@@ -1,5 +1,7 @@
 """What a reservation comes to: its own slices first, then what is free, an agreed overdraft, and at last our loss."""
 
+import operator
+
 import msgspec
 
 from ledger.commands import Beyond, Commit, Debit, Lapse, Release
@@ -40,6 +42,8 @@ def commit(state: State, command: Commit, now_us: int) -> Outcome:
     settlement = _missing(command.settlement, reservation.mark) if late else command.settlement
     ends_as = ReservationState.COMMITTED if command.final or late else ReservationState.OPEN
     after = _settle(draft, reservation, settlement, ends_as, beyond=command.beyond)
+    if command.tells_overage:
+        _tell_overage(draft, after, owed_before=sum(reservation.owed))
     answers = None if command.response is None else reservation.key
     return draft.applied(settled(after, late=late), after, answers=answers)
 
@@ -79,11 +83,11 @@ def debit(state: State, command: Debit, now_us: int) -> Outcome:
     if known is not None and known.settled_by == command.id:
         return Applied(result=settled(known), replayed=True)
     draft = Draft(state, command, now_us)
-    beyond = command.beyond == "receivable"
+    beyond = command.beyond != "refuse"
     settlement = command.settlement
     late = False
     reservation: Reservation | Rejected
-    if known is not None and beyond and _of_same_request(known, command):
+    if known is not None and command.beyond == "receivable" and _of_same_request(known, command):
         if not may_charge(known, settlement):
             return Rejected(Reason.INVALID_AMOUNT)
         if _over(known):
@@ -97,10 +101,19 @@ def debit(state: State, command: Debit, now_us: int) -> Outcome:
             return reservation
     whose: Beyond = "receivable" if beyond else "shortfall"
     after = _settle(draft, reservation, settlement, ReservationState.COMMITTED, beyond=whose)
+    if command.tells_overage:
+        _tell_overage(draft, after, owed_before=0)
     answers = None
     if command.response is not None and command.key is not None:
         answers = (command.key.operation, command.key.key)
     return draft.applied(settled(after, late=late), after, answers=answers)
+
+
+def _tell_overage(draft: Draft, reservation: Reservation, *, owed_before: int) -> None:
+    owed = sum(reservation.owed) - owed_before
+    if owed > 0:
+        body = {"reservation": reservation.ref.reservation, "request_id": reservation.request_id, "owed": owed}
+        draft.raise_event(reservation.legs[0].wallets[0], "usage.overage", body)
 
 
 def _over(reservation: Reservation) -> bool:
@@ -230,7 +243,7 @@ def _charge(
         shortfall=reservation.shortfall + shortfall,
         waived=reservation.waived + waived,
         payments=merged([*reservation.payments, *payments]),
-        owed=tuple(owed) if any(owed) else reservation.owed,
+        owed=_sum_of_debts(reservation.owed, owed) if any(owed) else reservation.owed,
         commits=reservation.commits + 1,
         mark=None,
     )
@@ -238,6 +251,10 @@ def _charge(
 
 def _sum_of_charges(one: Charge, other: Charge) -> Charge:
     return Charge(one.base + other.base, one.markup + other.markup)
+
+
+def _sum_of_debts(before: tuple[int, ...], owed: list[int]) -> tuple[int, ...]:
+    return tuple(owed) if not before else tuple(map(operator.add, before, owed))
 
 
 def _owe(draft: Draft, reservation: Reservation, leg: int, amount: int) -> Source:

@@ -20,12 +20,16 @@ from gateway.api import (
     funding,
     health,
     keys,
+    metrics,
     models,
     quote,
     refunds,
     requests,
+    reservations,
     revocations,
+    rules,
     topup,
+    usage,
 )
 from gateway.api.access import SECURITY
 from gateway.api.frame import REFUSAL, REQUEST_ID, Frame
@@ -49,6 +53,7 @@ RESOURCES: Final = (
     models,
     requests,
     refunds,
+    reservations,
     topup,
     funding,
     revocations,
@@ -56,6 +61,9 @@ RESOURCES: Final = (
     customers,
     apps,
     keys,
+    metrics,
+    rules,
+    usage,
 )
 PLAIN: Final = (health, docs)
 """They need no key."""

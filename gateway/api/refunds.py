@@ -95,11 +95,12 @@ async def refund_request(
     )
 
 
-def _too_large(error: RefundTooLarge, asked: RefundRequest, asset: Asset) -> ApiError:
+def _too_large(error: RefundTooLarge, request: RefundRequest, asset: Asset) -> ApiError:
     facts = amounts(asset, asked=error.asked, refundable=error.refundable)
+    asked_for, left = facts["asked_decimal"], facts["refundable_decimal"]
     return ApiError(
         "invalid_request",
-        f"{facts['asked_decimal']} credits are more than the {facts['refundable_decimal']} that are left of the charge.",
-        param=asked.param,
+        f"{asked_for} credits are more than the {left} that are left of the charge.",
+        param=request.param,
         facts=facts,
     )

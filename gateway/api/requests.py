@@ -77,15 +77,9 @@ async def get_request(request_id: str, principal: Reader, services: Here) -> Rec
 async def receipt_of(request_id: str, principal: Principal, services: Services) -> Receipt:
     """Raises ApiError 404 for what is not there, or is another app's."""
     receipt = await services.ledger.receipt(principal.tenant_id, principal.mode, request_id)
-    if receipt is None or not _may_see(principal, receipt):
+    if receipt is None or not principal.sees_app(receipt.reservation.tags.app):
         raise not_found(f"request {request_id[:64]}")
     return receipt
-
-
-def _may_see(principal: Principal, receipt: Receipt) -> bool:
-    """A key sees its own app's requests; a tenant-wide one sees all."""
-    app_id = receipt.reservation.tags.app
-    return sees_margins(principal) or app_id is None or app_id == principal.app_id
 
 
 def receipt_view(receipt: Receipt, request_id: str, principal: Principal) -> ReceiptView:

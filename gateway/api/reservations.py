@@ -29,7 +29,7 @@ from gateway.api.wire import (
 from gateway.billing.reservations import NewTask, NoMetric, Quantity, Task
 from gateway.errors import invalid_request
 from gateway.refusals import UNAFFORDABLE, unaffordable
-from ledger.model import Reservation, ReservationState
+from ledger.model import ReservationState
 from ledger.outcomes import Applied, Reserved, Settled
 from pricing.charge import ChargeTooLarge
 from pricing.money import Asset
@@ -250,7 +250,7 @@ async def commit_reservation(
 async def release_reservation(
     reservation_id: ReservationPath, request: Request, principal: Writer, services: Here
 ) -> SettledView:
-    """Give everything back that is held. What partial commits have charged stays charged. Repeating it changes nothing."""
+    """Give everything back that is held; repeating it changes nothing. What partial commits charged stays charged."""
     key = key_of(request, None, "reservations.release", about=reservation_id)
     return _settled(request, await services.reservations.release(principal, reservation_id, key=key), principal.asset)
 

@@ -23,6 +23,9 @@ router = APIRouter(prefix="/v1", tags=["credits"], route_class=ExactRoute)
 OPERATION: Final = "credits.revoke"
 
 
+BlockPath = Annotated[str, Path(max_length=64, examples=["blk_01k7m3v9c2q8x5t4n6r1b0w3ye"])]
+
+
 class Revocation(Body):
     """Without an amount, all that was granted."""
 
@@ -55,10 +58,11 @@ class RevocationView(View):
 @router.post("/customers/{customer:path}/credits/{block_id}/revoke")
 async def revoke_credits(
     customer: CustomerPath,
-    block_id: Annotated[str, Path(max_length=64, examples=["blk_01k7m3v9c2q8x5t4n6r1b0w3ye"])],
+    block_id: BlockPath,
     request: Request,
     principal: Writer,
     services: Here,
+    *,
     body: Revocation | None = None,
 ) -> RevocationView:
     """Take credits of one block back: what is free of them, or with `clawback` what was granted, spent or not.

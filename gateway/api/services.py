@@ -7,8 +7,12 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.metrics import BillableMetrics
 from gateway.billing.refunds import Refunds
+from gateway.billing.reservations import Reservations
+from gateway.billing.usage import Metering
 from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
@@ -39,6 +43,10 @@ class Services:
     quoter: Quoter
     charging: Charging
     refunds: Refunds
+    reservations: Reservations
+    catalog: Catalog
+    billables: BillableMetrics
+    metering: Metering
     proxy: ASGIApp
     metrics: Metrics
     now_us: Callable[[], int]

@@ -87,7 +87,7 @@ async def test_no_more_is_given_back_than_was_charged(office: Office):
 
 async def test_a_refund_has_one_effect_for_each_key(office: Office):
     await grant(office, ONE_CREDIT)
-    request, cost = await charge(office)
+    request, _ = await charge(office)
     path, part = f"/v1/requests/{request}/refund", {"amount_decimal": "0.00001"}
     first = await office.ask("POST", path, part, once="k")
     again = await office.ask("POST", path, part, once="k")
