@@ -51,6 +51,7 @@ class Things:
     user: str
     request: str
     block: str
+    reservation: str
     idempotency_key: str
 
     @property
@@ -64,7 +65,15 @@ def nobodys() -> Things:
     return Things(**ids, user="nobodys-user", idempotency_key="nobodys-key")
 
 
-PREFIXES: Final = {"tenant": "ten", "app": "app", "key": "key", "customer": "cus", "request": "req", "block": "blk"}
+PREFIXES: Final = {
+    "tenant": "ten",
+    "app": "app",
+    "key": "key",
+    "customer": "cus",
+    "request": "req",
+    "block": "blk",
+    "reservation": "rsv",
+}
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,22 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             *(Attempt(f"/v1/customers/{person}/credits/{things.block}/revoke", {}, once) for person in people),
             Attempt(f"/v1/customers/alice/credits/{things.block}/revoke", {"clawback": True}),
         ],
+        **{
+            f"POST /v1/{verb}": [
+                Attempt(f"/v1/{verb}", {**name, "credits": 10, "metadata": {"job": things.reservation}}, once)
+                for name in names
+            ]
+            for verb in ("reservations", "reserve")
+        },
+        "GET /v1/reservations/{reservation_id}": [
+            Attempt(f"/v1/reservations/{thing}") for thing in (things.reservation, things.request)
+        ],
+        **{
+            f"POST /v1/reservations/{{reservation_id}}/{verb}": [
+                Attempt(f"/v1/reservations/{things.reservation}/{verb}", body, headers) for headers in ({}, once)
+            ]
+            for verb, body in (("commit", {"credits": 1}), ("release", None), ("extend", {"ttl_seconds": 60}))
+        },
         "POST /v1/topup/grant": [
             *(Attempt("/v1/topup/grant", {**name, "credits": 1000}, once) for name in names),
             Attempt("/v1/topup/grant", {"end_user_id": things.user, "credits": 1, "apps": [things.app]}),
@@ -177,6 +202,7 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             "POST", "/v1/chat/completions", CHAT, key=label, once=once, headers={"X-Quota-User": user}
         )
         assert answer.status_code == 200, answer.text
+        held = await office.post("/v1/reservations", {"customer_id": user, "credits": 1000}, key=label, once=once)
         settled[mode] = Things(
             tenant=tenant.id,
             app=app.id,
@@ -185,6 +211,7 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             user=user,
             request=answer.headers["x-request-id"],
             block=block["ledger_id"],
+            reservation=held["id"],
             idempotency_key=once,
         )
     return settled
