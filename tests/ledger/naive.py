@@ -275,12 +275,22 @@ class Naive:
             settlement = self._missing(known, command.settlement) if late else command.settlement
             self._charge(command.reservation, settlement, final=True, beyond="receivable")
             return self._end(known, "committed")
+        overage = command.beyond == "overage"
+        if overage and any(
+            self.wallets[ref]["frozen"] for leg in command.legs for ref in leg.wallets if ref in self.wallets
+        ):
+            return _no("wallet_frozen")
+        if overage and any(self._all_free(ref) < command.legs[0].amount for ref in command.limits):
+            return _no("limit_reached")
         asked = [(leg.wallets, 0, 0) if beyond else (leg.wallets, leg.amount, leg.minimum) for leg in command.legs]
+        if overage:
+            asked = [(leg.wallets, leg.amount, 0) for leg in command.legs]
         answer = self._hold(command, request, [ReserveLeg(*leg) for leg in asked])
         if answer.get("refused"):
             return answer
         made = self.reservations[command.reservation]
-        self._charge(command.reservation, command.settlement, final=True, beyond=command.beyond)
+        whose = "receivable" if beyond or overage else "refuse"
+        self._charge(command.reservation, command.settlement, final=True, beyond=whose)
         return self._end(made, "committed")
 
     def _commit(self, command: Commit) -> Prediction:
