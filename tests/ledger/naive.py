@@ -276,12 +276,8 @@ class Naive:
             self._charge(command.reservation, settlement, final=True, beyond="receivable")
             return self._end(known, "committed")
         overage = command.beyond == "overage"
-        if overage and any(
-            self.wallets[ref]["frozen"] for leg in command.legs for ref in leg.wallets if ref in self.wallets
-        ):
-            return _no("wallet_frozen")
-        if overage and any(self._all_free(ref) < command.legs[0].amount for ref in command.limits):
-            return _no("limit_reached")
+        if overage and (word := self._bars_overage(command)):
+            return _no(word)
         asked = [(leg.wallets, 0, 0) if beyond else (leg.wallets, leg.amount, leg.minimum) for leg in command.legs]
         if overage:
             asked = [(leg.wallets, leg.amount, 0) for leg in command.legs]
@@ -292,6 +288,13 @@ class Naive:
         whose = "receivable" if beyond or overage else "refuse"
         self._charge(command.reservation, command.settlement, final=True, beyond=whose)
         return self._end(made, "committed")
+
+    def _bars_overage(self, command: Debit) -> str | None:
+        payers = [self.wallets[ref] for leg in command.legs for ref in leg.wallets if ref in self.wallets]
+        if any(wallet["frozen"] for wallet in payers):
+            return "wallet_frozen"
+        short = any(self._all_free(ref) < command.legs[0].amount for ref in command.limits)
+        return "limit_reached" if short else None
 
     def _commit(self, command: Commit) -> Prediction:
         known = self.reservations.get(command.reservation)
