@@ -352,6 +352,7 @@ class RandomCommands:
             self._random.randint(0, 160),
             self._random.randint(0, 20),
             final=self._random.random() < 0.8,
+            beyond=self._random.choice(["shortfall", "shortfall", "waive", "receivable"]),
             response=self._random.choice([None, RESPONSE]),
         )
 
