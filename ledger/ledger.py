@@ -178,6 +178,10 @@ class Ledger:
         found = await _reading(self._wallet(ref))
         return 0 if found is None else sum(block.free for block in payable(found.blocks, NO_TAGS, now_us))
 
+    async def latest_plan(self, ref: WalletRef) -> Block | None:
+        """The block of a plan that the wallet got last, used up or not; None when it never had one."""
+        return await _reading(self._store.latest_plan(ref))
+
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await _reading(self._store.reservation(ref))
 

@@ -17,16 +17,19 @@ from gateway.tables.identity import (
     KeptAnswer,
     Tenant,
 )
+from gateway.tables.packs import PACK_DURATION_S_MAX, Pack
 
 __all__ = [
     "AMOUNT_MAX",
     "EXTERNAL_ID_LENGTH_MAX",
     "MARKUP_BPS_MAX",
     "NAME_LENGTH_MAX",
+    "PACK_DURATION_S_MAX",
     "ApiKey",
     "App",
     "AssetVersion",
     "Customer",
     "KeptAnswer",
+    "Pack",
     "Tenant",
 ]

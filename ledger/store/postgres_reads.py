@@ -37,6 +37,10 @@ def _select(table: str, rest: str) -> str:
 
 
 _WALLET = "SELECT farebox_wallet_v1($1, $2, $3, $4)"
+_LATEST_PLAN = _select(
+    "ledger_block",
+    "WHERE tenant = $1 AND mode = $2 AND wallet = $3 AND funding = 'plan' ORDER BY sequence DESC LIMIT 1",
+)
 _RESERVATION = "SELECT body FROM ledger_reservation WHERE tenant = $1 AND mode = $2 AND reservation = $3"
 _RESERVATIONS_OF_REQUEST = "SELECT body FROM ledger_reservation WHERE tenant = $1 AND mode = $2 AND request_id = $3"
 _USAGE_OF_REQUEST = _select(
@@ -99,6 +103,11 @@ async def wallet(connection: Connection, ref: WalletRef) -> WalletBlocks | None:
 async def wallet_version(connection: Connection, ref: WalletRef) -> int | None:
     found = await connection.fetchval(_WALLET, *ref, False)
     return None if found is None else int(_decode_found(found).wallet["version"])
+
+
+async def latest_plan(connection: Connection, ref: WalletRef) -> Block | None:
+    rows = await _named(connection, ref.scope, _LATEST_PLAN, *ref)
+    return block_from(rows[0]) if rows else None
 
 
 async def reservation(connection: Connection, ref: ReservationRef) -> Reservation | None:

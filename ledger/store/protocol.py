@@ -129,6 +129,10 @@ class Store(Protocol):
         """The wallet's version: it rises with every change of the wallet, its blocks or what they hold for others."""
         ...
 
+    async def latest_plan(self, ref: WalletRef) -> Block | None:
+        """The block of a plan that the wallet got last, dead or alive."""
+        ...
+
     async def reservation(self, ref: ReservationRef) -> Reservation | None: ...
 
     async def reservation_of_request(self, scope: Scope, request_id: str) -> Reservation | None:

@@ -124,6 +124,15 @@ class LedgerBlockRow(SQLModel, table=True):
             sqlite_where=text("live AND expires_at_us IS NOT NULL"),
             postgresql_where=text("live AND expires_at_us IS NOT NULL"),
         ),
+        Index(
+            "ix_ledger_block_plan",
+            "tenant",
+            "mode",
+            "wallet",
+            "sequence",
+            sqlite_where=text("funding = 'plan'"),
+            postgresql_where=text("funding = 'plan'"),
+        ),
         {"sqlite_with_rowid": False},
     )
 
