@@ -19,7 +19,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.application import create_api
 from gateway.api.services import Services
+from gateway.billing.auto_buy import AutoBuy
 from gateway.billing.charging import Charging
+from gateway.billing.packs import Packs
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
@@ -276,7 +278,9 @@ async def running_parts(
         router = Router(settings, upstreams, price_book(settings))
         quoter = Quoter(settings, PromptCounter())
 
-        charging = Charging(ledger)
+        packs = Packs(database, ledger, now_us=now_us)
+        auto_buy = AutoBuy(database, ledger, packs)
+        charging = Charging(ledger, auto_buy=auto_buy)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -327,6 +331,7 @@ async def running_parts(
             models=ServedModels(settings, now_us),
             quoter=quoter,
             charging=charging,
+            packs=packs,
             proxy=chat,
             metrics=metrics,
             now_us=now_us,

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
 from gateway.billing.charging import Charging
+from gateway.billing.packs import Packs
 from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
@@ -37,6 +38,7 @@ class Services:
     models: ServedModels
     quoter: Quoter
     charging: Charging
+    packs: Packs
     proxy: ASGIApp
     metrics: Metrics
     now_us: Callable[[], int]

@@ -135,6 +135,9 @@ class Customer(SQLModel, table=True):
     external_id: str = Field(sa_type=String)
     metadata_: dict[str, Any] = Field(default_factory=dict, sa_column=Column("metadata", JSON, nullable=False))
     created_at_us: int = Field(sa_type=BigInteger)
+    settings: dict[str, Any] = Field(
+        default_factory=dict, sa_type=JSON, sa_column_kwargs={"server_default": text("'{}'")}
+    )
 
 
 class KeptAnswer(SQLModel, table=True):
