@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -120,7 +121,7 @@ async def test_two_who_buy_at_once_do_not_end_their_plans_together(office: Offic
     await offer(office)
     answers = await asyncio.gather(*(office.post("/v1/customers/alice/packs", {"pack": "plan_1hr"}) for _ in range(3)))
     ends = sorted(at(answer["expires_at"]) for answer in answers)
-    assert [(later - earlier).total_seconds() for earlier, later in zip(ends, ends[1:], strict=False)] == [3600, 3600]
+    assert [(later - earlier).total_seconds() for earlier, later in pairwise(ends)] == [3600, 3600]
 
 
 async def test_an_archived_pack_is_sold_no_more(office: Office):

@@ -120,7 +120,7 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
         "POST /v1/funding/grant": [Attempt("/v1/funding/grant", {**name, "amount": "0.01"}, once) for name in names],
         "POST /v1/funding/pool": [Attempt("/v1/funding/pool", {"credits": 1000}, once)],
         "POST /v1/packs": [Attempt("/v1/packs", {**PACK, "key": things.user, "apps": [things.app]}, once)],
-        "GET /v1/packs": [Attempt("/v1/packs"), Attempt(f"/v1/packs?cursor={things.pack}", same=False)],
+        "GET /v1/packs": [Attempt("/v1/packs", same=False), Attempt(f"/v1/packs?cursor={things.pack}", same=False)],
         "GET /v1/packs/{pack}": [Attempt(f"/v1/packs/{pack}") for pack in (things.pack, things.key)],
         "PATCH /v1/packs/{pack}": [
             Attempt(f"/v1/packs/{things.pack}", {"price": 0, "archived": True}),
