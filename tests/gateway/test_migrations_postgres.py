@@ -21,9 +21,12 @@ from sqlmodel import SQLModel
 import gateway.tables  # noqa: F401  (fills the metadata)
 import ledger.store.tables  # noqa: F401  (fills the metadata)
 from gateway.migrations import HEAD, configuration, migrate, migrate_or_check, revision
+from ledger.erasable import facts_to_keep
 from ledger.model import Scope
 from ledger.store.protocol import SchemaMissing, StoreUnavailable
 from ledger.store.row_security import BECOME_GATEWAY, BYPASSES, GATEWAY_ROLE, naming
+from ledger.store.rows import facts_from, to_json
+from tests.gateway.test_migrations import OLD_FACTS
 from tests.servers.postgres import QUICK, PostgresServer, database_of
 
 JOURNAL = ("ledger_command", "ledger_transfer")
@@ -142,6 +145,23 @@ def test_rows_of_the_first_release_are_there_afterwards_and_only_for_who_names_t
         assert connection.execute("SELECT nextval('farebox_journal')").fetchone() == (2,), "one is taken"
         # What the caller had named is as it was.
         assert connection.execute("SELECT id FROM tenants").fetchall() == [("ten_a",)]
+
+
+def test_the_journal_of_an_older_release_loses_its_metadata_and_nothing_else(owner_url: str) -> None:
+    migrate_to(owner_url, "0005")
+    insert = "INSERT INTO ledger_command VALUES (%s, 'live', 'cmd', 1, 'grant', 1, 1, %s, '{}')"
+    with psycopg.connect(owner_url) as connection:
+        connection.execute(naming([Scope("ten_a", "live"), Scope("ten_b", "live")]))
+        for tenant, facts in (("ten_a", OLD_FACTS), ("ten_b", OLD_FACTS[1:2])):
+            connection.execute(insert, (tenant, to_json(facts)))
+    migrate(owner_url)
+    with psycopg.connect(owner_url) as connection:
+        connection.execute(naming([Scope("ten_a", "live"), Scope("ten_b", "live")]))
+        found = dict(connection.execute("SELECT tenant, facts FROM ledger_command").fetchall())
+        assert list(facts_from(found["ten_a"])) == facts_to_keep(OLD_FACTS)
+        assert found["ten_b"] == to_json(OLD_FACTS[1:2])
+        with pytest.raises(psycopg.errors.IntegrityError, match="append-only"):
+            connection.execute("UPDATE ledger_command SET facts = '[]'")
 
 
 def test_processes_that_start_at_once_migrate_once(postgres_server: PostgresServer) -> None:

@@ -28,10 +28,14 @@ UPDATE ledger_command SET facts = (
 # With a space after each colon, as `jsonb` writes it, which no reader minds.
 _STRIP_POSTGRESQL = """
 UPDATE ledger_command SET facts = (
-    SELECT jsonb_agg(
-        fact.value #- '{block,metadata}' #- '{reservation,metadata}' #- '{reservation,mark,usage,metadata}'
-                   #- '{record,metadata}' ORDER BY fact.number
-    )::text FROM jsonb_array_elements(facts::jsonb) WITH ORDINALITY AS fact (value, number)
+    SELECT jsonb_agg(CASE fact.value ->> 'type'
+        WHEN 'block_opened' THEN fact.value #- '{block,metadata}'
+        WHEN 'reservation_changed'
+            THEN fact.value #- '{reservation,metadata}' #- '{reservation,mark,usage,metadata}'
+        WHEN 'usage_recorded' THEN fact.value #- '{record,metadata}'
+        ELSE fact.value
+    END ORDER BY fact.number)::text
+    FROM jsonb_array_elements(facts::jsonb) WITH ORDINALITY AS fact (value, number)
 ) WHERE strpos(facts, '"metadata":') > 0
 """
 
