@@ -187,7 +187,7 @@ class LedgerReservationRow(SQLModel, table=True):
             sqlite_where=text("instr(body, '\"metadata\":') > 0"),
         ).ddl_if(dialect="sqlite"),
         Index(
-            "ix_ledger_reservation_metadata",
+            "ix_ledger_reservation_payer_metadata",
             "tenant",
             "mode",
             text("split_part(split_part(body, '\"wallets\":[[\"'::text, 2), '\"'::text, 5)"),

@@ -4,6 +4,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ def parts(kind: str, sql: str) -> frozenset[str]:
     return frozenset([*(part.strip() for part in re.split(r",(?![^(]*\))", inner)), options.strip()])
 
 
+OF_ONE_KIND = {"ix_ledger_reservation_metadata": "sqlite", "ix_ledger_reservation_payer_metadata": "postgresql"}
+"""Indexes that only one kind of database has. SQLAlchemy knows that (`ddl_if`), Alembic does not."""
+
+
+def meant_for(dialect: str) -> Callable[..., bool]:
+    """Alembic's filter of what it compares."""
+    return lambda thing, name, *rest: OF_ONE_KIND.get(name, dialect) == dialect
+
+
 def test_the_migrations_lead_to_the_schema_of_the_models(tmp_path: Path) -> None:
     migrated, modelled = tmp_path / "migrated.db", tmp_path / "modelled.db"
     migrate(url_of(migrated))
@@ -68,11 +78,13 @@ def test_the_migrations_lead_to_the_schema_of_the_models(tmp_path: Path) -> None
     assert any(kind == "trigger" for kind, _, _ in schema(migrated))
 
 
+@pytest.mark.filterwarnings("ignore:autogenerate skipping metadata-specified expression-based index")
 def test_alembic_finds_nothing_to_change(tmp_path: Path) -> None:
     migrate(url_of(tmp_path / "farebox.db"))
     engine = create_engine(url_of(tmp_path / "farebox.db"))
     with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), SQLModel.metadata) == []
+        compared = MigrationContext.configure(connection, opts={"include_object": meant_for("sqlite")})
+        assert compare_metadata(compared, SQLModel.metadata) == []
     engine.dispose()
 
 

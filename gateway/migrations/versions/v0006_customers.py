@@ -49,7 +49,7 @@ def upgrade() -> None:
         op.get_bind().exec_driver_sql(statement)
     if op.get_bind().dialect.name == "postgresql":
         op.create_index(
-            "ix_ledger_reservation_metadata",
+            "ix_ledger_reservation_payer_metadata",
             "ledger_reservation",
             [
                 "tenant",
