@@ -1,6 +1,6 @@
 """PostgreSQL's reads: short queries for the facade, and the whole ledger in pages for replay."""
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -8,6 +8,7 @@ import msgspec
 from ledger.commands import StoredResponse
 from ledger.model import Block, Reservation, ReservationRef, Scope, Wallet, WalletRef
 from ledger.outcomes import KeyTaken, UsageRecorded
+from ledger.store.erasure import Statement
 from ledger.store.postgres_connection import Connection, translated
 from ledger.store.postgres_rows import BLOCK, WALLET, columns
 from ledger.store.protocol import JournalEntry, Position, Transaction, WalletBlocks
@@ -159,6 +160,16 @@ async def purge_responses(connection: Connection, now_us: int, limit: int) -> in
     status = await connection.execute(_PURGE, now_us, *map(list, zip(*due, strict=True)))
     await connection.execute("COMMIT")
     return int(status.removeprefix("DELETE "))
+
+
+async def edit(connection: Connection, *, scope: Scope, edits: Sequence[Statement]) -> list[Row]:
+    """Do *edits* in one transaction on *scope*; the rows of the last one."""
+    await connection.execute(f"BEGIN; {naming((scope,))}")
+    rows: list[Row] = []
+    for sql, given in edits:
+        rows = _tuples(await connection.fetch(sql, *given))
+    await connection.execute("COMMIT")
+    return rows
 
 
 async def _named(connection: Connection, scope: Scope, query: str, *values: Any) -> list[Row]:

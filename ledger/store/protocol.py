@@ -159,6 +159,13 @@ class Store(Protocol):
         """Delete stored responses that have outlived their day; how many."""
         ...
 
+    async def erase(self, wallet: WalletRef, *, customer_id: str, now_us: int) -> None:
+        """Erase the metadata of *wallet* and of the usage of *customer_id*, and the answers that are kept for a day.
+
+        Nothing else changes: no number, and nothing in the journal. Repeatable; page by page, so others go on.
+        """
+        ...
+
     def snapshot(self) -> AbstractAsyncContextManager[Snapshot]: ...
 
     async def close(self) -> None: ...

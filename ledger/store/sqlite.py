@@ -11,7 +11,8 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy.engine import make_url
@@ -20,6 +21,7 @@ from ledger.commands import AnyCommand, StoredResponse
 from ledger.model import Block, Reservation, ReservationRef, Scope, WalletRef
 from ledger.outcomes import Outcome, UsageRecorded
 from ledger.store import sqlite_reads as reads
+from ledger.store.erasure import erasing
 from ledger.store.protocol import (
     PAGE_MAX,
     Position,
@@ -145,6 +147,13 @@ class SqliteStore:
 
     async def due_wallets(self, now_us: int, *, limit: int) -> list[WalletRef]:
         return await self._read(lambda connection: reads.due_wallets(connection, now_us, min(limit, PAGE_MAX)))
+
+    async def erase(self, wallet: WalletRef, *, customer_id: str, now_us: int) -> None:
+        pages = erasing("sqlite", wallet, customer_id, now_us=now_us)
+        with suppress(StopIteration):
+            statements = next(pages)
+            while True:
+                statements = pages.send(await self._writer.run(partial(self._batches.edit, statements)))
 
     def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
         return self._snapshot()
