@@ -20,8 +20,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.api.application import create_api
 from gateway.api.services import Services
 from gateway.billing.auto_buy import AutoBuy
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.metrics import BillableMetrics
 from gateway.billing.packs import Packs
+from gateway.billing.usage import Metering
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
@@ -267,7 +270,8 @@ async def running_parts(
         stack.push_async_callback(ledger.close)
         principals = Principals(database, now_us=now_us, looked_up=metrics.cache("principals"))
         customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
-        changes = Changes(principals.invalidate, url=settings.redis_url, link=link)
+        catalog, billables = Catalog(database), BillableMetrics(database, now_us=now_us)
+        changes = Changes(principals.invalidate, catalog.invalidate, url=settings.redis_url, link=link)
         changes.start()
         stack.push_async_callback(changes.stop)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
@@ -276,7 +280,7 @@ async def running_parts(
         for upstream in upstreams.values():
             stack.push_async_callback(upstream.close)
         router = Router(settings, upstreams, price_book(settings))
-        quoter = Quoter(settings, PromptCounter())
+        quoter = Quoter(settings, PromptCounter(), catalog)
 
         packs = Packs(database, ledger, now_us=now_us)
         auto_buy = AutoBuy(database, ledger, packs)
@@ -332,6 +336,9 @@ async def running_parts(
             quoter=quoter,
             charging=charging,
             packs=packs,
+            catalog=catalog,
+            billables=billables,
+            metering=Metering(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             proxy=chat,
             metrics=metrics,
             now_us=now_us,
