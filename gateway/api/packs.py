@@ -257,11 +257,20 @@ async def change_pack(
 
 
 @router.post("/packs/{pack}/archive")
-async def archive_pack(pack: PackPath, response: Response, principal: CatalogWriter, services: Here) -> PackView:
+async def archive_pack(
+    pack: PackPath, request: Request, response: Response, principal: CatalogWriter, services: Here
+) -> PackView:
     """Sell a pack no more. Its key stays taken, and plans that were bought stay as they are. Repeatable."""
-    archived = await services.packs.change(principal.tenant_id, principal.mode, pack, {"archived": True})
-    etag(response, archived.version)
-    return pack_view(archived, principal.asset)
+
+    async def act(transactions: Transactions) -> PackView:
+        packs = services.packs.within(transactions)
+        archived = await packs.change(principal.tenant_id, principal.mode, pack, {"archived": True})
+        return pack_view(archived, principal.asset)
+
+    key = key_of(request, None, "packs.archive", about=pack)
+    view = await once(request, response, services, principal, key=key, act=act, view=PackView)
+    etag(response, view.version)
+    return view
 
 
 @router.post("/customers/{customer:path}/packs")

@@ -126,7 +126,7 @@ async def test_two_who_buy_at_once_do_not_end_their_plans_together(office: Offic
 
 async def test_an_archived_pack_is_sold_no_more(office: Office):
     pack = await offer(office)
-    archived = await office.post(f"/v1/packs/{pack['id']}/archive")
+    archived = await office.post(f"/v1/packs/{pack['id']}/archive", once="archive:1")
     assert archived["archived"]
     assert await office.post("/v1/packs/plan_1hr/archive") == archived
     refused = await office.refused("POST", "/v1/customers/alice/packs", {"pack": "plan_1hr"}, once="k")
@@ -134,6 +134,8 @@ async def test_an_archived_pack_is_sold_no_more(office: Office):
     assert (await office.refused("POST", "/v1/packs", HOUR))[:2] == (409, "already_exists")
     again = await office.ask("PATCH", "/v1/packs/plan_1hr", {"archived": False})
     assert (again.status_code, again.json()["archived"]) == (200, False)
+    replayed = await office.ask("POST", f"/v1/packs/{pack['id']}/archive", once="archive:1")
+    assert (replayed.json(), replayed.headers["x-idempotent-replayed"]) == (archived, "true")
     await office.post("/v1/customers/alice/packs", {"pack": "plan_1hr"}, once="k")
 
 
