@@ -19,9 +19,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.application import create_api
 from gateway.api.services import Services
+from gateway.billing.auto_buy import AutoBuy
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.metrics import BillableMetrics
+from gateway.billing.packs import Packs
 from gateway.billing.refunds import Refunds
 from gateway.billing.reservations import Reservations
 from gateway.billing.usage import Metering
@@ -282,7 +284,9 @@ async def running_parts(
         router = Router(settings, upstreams, price_book(settings))
         quoter = Quoter(settings, PromptCounter(), catalog)
 
-        charging = Charging(ledger)
+        packs = Packs(database, ledger, now_us=now_us)
+        auto_buy = AutoBuy(database, ledger, packs)
+        charging = Charging(ledger, auto_buy=auto_buy)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -335,6 +339,7 @@ async def running_parts(
             charging=charging,
             refunds=Refunds(ledger, new_id=new_id),
             reservations=Reservations(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
+            packs=packs,
             catalog=catalog,
             billables=billables,
             metering=Metering(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),

@@ -6,6 +6,7 @@ A lack of credits is not in the table: who asked knows the asset, and what to do
 from typing import Final
 
 from gateway.billing.catalog import MetricNotFound, MetricNotPriced
+from gateway.billing.packs import PackArchived
 from gateway.billing.reservations import TaskNotFound
 from gateway.database import DatabaseUnavailable
 from gateway.errors import (
@@ -59,6 +60,7 @@ REFUSALS: Final = ErrorTable(
         TooManyBlocks: lambda error: invalid_request(
             "The wallet has too many blocks that are not used up: grant fewer, larger ones, or let some expire."
         ),
+        PackArchived: lambda error: invalid_request(f"The pack {error.key} is archived: offer another.", param="pack"),
         WalletFrozen: lambda error: permission_denied(
             "This wallet is frozen: nothing is taken from it until whoever runs this app lifts that."
         ),

@@ -19,6 +19,7 @@ from ledger.commands import (
     Grant,
     Hold,
     Lapse,
+    Purchase,
     Refund,
     Release,
     Reserve,
@@ -85,7 +86,7 @@ def needs(commands: Iterable[AnyCommand]) -> Needs:
                 named.reservations.add(command.reservation)
                 named.wallets.update(command.wallets)
                 named.blocks.update(_blocks_refunded(command))
-            case Grant():
+            case Grant() | Purchase():
                 named.wallets.update(_wallets_named(command))
                 named.blocks.update((command.wallet, block_id) for block_id in block_ids(command))
             case Revoke() | Freeze():
@@ -161,10 +162,12 @@ def return_blocks(pool_wallets: Iterable[WalletRef]) -> set[BlockRef]:
     return {(pool, block_id) for pool in pool_wallets for block_id in RETURN_BLOCKS.values()}
 
 
-def _wallets_named(command: Hold | Grant) -> set[WalletRef]:
-    if isinstance(command, Grant):
-        return {command.wallet} if command.from_wallet is None else {command.wallet, command.from_wallet}
-    return set(command.wallets)
+def _wallets_named(command: Hold | Grant | Purchase) -> set[WalletRef]:
+    if isinstance(command, Hold):
+        return set(command.wallets)
+    if isinstance(command, Grant) and command.from_wallet is not None:
+        return {command.wallet, command.from_wallet}
+    return {command.wallet}
 
 
 def _wallets_touched(state: State, command: AnyCommand) -> set[WalletRef]:

@@ -14,6 +14,8 @@ def burn_order(block: Block) -> tuple[int, int, int]:
 def payable(blocks: Iterable[Block], tags: Tags, now_us: int) -> list[Block]:
     """The blocks that may pay for *tags* at *now_us*, in burn order. Some of them may have nothing free."""
     able = [block for block in blocks if block.pays_at(now_us) and block.restriction.allows(tags)]
+    if tags.priority_max is not None:
+        able = [block for block in able if block.priority <= tags.priority_max]
     if len(able) > 1:
         able.sort(key=burn_order)
     return able

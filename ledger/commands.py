@@ -70,6 +70,37 @@ class Grant(Command, frozen=True, kw_only=True, tag="grant"):
     accumulation_cap: int | None = None
 
 
+class Purchase(Command, frozen=True, kw_only=True, tag="purchase"):
+    """Buy a pack of credits out of the wallet's own: the price goes and the credits come in one step, or neither.
+
+    The price is taken in burn order from what is free for *tags*, never from plans, nor, where the pack has a priority
+    above 0, from a block that burns with it or before it. The credits pay at once. They expire *duration_us* after the
+    plan that ends last, if one is still there, else after now; None is never. What a price covers that the operator was
+    paid for, and the rest, become two blocks, the second with the id *block_id* + ``_2``.
+
+    Attributes:
+        price: >= 0, in the smallest unit of the asset.
+        pack: its id. The blocks' metadata and the event name it.
+        unless_active: refuse where a plan still pays.
+        cause: why it is bought, for the event.
+    """
+
+    wallet: WalletRef
+    asset: str
+    block_id: str
+    price: int
+    amount: int
+    pack: str
+    duration_us: int | None = None
+    priority: int = 0
+    tags: Tags = Tags()
+    unless_active: bool = False
+    cause: str = ""
+    source: str = ""
+    restriction: Restriction = UNRESTRICTED
+    metadata: dict[str, Any] = {}
+
+
 class ReserveLeg(msgspec.Struct, frozen=True, gc=False):
     """Set *amount* aside from *wallets* in their order; what there is, but not under *minimum*, when it is short."""
 
@@ -252,5 +283,17 @@ class SetOverdraft(Command, frozen=True, kw_only=True, tag="set_overdraft"):
 
 
 AnyCommand = (
-    Grant | Reserve | Extend | Commit | Release | Lapse | Debit | Refund | Revoke | Expire | Freeze | SetOverdraft
+    Grant
+    | Purchase
+    | Reserve
+    | Extend
+    | Commit
+    | Release
+    | Lapse
+    | Debit
+    | Refund
+    | Revoke
+    | Expire
+    | Freeze
+    | SetOverdraft
 )

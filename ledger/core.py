@@ -21,6 +21,7 @@ from ledger.commands import (
     Grant,
     Hold,
     Lapse,
+    Purchase,
     Refund,
     Release,
     Reserve,
@@ -37,6 +38,7 @@ from ledger.outcomes import (
     Rejected,
     Reserved,
 )
+from ledger.purchasing import purchase
 from ledger.refunding import refund
 from ledger.reserving import extend, reserve
 from ledger.settling import commit, debit, lapse, release
@@ -85,6 +87,7 @@ _ON_RESERVATIONS = (Hold, Extend, Commit, Release, Lapse, Refund)
 
 _DECISIONS: dict[type[AnyCommand], Callable[[State, Any, int], Outcome]] = {
     Grant: grant,
+    Purchase: purchase,
     Reserve: reserve,
     Extend: extend,
     Commit: commit,

@@ -12,6 +12,7 @@ from ledger.outcomes import (
     Fact,
     Granted,
     KeyTaken,
+    Purchased,
     Refunded,
     ReservationChanged,
     Reserved,
@@ -25,6 +26,7 @@ from ledger.store.protocol import JournalEntry
 
 RESULTS: Final[dict[str, type[Result]]] = {
     "grant": Granted,
+    "purchase": Purchased,
     "reserve": Reserved,
     "extend": Reserved,
     "commit": Settled,

@@ -34,6 +34,10 @@ class AssetMismatch(LedgerError):
     """The wallet holds another asset."""
 
 
+class PlanActive(LedgerError):
+    """A plan of the wallet still pays, and none was to be bought while one does."""
+
+
 class TooManyBlocks(LedgerError):
     """The wallet has as many blocks with something left as it may: grant fewer, larger ones, or let some expire."""
 
@@ -87,6 +91,7 @@ _ERRORS: dict[Reason, Callable[[Rejected], LedgerError]] = {
     Reason.NOT_FOUND: lambda no: NotFound("there is no such wallet, block or reservation"),
     Reason.ALREADY_EXISTS: lambda no: AlreadyExists("it exists already", no.state),
     Reason.ASSET_MISMATCH: lambda no: AssetMismatch("the wallet holds another asset"),
+    Reason.PLAN_ACTIVE: lambda no: PlanActive("a plan of the wallet still pays"),
     Reason.TOO_MANY_BLOCKS: lambda no: TooManyBlocks("the wallet has too many blocks that are not used up"),
     Reason.RESERVATION_SETTLED: lambda no: ReservationSettled("the reservation is settled", no.state, no.result),
     Reason.WALLET_FROZEN: lambda no: WalletFrozen("the wallet is frozen"),

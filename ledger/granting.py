@@ -1,8 +1,9 @@
 """Credits in, and back out unspent: grants, revocation, expiry, and the switches of a wallet."""
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ledger.commands import Expire, Freeze, Grant, Revoke, SetOverdraft
+from ledger.commands import Expire, Freeze, Grant, Purchase, Revoke, SetOverdraft
 from ledger.draft import FUNDING_ACCOUNT, NO_TAGS, Draft, Source
 from ledger.model import AMOUNT_MAX, Account, Block, Funding, Wallet, WalletRef
 from ledger.outcomes import (
@@ -23,8 +24,8 @@ BLOCKS_LIVE_MAX = 1_000
 """Most blocks with something left that a wallet has: every charge looks at each of them, and other wallets wait."""
 
 
-class _Lot(NamedTuple):
-    """A part of a grant that becomes a block of its own."""
+class Lot(NamedTuple):
+    """A part of what comes in that becomes a block of its own."""
 
     block_id: str
     operator_paid: bool
@@ -135,12 +136,12 @@ def _comes_from_somewhere(command: Grant) -> bool:
     return command.from_wallet[:2] == command.scope
 
 
-def block_ids(command: Grant) -> tuple[str, str]:
-    """The blocks that a grant may open: neither may be there."""
+def block_ids(command: Grant | Purchase) -> tuple[str, str]:
+    """The blocks that it may open: neither may be there."""
     return command.block_id, f"{command.block_id}_2"
 
 
-def _lots(draft: Draft, command: Grant, wallet: Wallet) -> list[_Lot] | Rejected:
+def _lots(draft: Draft, command: Grant, wallet: Wallet) -> list[Lot] | Rejected:
     """Bring the credits in. Nobody but the operator says that it was paid: credits from elsewhere never are."""
     live = sum(block.live for block in draft.state.blocks.get(command.wallet, {}).values())
     if live >= BLOCKS_LIVE_MAX and not _bought(command):
@@ -155,10 +156,10 @@ def _lots(draft: Draft, command: Grant, wallet: Wallet) -> list[_Lot] | Rejected
         block_id=command.block_id,
     )
     paid = command.operator_paid and command.funding is not Funding.EXTERNAL
-    return [_Lot(command.block_id, paid, command.amount)]
+    return [Lot(command.block_id, paid, command.amount)]
 
 
-def _take_from_wallet(draft: Draft, command: Grant, source: WalletRef, wallet: Wallet) -> list[_Lot] | Rejected:
+def _take_from_wallet(draft: Draft, command: Grant, source: WalletRef, wallet: Wallet) -> list[Lot] | Rejected:
     """Move the amount out of *source*'s free blocks: what the operator was paid for, and what not, stay apart."""
     amount = command.amount
     giver = draft.wallet(source)
@@ -173,16 +174,33 @@ def _take_from_wallet(draft: Draft, command: Grant, source: WalletRef, wallet: W
         return Rejected(Reason.RECEIVABLE_OUTSTANDING, needed=amount, available=0)
     if available < amount:
         return Rejected(Reason.INSUFFICIENT_CREDITS, needed=amount, available=available)
+    blocks = draft.payable(source, NO_TAGS)
+    taken = take_free(draft, giver, blocks, amount, account=wallet.account, reference=command.block_id)
+    return lots_of(command, taken)
+
+
+def take_free(
+    draft: Draft, wallet: Wallet, blocks: Iterable[Block], amount: int, *, account: str, reference: str
+) -> dict[bool, int]:
+    """Move *amount*, which is there, out of the free part of *blocks*, in their order, to *account*.
+
+    Returns what of it the operator was paid for, and what not.
+    """
     taken = {True: 0, False: 0}
-    for block in draft.payable(source, NO_TAGS):
-        part = Source(giver, block, min(amount, draft.free(block)))
+    for block in blocks:
+        part = Source(wallet, block, min(amount, draft.free(block)))
         if part.amount > 0:
             amount -= part.amount
             taken[block.operator_paid] += part.amount
             draft.use(part, part.amount, held=False)
-            draft.spend(part, part.amount, account=wallet.account, reference=command.block_id)
-    kinds = [(paid, part) for paid, part in taken.items() if part > 0]
-    return [_Lot(block_id, paid, part) for block_id, (paid, part) in zip(block_ids(command), kinds, strict=False)]
+            draft.spend(part, part.amount, account=account, reference=reference)
+    return taken
+
+
+def lots_of(command: Grant | Purchase, amounts: Mapping[bool, int]) -> list[Lot]:
+    """A lot for what the operator was paid for, and one for what not, as far as there is any."""
+    kinds = [(paid, part) for paid, part in amounts.items() if part > 0]
+    return [Lot(block_id, paid, part) for block_id, (paid, part) in zip(block_ids(command), kinds, strict=False)]
 
 
 def revoke(state: State, command: Revoke, now_us: int) -> Outcome:

@@ -2,14 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import msgspec
 
 from ledger.burndown import payable
-from ledger.commands import AnyCommand, Expire, Lapse, StoredResponse
+from ledger.commands import AnyCommand, Expire, Freeze, Lapse, StoredResponse
 from ledger.draft import NO_TAGS
-from ledger.errors import LedgerUnavailable, error_of
+from ledger.errors import LedgerUnavailable, NotFound, error_of
 from ledger.model import Block, Reservation, ReservationRef, Scope, Tags, Wallet, WalletRef
 from ledger.outcomes import Applied, Outcome, Rejected, UsageRecorded
 from ledger.state import State
@@ -178,6 +179,10 @@ class Ledger:
         found = await _reading(self._wallet(ref))
         return 0 if found is None else sum(block.free for block in payable(found.blocks, NO_TAGS, now_us))
 
+    async def latest_plan(self, ref: WalletRef) -> Block | None:
+        """The block of a plan that the wallet got last, used up or not; None when it never had one."""
+        return await _reading(self._store.latest_plan(ref))
+
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await _reading(self._store.reservation(ref))
 
@@ -204,6 +209,22 @@ class Ledger:
         page = found[:limit]
         more = len(found) > limit
         return TransactionsPage(tuple(page), cursor_after(page[-1]) if more else None)
+
+    async def erase(self, wallet: WalletRef, *, customer_id: str) -> None:
+        """Take away what a customer's *wallet*, usage, events and stored answers say of the person, for ever.
+
+        That is metadata, and answers that are kept to be repeated. Every number stays, and the journal is untouched:
+        it never had either. The wallet is frozen: nobody spends what is left. Repeatable.
+
+        Raises:
+            LedgerUnavailable: some of it may still be there; do it again.
+        """
+        await _reading(self._store.erase(wallet, customer_id=customer_id, now_us=self._clock()))
+        # It raises the wallet's version, so whoever has kept the wallet, in any process, reads it anew.
+        with suppress(NotFound):
+            await self.execute(Freeze(id=self._new_command_id(), scope=wallet.scope, wallet=wallet, frozen=True))
+        # What was written meanwhile out of what others had kept.
+        await _reading(self._store.erase(wallet, customer_id=customer_id, now_us=self._clock()))
 
     async def sweep(self, now_us: int) -> Swept:
         """Settle what has run out by *now_us*: reservations lapse, blocks expire, old responses go.

@@ -85,11 +85,12 @@ class Funding(StrEnum):
 
 
 class Tags(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """What a charge is for; blocks can be restricted by each."""
+    """What a charge is for; blocks can be restricted by each. Only blocks of at most *priority_max* may pay for it."""
 
     app: str | None = None
     metric: str | None = None
     model: str | None = None
+    priority_max: int | None = None
 
 
 class Restriction(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):

@@ -27,6 +27,7 @@ class Reason(StrEnum):
     NOT_FOUND = "not_found"
     ALREADY_EXISTS = "already_exists"
     ASSET_MISMATCH = "asset_mismatch"
+    PLAN_ACTIVE = "plan_active"
     TOO_MANY_BLOCKS = "too_many_blocks"
     RESERVATION_SETTLED = "reservation_settled"
     WALLET_FROZEN = "wallet_frozen"
@@ -48,6 +49,18 @@ class Granted(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="gr
     repaid: int = 0
     at_us: int = 0
     lapsed: int = 0
+
+
+class Purchased(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="purchased"):
+    """*block_id* is the first of the blocks that came; *at_us* is when, and *expires_at_us* until when they pay."""
+
+    block_id: str
+    price: int
+    amount: int
+    balance_before: int
+    balance_after: int
+    at_us: int
+    expires_at_us: int | None = None
 
 
 class Reserved(msgspec.Struct, frozen=True, gc=False, tag="reserved"):
@@ -104,7 +117,7 @@ class Changed(msgspec.Struct, frozen=True, gc=False, tag="changed"):
     """The command had nothing more to tell."""
 
 
-Result = Granted | Reserved | Settled | Refunded | Revoked | Expired | Changed
+Result = Granted | Purchased | Reserved | Settled | Refunded | Revoked | Expired | Changed
 
 
 class Transfer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="transfer"):

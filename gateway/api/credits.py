@@ -33,6 +33,7 @@ router = APIRouter(prefix="/v1", tags=["credits"])
 
 KINDS: Final = {
     "grant": "grant",
+    "purchase": "purchase",
     "commit": "charge",
     "debit": "charge",
     "lapse": "charge",

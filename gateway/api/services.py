@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.metrics import BillableMetrics
+from gateway.billing.packs import Packs
 from gateway.billing.refunds import Refunds
 from gateway.billing.reservations import Reservations
 from gateway.billing.usage import Metering
@@ -44,6 +45,7 @@ class Services:
     charging: Charging
     refunds: Refunds
     reservations: Reservations
+    packs: Packs
     catalog: Catalog
     billables: BillableMetrics
     metering: Metering

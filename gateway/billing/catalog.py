@@ -83,8 +83,8 @@ class PricedMetric(msgspec.Struct, frozen=True):
     price_version: str
 
     def tags(self, app_id: str | None) -> Tags:
-        """What a charge for it is for: blocks can be restricted to its key."""
-        return Tags(app=app_id, metric=self.metric.key)
+        """What a charge for it is for: blocks can be restricted to its key, and it to blocks."""
+        return Tags(app=app_id, metric=self.metric.key, priority_max=self.metric.priority_max)
 
 
 class MetricName(NamedTuple):

@@ -2,7 +2,9 @@
 
 import msgspec
 
+from gateway.billing.auto_buy import AutoBuy
 from ledger.commands import Debit, Reserve
+from ledger.errors import InsufficientCredits
 from ledger.ledger import Ledger
 from ledger.outcomes import Applied
 
@@ -19,10 +21,11 @@ class Spender(msgspec.Struct, frozen=True):
 
 
 class Charging:
-    """Puts a hold or a debit to the ledger."""
+    """Puts a hold or a debit to the ledger. A plan that has run out is followed by the next, if its customer agreed."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, auto_buy: AutoBuy) -> None:
         self._ledger = ledger
+        self._auto_buy = auto_buy
 
     async def ask(self, command: Reserve | Debit, spender: Spender) -> Applied:
         """What the ledger makes of *command*.
@@ -31,4 +34,11 @@ class Charging:
             LedgerError: as `Ledger.execute`.
             LedgerUnavailable
         """
-        return await self._ledger.execute(command)
+        try:
+            return await self._ledger.execute(command)
+        except InsufficientCredits as refused:
+            if spender.customer_id is None:
+                raise
+            return await self._auto_buy.try_again(
+                command, refused, customer_id=spender.customer_id, app_id=spender.app_id
+            )

@@ -18,6 +18,7 @@ from gateway.tables.identity import (
     KeptAnswer,
     Tenant,
 )
+from gateway.tables.packs import PACK_DURATION_S_MAX, Pack
 
 __all__ = [
     "AMOUNT_MAX",
@@ -25,6 +26,7 @@ __all__ = [
     "MARKUP_BPS_MAX",
     "METRIC_KEY_LENGTH_MAX",
     "NAME_LENGTH_MAX",
+    "PACK_DURATION_S_MAX",
     "ApiKey",
     "App",
     "AssetVersion",
@@ -32,5 +34,6 @@ __all__ = [
     "Customer",
     "KeptAnswer",
     "MeteringRule",
+    "Pack",
     "Tenant",
 ]

@@ -119,7 +119,11 @@ class ApiKey(SQLModel, table=True):
 
 
 class Customer(SQLModel, table=True):
-    """A tenant's user. The tenant names it by its own id, we by ours; the wallet hangs on ours."""
+    """A tenant's user. The tenant names it by its own id, we by ours; the wallet hangs on ours.
+
+    `welcome` is the default grant that is still due to them; null where there is none. From `erased_at_us` on nobody
+    finds them, and once all is erased `external_id` is our own id, so that their name is free.
+    """
 
     __tablename__ = "customers"
     __table_args__ = (
@@ -135,6 +139,12 @@ class Customer(SQLModel, table=True):
     external_id: str = Field(sa_type=String)
     metadata_: dict[str, Any] = Field(default_factory=dict, sa_column=Column("metadata", JSON, nullable=False))
     created_at_us: int = Field(sa_type=BigInteger)
+    settings: dict[str, Any] = Field(
+        default_factory=dict, sa_type=JSON, sa_column_kwargs={"server_default": text("'{}'")}
+    )
+    version: int = Field(default=1, sa_column_kwargs={"server_default": text("'1'")})
+    welcome: dict[str, Any] | None = Field(default=None, sa_type=JSON(none_as_null=True))
+    erased_at_us: int | None = Field(default=None, sa_type=BigInteger)
 
 
 class KeptAnswer(SQLModel, table=True):

@@ -6,13 +6,15 @@ limit: a server that hangs makes the store unavailable, and nobody waits for it 
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from typing import Final, TypeVar
 
 from ledger.commands import AnyCommand, StoredResponse
-from ledger.model import Reservation, ReservationRef, Scope, WalletRef
+from ledger.model import Block, Reservation, ReservationRef, Scope, WalletRef
 from ledger.outcomes import Outcome, UsageRecorded
 from ledger.store import postgres_reads as reads
+from ledger.store.erasure import erasing
 from ledger.store.postgres_batch import BATCH_S, BATCHES_AT_ONCE, Batches
 from ledger.store.postgres_connection import CONNECT_ALL_S, Connection, Connections, connect, server_url, translated
 from ledger.store.protocol import (
@@ -106,6 +108,9 @@ class PostgresStore:
     async def wallet_version(self, ref: WalletRef) -> int | None:
         return await self._read(lambda connection: reads.wallet_version(connection, ref))
 
+    async def latest_plan(self, ref: WalletRef) -> Block | None:
+        return await self._read(lambda connection: reads.latest_plan(connection, ref))
+
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await self._read(lambda connection: reads.reservation(connection, ref))
 
@@ -130,6 +135,14 @@ class PostgresStore:
 
     async def purge_responses(self, now_us: int, *, limit: int) -> int:
         return await self._read(lambda connection: reads.purge_responses(connection, now_us, min(limit, PAGE_MAX)))
+
+    async def erase(self, wallet: WalletRef, *, customer_id: str, now_us: int) -> None:
+        pages = erasing("postgresql", wallet, customer_id, now_us=now_us)
+        with suppress(StopIteration):
+            statements = next(pages)
+            while True:
+                edit = partial(reads.edit, scope=wallet.scope, edits=statements)
+                statements = pages.send(await self._read(edit))
 
     def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
         return self._snapshot()

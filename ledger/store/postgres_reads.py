@@ -1,6 +1,6 @@
 """PostgreSQL's reads: short queries for the facade, and the whole ledger in pages for replay."""
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -8,6 +8,7 @@ import msgspec
 from ledger.commands import StoredResponse
 from ledger.model import Block, Reservation, ReservationRef, Scope, Wallet, WalletRef
 from ledger.outcomes import KeyTaken, UsageRecorded
+from ledger.store.erasure import Statement
 from ledger.store.postgres_connection import Connection, translated
 from ledger.store.postgres_rows import BLOCK, WALLET, columns
 from ledger.store.protocol import JournalEntry, Position, Transaction, WalletBlocks
@@ -37,6 +38,10 @@ def _select(table: str, rest: str) -> str:
 
 
 _WALLET = "SELECT farebox_wallet_v1($1, $2, $3, $4)"
+_LATEST_PLAN = _select(
+    "ledger_block",
+    "WHERE tenant = $1 AND mode = $2 AND wallet = $3 AND funding = 'plan' ORDER BY sequence DESC LIMIT 1",
+)
 _RESERVATION = "SELECT body FROM ledger_reservation WHERE tenant = $1 AND mode = $2 AND reservation = $3"
 _RESERVATIONS_OF_REQUEST = "SELECT body FROM ledger_reservation WHERE tenant = $1 AND mode = $2 AND request_id = $3"
 _USAGE_OF_REQUEST = _select(
@@ -103,6 +108,11 @@ async def wallet_version(connection: Connection, ref: WalletRef) -> int | None:
     return None if found is None else int(_decode_found(found).wallet["version"])
 
 
+async def latest_plan(connection: Connection, ref: WalletRef) -> Block | None:
+    rows = await _named(connection, ref.scope, _LATEST_PLAN, *ref)
+    return block_from(rows[0]) if rows else None
+
+
 async def reservation(connection: Connection, ref: ReservationRef) -> Reservation | None:
     rows = await _named(connection, ref.scope, _RESERVATION, *ref)
     return reservation_from(rows[0][0]) if rows else None
@@ -152,6 +162,16 @@ async def purge_responses(connection: Connection, now_us: int, limit: int) -> in
     status = await connection.execute(_PURGE, now_us, *map(list, zip(*due, strict=True)))
     await connection.execute("COMMIT")
     return int(status.removeprefix("DELETE "))
+
+
+async def edit(connection: Connection, *, scope: Scope, edits: Sequence[Statement]) -> list[Row]:
+    """Do *edits* in one transaction on *scope*; the rows of the last one."""
+    await connection.execute(f"BEGIN; {naming((scope,))}")
+    rows: list[Row] = []
+    for sql, given in edits:
+        rows = _tuples(await connection.fetch(sql, *given))
+    await connection.execute("COMMIT")
+    return rows
 
 
 async def _named(connection: Connection, scope: Scope, query: str, *values: Any) -> list[Row]:

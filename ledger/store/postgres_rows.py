@@ -19,6 +19,7 @@ from ledger.store.rows import (
     block_amounts,
     block_row,
     event_row,
+    facts_json,
     key_row,
     reservation_row,
     to_json,
@@ -90,7 +91,7 @@ def writes_of(writes: Writes, keys_there: Iterable[KeyRef]) -> Written:
     transfers: list[Row] = []
     for number, entry in enumerate(writes.journal, start=1):
         counted = len(entry.transfers)
-        facts, result = to_json(entry.facts), to_json(entry.result)
+        facts, result = facts_json(entry.facts), to_json(entry.result)
         commands.append((*entry.scope, entry.id, number, entry.kind, entry.at_us, counted, facts, result))
         for position, transfer in enumerate(entry.transfers):
             transfers.append(transfer_row(transfer, seq=number, position=position, at_us=entry.at_us))

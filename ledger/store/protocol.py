@@ -136,6 +136,10 @@ class Store(Protocol):
         """The wallet's version: it rises with every change of the wallet, its blocks or what they hold for others."""
         ...
 
+    async def latest_plan(self, ref: WalletRef) -> Block | None:
+        """The block of a plan that the wallet got last, dead or alive."""
+        ...
+
     async def reservation(self, ref: ReservationRef) -> Reservation | None: ...
 
     async def reservation_of_request(self, scope: Scope, request_id: str) -> Reservation | None:
@@ -160,6 +164,13 @@ class Store(Protocol):
 
     async def purge_responses(self, now_us: int, *, limit: int) -> int:
         """Delete stored responses that have outlived their day; how many."""
+        ...
+
+    async def erase(self, wallet: WalletRef, *, customer_id: str, now_us: int) -> None:
+        """Erase the metadata of *wallet* and of the usage of *customer_id*, and the answers that are kept for a day.
+
+        Nothing else changes: no number, and nothing in the journal. Repeatable; page by page, so others go on.
+        """
         ...
 
     def snapshot(self) -> AbstractAsyncContextManager[Snapshot]: ...

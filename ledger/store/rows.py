@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from ledger.commands import StoredResponse
+from ledger.erasable import facts_to_keep
 from ledger.model import (
     UNRESTRICTED,
     Block,
@@ -37,6 +38,11 @@ _decode_headers = msgspec.json.Decoder(tuple[tuple[str, str], ...]).decode
 
 def to_json(value: object) -> str:
     return _encode(value).decode()
+
+
+def facts_json(facts: Sequence[Fact]) -> str:
+    """As the journal has them: without metadata."""
+    return to_json(facts_to_keep(facts))
 
 
 def facts_from(body: str) -> tuple[Fact, ...]:

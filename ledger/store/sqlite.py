@@ -11,15 +11,17 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy.engine import make_url
 
 from ledger.commands import AnyCommand, StoredResponse
-from ledger.model import Reservation, ReservationRef, Scope, WalletRef
+from ledger.model import Block, Reservation, ReservationRef, Scope, WalletRef
 from ledger.outcomes import Outcome, UsageRecorded
 from ledger.store import sqlite_reads as reads
+from ledger.store.erasure import erasing
 from ledger.store.protocol import (
     PAGE_MAX,
     Position,
@@ -121,6 +123,9 @@ class SqliteStore:
     async def wallet_version(self, ref: WalletRef) -> int | None:
         return await self._read(lambda connection: reads.wallet_version(connection, ref))
 
+    async def latest_plan(self, ref: WalletRef) -> Block | None:
+        return await self._read(lambda connection: reads.latest_plan(connection, ref))
+
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await self._read(lambda connection: reads.reservation(connection, ref))
 
@@ -142,6 +147,13 @@ class SqliteStore:
 
     async def due_wallets(self, now_us: int, *, limit: int) -> list[WalletRef]:
         return await self._read(lambda connection: reads.due_wallets(connection, now_us, min(limit, PAGE_MAX)))
+
+    async def erase(self, wallet: WalletRef, *, customer_id: str, now_us: int) -> None:
+        pages = erasing("sqlite", wallet, customer_id, now_us=now_us)
+        with suppress(StopIteration):
+            statements = next(pages)
+            while True:
+                statements = pages.send(await self._writer.run(partial(self._batches.edit, statements)))
 
     def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
         return self._snapshot()

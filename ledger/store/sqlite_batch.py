@@ -25,12 +25,15 @@ from ledger.model import Reservation, ReservationState, Scope, WalletRef
 from ledger.outcomes import Outcome
 from ledger.state import State
 from ledger.store import statements
+from ledger.store.erasure import Statement
 from ledger.store.lock import ProcessLock
 from ledger.store.rows import (
+    Row,
     block_amounts,
     block_from,
     block_row,
     event_row,
+    facts_json,
     key_from,
     key_row,
     reservation_from,
@@ -160,6 +163,22 @@ class BatchConnection:
                 (now_us, limit),
             ).rowcount
 
+    def edit(self, edits: Sequence[Statement]) -> list[Row]:
+        """Do *edits* in one transaction; the rows of the last one. What is kept is loaded anew afterwards."""
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                rows: list[Row] = []
+                for sql, given in edits:
+                    named = {str(number): value for number, value in enumerate(given, start=1)}
+                    rows = self._connection.execute(sql, named).fetchall()
+                self._connection.execute("COMMIT")
+            finally:
+                self._forget()
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+        return rows
+
     # What is known of the database.
 
     def _forget(self) -> None:
@@ -262,7 +281,7 @@ class BatchConnection:
                     entry.kind,
                     entry.at_us,
                     len(entry.transfers),
-                    to_json(entry.facts),
+                    facts_json(entry.facts),
                     to_json(entry.result),
                 )
             )

@@ -1,9 +1,10 @@
 """The ledger's tables. Tenant and mode come first in every primary key, so that rows can be spread by tenant.
 
 How it works: ``ledger_command`` and ``ledger_transfer`` are the journal; nothing in them is ever edited or deleted,
-which triggers enforce. Every other table is a cache of the journal's fold (wallets, blocks, reservations, keys), a
-record that a fact carried (usage), or an outbox (events, stored responses). The batches of a store are raw SQL over
-these tables; the classes are the schema, and what the management side reads through.
+which triggers enforce. It has no metadata: that may have to be erased (:mod:`ledger.erasable`). Every other table is a
+cache of the journal's fold (wallets, blocks, reservations, keys), a record that a fact carried (usage), or an outbox
+(events, stored responses). The batches of a store are raw SQL over these tables; the classes are the schema, and what
+the management side reads through.
 """
 
 from sqlalchemy import DDL, BigInteger, Boolean, CheckConstraint, Index, LargeBinary, Text, event, text
@@ -124,6 +125,15 @@ class LedgerBlockRow(SQLModel, table=True):
             sqlite_where=text("live AND expires_at_us IS NOT NULL"),
             postgresql_where=text("live AND expires_at_us IS NOT NULL"),
         ),
+        Index(
+            "ix_ledger_block_plan",
+            "tenant",
+            "mode",
+            "wallet",
+            "sequence",
+            sqlite_where=text("funding = 'plan'"),
+            postgresql_where=text("funding = 'plan'"),
+        ),
         {"sqlite_with_rowid": False},
     )
 
@@ -177,6 +187,22 @@ class LedgerReservationRow(SQLModel, table=True):
             sqlite_where=text("request_id IS NOT NULL"),
             postgresql_where=text("request_id IS NOT NULL"),
         ),
+        # Whose metadata an erasure looks for: those that the wallet, the first payer, pays for.
+        Index(
+            "ix_ledger_reservation_metadata",
+            "tenant",
+            "mode",
+            "reservation",
+            sqlite_where=text("instr(body, '\"metadata\":') > 0"),
+        ).ddl_if(dialect="sqlite"),
+        Index(
+            "ix_ledger_reservation_payer_metadata",
+            "tenant",
+            "mode",
+            text("split_part(split_part(body, '\"wallets\":[[\"'::text, 2), '\"'::text, 5)"),
+            "reservation",
+            postgresql_where=text("strpos(body, '\"metadata\":'::text) > 0"),
+        ).ddl_if(dialect="postgresql"),
     )
 
     tenant: str = Field(primary_key=True, sa_type=Text)

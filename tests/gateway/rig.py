@@ -16,9 +16,11 @@ import httpx
 import uvicorn
 from sqlalchemy import text
 
+from gateway.billing.auto_buy import AutoBuy
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.metrics import BillableMetrics
+from gateway.billing.packs import Packs
 from gateway.clock import now_us
 from gateway.database import NOBODY, Database
 from gateway.identity.customers import Customers
@@ -460,7 +462,7 @@ async def running(
         router=Router(settings, served, price_book(settings)),
         quoter=Quoter(settings, PromptCounter(), Catalog(database)),
         ledger=ledger,
-        charging=Charging(ledger),
+        charging=Charging(ledger, auto_buy=AutoBuy(database, ledger, Packs(database, ledger))),
         live=live,
         journal=journal,
         shield=shield,

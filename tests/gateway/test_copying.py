@@ -75,6 +75,8 @@ async def fill(url: str, seed: random.Random) -> None:
             )
             assert answer.status_code == 200, answer.text
         await office.post("/v1/funding/pool", {"amount": 1}, once="pool")
+        await office.post("/v1/packs", {"key": "hour", "name": "Hour", "price": 1, "credits": 2, "metrics": ["chat"]})
+        await office.post("/v1/customers/alice/packs", {"pack": "hour"})
         await office.post("/v1/customers", {"external_id": "bob", "metadata": {"plan": ["é", 1, None]}}, once="bob")
     clock = Clock(us=office.clock.now_us() + LATER_US)
     store = await SqliteStore.open(url, clock=clock)

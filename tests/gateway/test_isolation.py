@@ -36,6 +36,7 @@ COMPLETION: Final = re.compile(r"chatcmpl-\w+")
 LAST4: Final = re.compile(r'"last4":"\w+"')
 NUMBER: Final = re.compile(r"\d+")
 CHAT: Final = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hello!"}]}
+PACK: Final = {"name": "Hour", "price": 0, "credits": 1000, "duration_seconds": 3600}
 EMPTY: Final[set[str]] = set()
 """Tables that nothing writes to yet."""
 
@@ -52,6 +53,7 @@ class Things:
     request: str
     block: str
     reservation: str
+    pack: str
     metric: str
     metric_key: str
     rule: str
@@ -76,6 +78,7 @@ PREFIXES: Final = {
     "request": "req",
     "block": "blk",
     "reservation": "rsv",
+    "pack": "pck",
     "metric": "mtr",
     "rule": "rul",
 }
@@ -148,6 +151,19 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
         "GET /v1/funding": [Attempt("/v1/funding"), Attempt(f"/v1/funding?app_id={things.app}")],
         "POST /v1/funding/grant": [Attempt("/v1/funding/grant", {**name, "amount": "0.01"}, once) for name in names],
         "POST /v1/funding/pool": [Attempt("/v1/funding/pool", {"credits": 1000}, once)],
+        "POST /v1/packs": [Attempt("/v1/packs", {**PACK, "key": things.user, "apps": [things.app]}, once)],
+        "GET /v1/packs": [Attempt("/v1/packs", same=False), Attempt(f"/v1/packs?cursor={things.pack}", same=False)],
+        "GET /v1/packs/{pack}": [Attempt(f"/v1/packs/{pack}") for pack in (things.pack, things.key)],
+        "PATCH /v1/packs/{pack}": [
+            Attempt(f"/v1/packs/{things.pack}", {"price": 0, "archived": True}),
+            Attempt(f"/v1/packs/{things.pack}", {"name": "Taken"}, {"If-Match": '"1"'}),
+        ],
+        "POST /v1/packs/{pack}/archive": [Attempt(f"/v1/packs/{things.pack}/archive", headers=once)],
+        "POST /v1/customers/{customer}/packs": [
+            *(Attempt(f"/v1/customers/{person}/packs", {"pack": things.pack}, once) for person in people),
+            *(Attempt(f"/v1/customers/{person}/packs", {"pack": "our-pack"}, once) for person in people),
+        ],
+        "GET /v1/customers/{customer}/packs": [Attempt(f"/v1/customers/{person}/packs") for person in people],
         "GET /v1/customers/{customer}/credits": [
             Attempt(f"/v1/customers/{person}/credits?include_blocks=true&metric={things.app}") for person in people
         ],
@@ -246,6 +262,8 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
         )
         assert answer.status_code == 200, answer.text
         held = await office.post("/v1/reservations", {"customer_id": user, "credits": 1000}, key=label, once=once)
+        pack = await office.post("/v1/packs", {**PACK, "key": user}, key=label, once=once)
+        await office.post(f"/v1/customers/{user}/packs", {"pack": user}, key=label, once=once)
         settled[mode] = Things(
             tenant=tenant.id,
             app=app.id,
@@ -255,6 +273,7 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             request=answer.headers["x-request-id"],
             block=block["ledger_id"],
             reservation=held["id"],
+            pack=pack["id"],
             metric=metric["id"],
             metric_key=f"{name}-metric",
             rule=rule["id"],
@@ -299,6 +318,7 @@ async def neighbours(office: Office) -> tuple[Office, dict[str, Things]]:
     for key in ("live", "test"):
         await office.post("/v1/topup/grant", {"customer_id": "alice", "credits": 5_000_000}, key=key)
         assert (await office.chat(key=key)).status_code == 200
+        await office.post("/v1/packs", {**PACK, "key": "our-pack"}, key=key)
     return office, theirs
 
 

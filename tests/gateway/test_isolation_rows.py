@@ -30,6 +30,7 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
     "ledger_reservation": {"state": "open"},
     "ledger_transfer": {"credit": "clearing"},
     "ledger_usage": {"markup": 0},
+    "packs": {"credits": 1},
     "tenants": {"is_first": False},
 }
 """What the constraints of a table ask for, beyond a value of the column's type."""

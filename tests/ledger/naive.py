@@ -17,6 +17,7 @@ from ledger.commands import (
     Freeze,
     Grant,
     Lapse,
+    Purchase,
     Refund,
     Release,
     Reserve,
@@ -130,6 +131,52 @@ class Naive:
             lapsed += part
         self._book(ref, "breakage", lapsed)
         return lapsed
+
+    def _purchase(self, command: Purchase) -> Prediction:
+        """Collect the price from whatever may pay it, then put the credits in as two blocks at most."""
+        wallet = self.wallets.get(command.wallet, {"blocks": [], "owed": 0, "frozen": False})
+        plans = [
+            block
+            for block in self._payable(command.wallet, Tags(), any_app=True)
+            if block["funding"] == "plan" and block["left"]
+        ]
+        until = [self.now, *(block["end"] or 0 for block in plans)]
+        active = sum(self._free(command.wallet, block) for block in plans)
+        if command.price < 0 or command.amount <= 0 or (command.duration_us is not None and command.duration_us <= 0):
+            return _no("invalid_amount")
+        taken = {block["name"] for block in wallet["blocks"]}
+        if command.block_id in taken or command.block_id + "_2" in taken:
+            return _no("already_exists")
+        if command.unless_active and active:
+            return _no("plan_active")
+        if wallet["frozen"] or wallet["owed"]:
+            return _no("wallet_frozen" if wallet["frozen"] else "receivable_outstanding")
+        payers = [
+            block
+            for block in self._payable(command.wallet, command.tags)
+            if block["funding"] != "plan" and (command.priority <= 0 or block["prio"] < command.priority)
+        ]
+        there = sum(self._free(command.wallet, block) for block in payers)
+        if there < command.price:
+            return _no("insufficient_credits", needed=command.price, available=there)
+        paid, missing = 0, command.price
+        for block in payers:
+            part = min(missing, self._free(command.wallet, block))
+            self._use(command.wallet, block["name"], part)
+            missing -= part
+            paid += part if block["paid"] else 0
+        wallet = self._open(command.wallet)
+        paid = min(paid, command.amount)
+        end = None if command.duration_us is None else max(until) + command.duration_us
+        names = [command.block_id, command.block_id + "_2"]
+        for lot_paid, amount in ((True, paid), (False, command.amount - paid)):
+            if amount:
+                self._add_block(
+                    wallet, names.pop(0), amount, prio=command.priority, start=self.now, end=end, apps=(),
+                    paid=lot_paid, funding="plan", pool=None, source=command.source,
+                )  # fmt: skip
+        self._book(command.wallet, "plan", command.price - command.amount)
+        return {"word": "purchased", "expires_at_us": end, "balance_after": self.balance(command.wallet)}
 
     def _take(self, ref: WalletRef, amount: int) -> tuple[str, dict[bool, int]]:
         giver = self.wallets.get(ref)
@@ -619,7 +666,7 @@ class Naive:
     def _all_free(self, ref: WalletRef) -> int:
         return sum(self._free(ref, block) for block in self._payable(ref, Tags()))
 
-    def _payable(self, ref: WalletRef, tags: Tags) -> list[dict[str, Any]]:
+    def _payable(self, ref: WalletRef, tags: Tags, *, any_app: bool = False) -> list[dict[str, Any]]:
         blocks = self.wallets[ref]["blocks"] if ref in self.wallets else []
         able = [
             block
@@ -627,7 +674,8 @@ class Naive:
             if not block["frozen"]
             and block["start"] <= self.now
             and not self._over(block)
-            and (not block["apps"] or tags.app in block["apps"])
+            and (any_app or not block["apps"] or tags.app in block["apps"])
+            and (tags.priority_max is None or block["prio"] <= tags.priority_max)
         ]
         forever = 10**30
         return sorted(able, key=lambda block: (-block["prio"], block["end"] or forever, block["age"]))

@@ -23,6 +23,7 @@ from ledger.commands import (
     Grant,
     Key,
     Lapse,
+    Purchase,
     Refund,
     Release,
     Reserve,
@@ -183,6 +184,19 @@ class Say:
             **more,
         )
 
+    def purchase(self, of: str, block: str, price: int, amount: int, **more: Any) -> Purchase:
+        return Purchase(
+            **self._common(more),
+            wallet=wallet(of, self.scope),
+            asset="CREDIT",
+            block_id=f"blk_{block}",
+            price=price,
+            amount=amount,
+            pack=more.pop("pack", "pck_hour"),
+            priority=more.pop("priority", 10),
+            **more,
+        )
+
     def reserve(self, payers: str, name: str, amount: int, **more: Any) -> Reserve:
         payer_refs = tuple(wallet(payer, self.scope) for payer in payers.split(","))
         return Reserve(
@@ -279,6 +293,7 @@ class RandomCommands:
             (
                 self._grant,
                 self._pool_grant,
+                self._purchase,
                 self._reserve,
                 self._extend,
                 self._commit,
@@ -286,7 +301,7 @@ class RandomCommands:
                 self._debit,
                 self._switch,
             ),
-            weights=(5, 2, 10, 3, 9, 3, 2, 3),
+            weights=(5, 2, 2, 10, 3, 9, 3, 2, 3),
         )[0](now_us)
         self._sent.append(made)
         return made
@@ -324,6 +339,19 @@ class RandomCommands:
             source_wallet="pool",
             funding=Funding.DEVELOPER_GRANT,
             priority=5,
+        )
+
+    def _purchase(self, now_us: int) -> AnyCommand:
+        name = f"{next(self._names):04d}"
+        self._granted.append(("a", name))
+        return self._say.purchase(
+            self._random.choice("abc"),
+            name,
+            self._random.randint(0, 80),
+            self._random.randint(1, 160),
+            duration_us=self._random.choice([None, self._random.randint(1, 60) * SECOND_US]),
+            unless_active=self._random.random() < 0.3,
+            key=self._key(),
         )
 
     def _reserve(self, now_us: int) -> AnyCommand:

@@ -7,9 +7,11 @@ be applied. After every step the invariants of ``tests.ledger.oracle`` hold, and
 ``at 40``                                  the time, in microseconds (``90s`` and ``24h`` too)
 ``grant w1 b1 100``                        ``priority= expires= effective= app= metric= model= funding=``
                                            ``unpaid from=pool asset= source= payment= cap=``
-``reserve w1,w2 r1 60..20``                hold 60, at least 20, from w1 then w2. A second leg follows a bar:
-                                           ``w1|dev  60..20|30``. ``ttl= limits=l1,l2 unfunded=line mark=``
-                                           ``request= developer= app= metric= model= asset= keystays``
+ ``purchase w1 p1 20 100``                  a pack of 100 for 20: ``duration= priority= metric= pack= unless_active``
+                                            ``app= pays-metric= asset=``
+ ``reserve w1,w2 r1 60..20``                hold 60, at least 20, from w1 then w2. A second leg follows a bar:
+                                            ``w1|dev  60..20|30``. ``ttl= limits=l1,l2 unfunded=line mark=``
+                                            ``request= developer= app= metric= model= max= asset= keystays``
 ``extend r1 60..20``                       ``ttl= mark=``. ``heartbeat r1`` extends by nothing
 ``commit r1 30+5``                         base and markup; a leg each: ``30+5|10``. ``partial response cost=``
                                            ``units=input:3,output:5``; ``waive`` or ``beyond`` for what is not there
@@ -50,6 +52,7 @@ from ledger.commands import (
     Grant,
     Key,
     Lapse,
+    Purchase,
     Refund,
     Release,
     Reserve,
@@ -80,6 +83,7 @@ from ledger.outcomes import (
     Fact,
     Granted,
     Outcome,
+    Purchased,
     Refunded,
     Rejected,
     Reserved,
@@ -98,6 +102,7 @@ LONG_US = 1_000_000
 _ANSWER = StoredResponse(status=200, headers=(), body=b"{}")
 RESULT_WORDS: dict[Any, str] = {
     Granted: "granted",
+    Purchased: "purchased",
     Reserved: "reserved",
     Refunded: "refunded",
     Revoked: "revoked",
@@ -212,7 +217,10 @@ class _Line:
 
     def tags(self) -> Tags:
         return Tags(
-            app=self.option("app") or None, metric=self.option("metric") or None, model=self.option("model") or None
+            app=self.option("app") or None,
+            metric=self.option("metric") or None,
+            model=self.option("model") or None,
+            priority_max=int(self.option("max")) if "max" in self.options else None,
         )
 
     def settlement(self, word: str) -> Settlement:
@@ -252,6 +260,29 @@ def _grant(line: _Line) -> Grant:
         payment_reference=line.option("payment") or None,
         metadata={"note": block},
         accumulation_cap=int(line.option("cap")) if "cap" in line.options else None,
+    )
+
+
+def _purchase(line: _Line) -> Purchase:
+    unless_active = line.flag("unless_active")
+    name, block, price, amount = line.words
+    wallet = wallet_ref(name)
+    metrics = tuple(filter(None, line.option("pays-metric").split(",")))
+    return Purchase(
+        **line.common(wallet.scope),
+        wallet=wallet,
+        asset=line.option("asset", ASSET),
+        block_id=block,
+        price=int(price),
+        amount=int(amount),
+        pack=line.option("pack", "pack"),
+        duration_us=line.time("duration"),
+        priority=int(line.option("priority", "10")),
+        tags=line.tags(),
+        unless_active=unless_active,
+        cause=line.option("cause"),
+        restriction=Restriction(metrics=metrics),
+        metadata={"note": block},
     )
 
 
@@ -379,6 +410,7 @@ def _overdraft(line: _Line) -> SetOverdraft:
 
 _COMMANDS: dict[str, Callable[[_Line], AnyCommand]] = {
     "grant": _grant,
+    "purchase": _purchase,
     "reserve": _reserve,
     "extend": _extend,
     "heartbeat": _extend,

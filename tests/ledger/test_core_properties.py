@@ -68,7 +68,8 @@ def bounds(draw: st.DrawFn, scope: str) -> str:
     limits = draw(st.sampled_from(["", "", "", f" limits=day{scope}", f" limits=day{scope},month{scope}"]))
     line = draw(st.sampled_from(["", "", f" unfunded=line{scope}"]))
     developer = draw(st.sampled_from(["", " developer=d1"]))
-    return f"{limits}{line}{developer}{draw(APPS)}"
+    highest = draw(st.sampled_from(["", "", "", " max=0", " max=1"]))
+    return f"{limits}{line}{developer}{draw(APPS)}{highest}"
 
 
 class Ledgers(RuleBasedStateMachine):
@@ -200,6 +201,17 @@ class Ledgers(RuleBasedStateMachine):
     def grant_out_of_a_wallet(self, users: tuple[str, str], scope: str, amount: int, key: str) -> None:
         funding = "paid" if users[0] == "pool" else "developer_grant"
         self._grant(users[0] + scope, amount, f"from={users[1]}{scope} funding={funding} priority=1{key}")
+
+    @rule(data=st.data(), name=st.sampled_from(["w1", "w1", "w2", "u1", "w3"]), scope=SCOPES, key=KEYS)
+    def purchase(self, data: st.DataObject, name: str, scope: str, key: str) -> None:
+        block = f"p{len(self.blocks)}"
+        options = [f"priority={data.draw(st.integers(-1, 2))}{data.draw(APPS)}{key}"]
+        if data.draw(LIKELY):
+            options.append(f"duration={data.draw(st.integers(0, 30))}")
+        if data.draw(st.booleans()):
+            options.append("unless_active")
+        self.blocks.append((name + scope, block))
+        self.step(f"purchase {name}{scope} {block} {data.draw(AMOUNT)} {data.draw(AMOUNT)} {' '.join(options)}")
 
     @rule(data=st.data(), hold=holds(), ttl=st.integers(1, 40), key=KEYS, again=st.integers(0, 9))
     def reserve(self, data: st.DataObject, hold: tuple[str, str, str, int], ttl: int, key: str, again: int) -> None:

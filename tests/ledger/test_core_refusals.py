@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from ledger import granting
+from ledger import granting, purchasing
 from ledger.core import decide
 from ledger.outcomes import Reason, Rejected, Settled
 from tests.ledger.spec import Case, check, command
@@ -25,12 +25,14 @@ SETUP = """
     grant   full f1 10 funding=external
     grant   full f2 10
     grant   full f3 10
+    grant   plan p1 10 funding=plan
 """
 
 
 @pytest.fixture(autouse=True)
 def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(granting, "BLOCKS_LIVE_MAX", 3)
+    monkeypatch.setattr(purchasing, "BLOCKS_LIVE_MAX", 3)
 
 
 REFUSALS = {
@@ -39,6 +41,7 @@ REFUSALS = {
     Reason.NOT_FOUND: "commit nowhere 5",
     Reason.ALREADY_EXISTS: "reserve w1 done 10",
     Reason.ASSET_MISMATCH: "reserve w1 r1 10 asset=gold",
+    Reason.PLAN_ACTIVE: "purchase plan p2 5 5 unless_active",
     Reason.TOO_MANY_BLOCKS: "grant full f4 10 funding=external",
     Reason.RESERVATION_SETTLED: "commit done 5",
     Reason.WALLET_FROZEN: "reserve cold r1 5",
@@ -64,6 +67,13 @@ BOTH_APPLY = [
     (Reason.ASSET_MISMATCH, "reserve cold r1 5 asset=gold"),
     (Reason.ASSET_MISMATCH, "grant w1 b9 500 from=gold"),
     (Reason.ASSET_MISMATCH, "grant full f4 10 funding=external asset=gold"),
+    (Reason.INVALID_AMOUNT, "purchase plan p1 -5 5"),
+    (Reason.ALREADY_EXISTS, "purchase plan p1 5 5 asset=gold"),
+    (Reason.ASSET_MISMATCH, "purchase plan p2 5 5 unless_active asset=gold"),
+    (Reason.PLAN_ACTIVE, "purchase plan p2 500 5 unless_active"),
+    (Reason.TOO_MANY_BLOCKS, "purchase full p2 500 5"),
+    (Reason.WALLET_FROZEN, "purchase cold p2 500 5"),
+    (Reason.RECEIVABLE_OUTSTANDING, "purchase owing p2 500 5"),
     (Reason.TOO_MANY_BLOCKS, "grant full f4 10 from=cold"),
     (Reason.WALLET_FROZEN, "reserve cold,owing r1 5 limits=day"),
     (Reason.WALLET_FROZEN, "grant w1 b9 500 from=cold"),

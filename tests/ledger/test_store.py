@@ -403,6 +403,35 @@ async def test_due_reservations_and_wallets_are_found(store: Store, say: Say, cl
     assert await store.due_wallets(START_US + 60, limit=10) == []
 
 
+async def test_the_latest_plan_is_found_when_nothing_is_left_of_it(store: Store, say: Say, clock: Clock) -> None:
+    assert await store.latest_plan(wallet("a")) is None
+    await store.run_batch([say.grant("a", "1", 100), say.grant("b", "1", 100), say.purchase("b", "9", 1, 1)])
+    assert await store.latest_plan(wallet("a")) is None
+    await store.run_batch([say.purchase("a", "3", 10, 20, duration_us=5), say.purchase("a", "2", 10, 10)])
+    await store.run_batch([say.grant("a", "4", 100), say.debit("a", "1", 30)])
+    latest = await store.latest_plan(wallet("a"))
+    assert latest is not None
+    assert (latest.id, latest.remaining) == ("blk_2", 0)
+    assert await store.latest_plan(WalletRef("ten_a", "test", "customer:a")) is None
+
+
+async def test_a_purchase_is_one_entry_of_the_journal(store: Store, say: Say, clock: Clock) -> None:
+    await store.run_batch([say.grant("a", "1", 100)])
+    bought, again, other = await store.run_batch(
+        [
+            say.purchase("a", "2", 60, 90, key=key("k1", operation="pack.buy")),
+            say.purchase("a", "3", 60, 90, key=key("k1", operation="pack.buy")),
+            say.purchase("a", "4", 60, 90),
+        ]
+    )
+    assert result_of(bought) == result_of(again)
+    assert reason_of(other) is Reason.INSUFFICIENT_CREDITS
+    assert (result_of(bought).balance_after, result_of(bought).at_us) == (130, START_US)
+    found = await store.wallet(wallet("a"))
+    assert found is not None
+    assert [(block.id, block.remaining) for block in found.blocks] == [("blk_1", 40), ("blk_2", 60), ("blk_2_2", 30)]
+
+
 async def test_the_statement_lists_a_wallets_transfers_newest_first(store: Store, say: Say) -> None:
     await store.run_batch([say.grant("a", "1", 100), say.grant("b", "2", 100)])
     await store.run_batch([say.reserve("a", "1", 60), say.commit("1", 40, 5)])

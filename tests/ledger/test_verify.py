@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ledger.erasable import bare
 from ledger.invariants import Audit, violations
 from ledger.ledger import Ledger
 from ledger.model import Charge, Funding, Scope, Settlement
@@ -78,7 +79,7 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
             " FROM ledger_block WHERE id = 'blk_1'",
             "a block is stored that the journal does not have",
         ),
-        ("UPDATE ledger_block SET metadata = '{}' WHERE id = 'blk_1'", "a block is stored otherwise"),
+        ("UPDATE ledger_block SET source = 'other' WHERE id = 'blk_1'", "a block is stored otherwise"),
         ("UPDATE ledger_block SET metadata = '{' WHERE id = 'blk_1'", "a row is damaged"),
         ("UPDATE ledger_wallet SET receivable = 0 WHERE wallet = 'customer:b'", "a wallet is stored otherwise"),
         ("UPDATE ledger_wallet SET version = version + 1 WHERE wallet = 'customer:b'", "a wallet is stored otherwise"),
@@ -216,7 +217,7 @@ async def test_a_ledger_with_a_long_past_is_found_whole(store: Store, clock: Clo
 
 
 async def test_replay_is_identity(store: Store, clock: Clock, campaign: Any) -> None:
-    """Folding the journal's facts gives the very values that are stored, and the invariants hold for the whole."""
+    """Folding the journal's facts gives the very values that are stored, but for metadata; and the invariants hold."""
     seed = random.Random(campaign.seed + 1)
     source = RandomCommands(seed)
     for _ in range(5):
@@ -231,9 +232,10 @@ async def test_replay_is_identity(store: Store, clock: Clock, campaign: Any) -> 
                 evolve(state, fact)
             transfers += entry.transfers
         assert {wallet.ref: wallet async for wallet in snapshot.wallets()} == state.wallets
-        stored = {(block.wallet, block.id): block async for block in snapshot.blocks()}
+        stored = {(block.wallet, block.id): bare(block) async for block in snapshot.blocks()}
         assert stored == {(ref, block.id): block for ref, all_of in state.blocks.items() for block in all_of.values()}
-        assert {reservation.ref: reservation async for reservation in snapshot.reservations()} == state.reservations
+        reservations = {reservation.ref: bare(reservation) async for reservation in snapshot.reservations()}
+        assert reservations == state.reservations
         keys = [taken async for taken in snapshot.keys()]  # noqa: SIM118  (not a mapping)
         assert {(taken.scope, taken.operation, taken.key): taken for taken in keys} == state.keys
     assert violations(state, transfers) == []
