@@ -20,6 +20,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.api.application import create_api
 from gateway.api.services import Services
 from gateway.billing.charging import Charging
+from gateway.billing.erasure import Erasure
+from gateway.billing.welcome import Welcomes
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
@@ -264,8 +266,10 @@ async def running_parts(
         )
         stack.push_async_callback(ledger.close)
         principals = Principals(database, now_us=now_us, looked_up=metrics.cache("principals"))
-        customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
-        changes = Changes(principals.invalidate, url=settings.redis_url, link=link)
+        welcomes = Welcomes(ledger, now_us=now_us, new_id=new_id)
+        customers = Customers(database, welcome=welcomes.give, now_us=now_us)
+        tenants = Tenants(database, now_us=now_us)
+        changes = Changes(principals.invalidate, customers.forget, url=settings.redis_url, link=link)
         changes.start()
         stack.push_async_callback(changes.stop)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
@@ -322,6 +326,7 @@ async def running_parts(
             changes=changes,
             tenants=tenants,
             customers=customers,
+            erasure=Erasure(database, ledger, now_us=now_us, announce=changes.announce),
             rate_limit=rate_limit,
             router=router,
             models=ServedModels(settings, now_us),

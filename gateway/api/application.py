@@ -11,7 +11,22 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from gateway import __version__
-from gateway.api import apps, chat, credits, customers, docs, funding, health, keys, models, quote, requests, topup
+from gateway.api import (
+    apps,
+    chat,
+    credits,
+    customers,
+    customers_by_name,
+    docs,
+    funding,
+    health,
+    keys,
+    models,
+    quote,
+    requests,
+    tenants,
+    topup,
+)
 from gateway.api.access import SECURITY
 from gateway.api.frame import REFUSAL, REQUEST_ID, Frame
 from gateway.api.services import Services
@@ -28,7 +43,20 @@ with `X-Idempotent-Replayed: true`.
 """
 
 
-RESOURCES: Final = (chat, quote, models, requests, topup, funding, credits, customers, apps, keys)
+RESOURCES: Final = (
+    chat,
+    quote,
+    models,
+    requests,
+    topup,
+    funding,
+    credits,
+    customers,
+    customers_by_name,
+    apps,
+    keys,
+    tenants,
+)
 PLAIN: Final = (health, docs)
 """They need no key."""
 
@@ -56,6 +84,7 @@ REFUSED: Final[Mapping[int, str]] = {
     403: "The key may not do this",
     404: "There is no such thing, or it is another tenant's",
     405: "Another method is needed",
+    409: "It is so already, or under way",
     412: "`If-Match` names another version than the present one",
     413: "The body is too large",
     422: "The idempotency key was used for another request",

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
 from gateway.billing.charging import Charging
+from gateway.billing.erasure import Erasure
 from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
@@ -32,6 +33,7 @@ class Services:
     changes: Changes
     tenants: Tenants
     customers: Customers
+    erasure: Erasure
     rate_limit: RateLimit
     router: Router
     models: ServedModels
