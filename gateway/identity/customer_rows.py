@@ -65,8 +65,5 @@ def update_customers(tenant_id: str, mode: str, change: CustomerChange) -> Updat
     table = Customer.__table__  # type: ignore[attr-defined]
     asked = {"external_id": change.external_id, "metadata": change.metadata, "settings": change.settings}
     values = {table.c[column]: value for column, value in asked.items() if value is not None}
-    return (
-        update(table)
-        .where(*of_all(tenant_id, mode))
-        .values({**values, table.c.version: table.c.version + bool(values)})
-    )
+    changed = 1 if values else 0
+    return update(table).where(*of_all(tenant_id, mode)).values({**values, table.c.version: table.c.version + changed})
