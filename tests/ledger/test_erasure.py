@@ -84,6 +84,18 @@ async def test_what_was_under_way_is_settled_as_ever_but_nothing_new_is_held(led
     assert (view.balance, view.reserved) == (83, 0)
 
 
+async def test_what_an_older_release_still_wrote_into_the_journal_troubles_nobody(
+    store: Store, database: Database, say: Say
+) -> None:
+    """It runs beside this one for as long as an upgrade takes."""
+    await store.run_batch([say.grant("a", "1", 100, metadata=ABOUT)])
+    database.damage(
+        """UPDATE ledger_command SET facts = replace(facts, '"granted":100', '"granted":100,"metadata":{"old":1}')"""
+    )
+    assert '"old":1' in repr(database.dump()["ledger_command"])
+    assert (await verify(store)).violations == ()
+
+
 async def test_an_erasure_is_repeatable_and_one_of_nobody_does_nothing(
     ledger: Ledger, store: Store, database: Database, say: Say
 ) -> None:
