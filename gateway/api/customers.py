@@ -226,7 +226,8 @@ async def change_customer(
         ),
         version=expected_version(request),
     )
-    services.changes.announce()
+    if body.external_id is not None:  # Nothing else of a customer is remembered.
+        services.changes.announce()
     etag(response, changed.version)
     return customer_view(changed, principal)
 
