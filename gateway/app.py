@@ -19,8 +19,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.application import create_api
 from gateway.api.services import Services
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.erasure import Erasure
+from gateway.billing.metrics import BillableMetrics
+from gateway.billing.usage import Metering
 from gateway.billing.welcome import Welcomes
 from gateway.clock import now_us
 from gateway.database import Database
@@ -269,7 +272,10 @@ async def running_parts(
         welcomes = Welcomes(ledger, now_us=now_us, new_id=new_id)
         customers = Customers(database, welcome=welcomes.give, now_us=now_us)
         tenants = Tenants(database, now_us=now_us)
-        changes = Changes(principals.invalidate, customers.forget, url=settings.redis_url, link=link)
+        catalog, billables = Catalog(database), BillableMetrics(database, now_us=now_us)
+        changes = Changes(
+            principals.invalidate, customers.forget, catalog.invalidate, url=settings.redis_url, link=link
+        )
         changes.start()
         stack.push_async_callback(changes.stop)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
@@ -278,7 +284,7 @@ async def running_parts(
         for upstream in upstreams.values():
             stack.push_async_callback(upstream.close)
         router = Router(settings, upstreams, price_book(settings))
-        quoter = Quoter(settings, PromptCounter())
+        quoter = Quoter(settings, PromptCounter(), catalog)
 
         charging = Charging(ledger)
         live, shield = LiveHolds(ledger), Shield()
@@ -332,6 +338,9 @@ async def running_parts(
             models=ServedModels(settings, now_us),
             quoter=quoter,
             charging=charging,
+            catalog=catalog,
+            billables=billables,
+            metering=Metering(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             proxy=chat,
             metrics=metrics,
             now_us=now_us,

@@ -92,18 +92,13 @@ class ApiError(Exception):
 
     def to_body(self, request_id: str) -> bytes:
         """The envelope as JSON."""
-        return msgspec.json.encode(
-            {
-                "error": {
-                    "message": self.message,
-                    "type": self.type,
-                    "code": self.code,
-                    "param": self.param,
-                    "request_id": request_id,
-                    **self.facts,
-                }
-            }
-        )
+        named = {**self.inner, "request_id": request_id}
+        return msgspec.json.encode({"error": {**named, **self.facts}})
+
+    @property
+    def inner(self) -> dict[str, Any]:
+        """What the envelope says of the refusal itself, before its facts."""
+        return {"message": self.message, "type": self.type, "code": self.code, "param": self.param}
 
 
 class Denomination(Protocol):

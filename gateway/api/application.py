@@ -21,11 +21,14 @@ from gateway.api import (
     funding,
     health,
     keys,
+    metrics,
     models,
     quote,
     requests,
+    rules,
     tenants,
     topup,
+    usage,
 )
 from gateway.api.access import SECURITY
 from gateway.api.frame import REFUSAL, REQUEST_ID, Frame
@@ -56,6 +59,9 @@ RESOURCES: Final = (
     apps,
     keys,
     tenants,
+    metrics,
+    rules,
+    usage,
 )
 PLAIN: Final = (health, docs)
 """They need no key."""
@@ -84,7 +90,7 @@ REFUSED: Final[Mapping[int, str]] = {
     403: "The key may not do this",
     404: "There is no such thing, or it is another tenant's",
     405: "Another method is needed",
-    409: "It is so already, or under way",
+    409: "It is there already, settled already, or under way",
     412: "`If-Match` names another version than the present one",
     413: "The body is too large",
     422: "The idempotency key was used for another request",

@@ -7,8 +7,11 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.erasure import Erasure
+from gateway.billing.metrics import BillableMetrics
+from gateway.billing.usage import Metering
 from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
@@ -39,6 +42,9 @@ class Services:
     models: ServedModels
     quoter: Quoter
     charging: Charging
+    catalog: Catalog
+    billables: BillableMetrics
+    metering: Metering
     proxy: ASGIApp
     metrics: Metrics
     now_us: Callable[[], int]

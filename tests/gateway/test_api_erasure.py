@@ -41,7 +41,12 @@ async def live(office: Office, name: str = NAME, about: dict[str, Any] = ABOUT) 
     spoken = {**CHAT, "messages": [{"role": "user", "content": f"I am {name}"}], "simulate": {"text": name}}
     assert (await office.ask("POST", "/v1/chat/completions", spoken, headers=say)).status_code == 200
     await office.ask("PATCH", f"/v1/customers/{name}", {"settings": {"auto_buy_pack": f"{name}"[:40]}})
-    # As metered usage and reservations have it.
+    await office.post("/v1/billable-metrics", {"key": "message"}, once="metric")
+    rule = {"billable_metric_key": "message", "cost_type": "flat", "credit_cost": 1}
+    await office.post("/v1/metering-rules", rule, once="rule")
+    event = {"customer_id": name, "billable_metric_key": "message", "metadata": about}
+    assert (await office.ask("POST", "/v1/usage", event)).status_code == 202
+    # As a reservation has it, and what is charged if nobody settles it.
     customer_id: str = made["id"]
     wallet, scope = customer_wallet(office.tenant, "live", customer_id), Scope(office.tenant, "live")
     usage = UsageRecord(request_id="req_usage", customer_id=customer_id, metadata=about)
