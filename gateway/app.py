@@ -23,6 +23,8 @@ from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.erasure import Erasure
 from gateway.billing.metrics import BillableMetrics
+from gateway.billing.refunds import Refunds
+from gateway.billing.reservations import Reservations
 from gateway.billing.usage import Metering
 from gateway.billing.welcome import Welcomes
 from gateway.clock import now_us
@@ -338,6 +340,8 @@ async def running_parts(
             models=ServedModels(settings, now_us),
             quoter=quoter,
             charging=charging,
+            refunds=Refunds(ledger, new_id=new_id),
+            reservations=Reservations(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             catalog=catalog,
             billables=billables,
             metering=Metering(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
