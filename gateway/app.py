@@ -22,11 +22,13 @@ from gateway.api.services import Services
 from gateway.billing.auto_buy import AutoBuy
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.erasure import Erasure
 from gateway.billing.metrics import BillableMetrics
 from gateway.billing.packs import Packs
 from gateway.billing.refunds import Refunds
 from gateway.billing.reservations import Reservations
 from gateway.billing.usage import Metering
+from gateway.billing.welcome import Welcomes
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
@@ -271,9 +273,13 @@ async def running_parts(
         )
         stack.push_async_callback(ledger.close)
         principals = Principals(database, now_us=now_us, looked_up=metrics.cache("principals"))
-        customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
+        welcomes = Welcomes(ledger, now_us=now_us, new_id=new_id)
+        customers = Customers(database, welcome=welcomes.give, now_us=now_us)
+        tenants = Tenants(database, now_us=now_us)
         catalog, billables = Catalog(database), BillableMetrics(database, now_us=now_us)
-        changes = Changes(principals.invalidate, catalog.invalidate, url=settings.redis_url, link=link)
+        changes = Changes(
+            principals.invalidate, customers.forget, catalog.invalidate, url=settings.redis_url, link=link
+        )
         changes.start()
         stack.push_async_callback(changes.stop)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
@@ -332,6 +338,7 @@ async def running_parts(
             changes=changes,
             tenants=tenants,
             customers=customers,
+            erasure=Erasure(database, ledger, now_us=now_us, announce=changes.announce),
             rate_limit=rate_limit,
             router=router,
             models=ServedModels(settings, now_us),

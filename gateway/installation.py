@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from gateway.billing.welcome import Welcomes
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import invalid_request
@@ -84,7 +85,8 @@ async def opened(settings: Settings) -> AsyncIterator[Books]:
         stack.push_async_callback(ledger.close)
         database = Database(settings.database_url)
         stack.push_async_callback(database.close)
-        yield Books(database, ledger, Tenants(database), Customers(database))
+        customers = Customers(database, welcome=Welcomes(ledger, now_us=now_us, new_id=new_id).give)
+        yield Books(database, ledger, Tenants(database), customers)
         await announce(link)  # The gateways that run forget what they cached of keys and apps.
 
 

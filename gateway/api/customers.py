@@ -3,12 +3,13 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gateway.api.access import Reader, Writer
 from gateway.api.idempotency import key_of, once
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here, Services
+from gateway.api.versions import etag, expected_version
 from gateway.api.wire import (
     CURSOR_LENGTH_MAX,
     PAGE_DEFAULT,
@@ -18,12 +19,16 @@ from gateway.api.wire import (
     Page,
     Time,
     View,
+    Word,
     time_text,
+    units_of_millis,
 )
 from gateway.database import Transactions
-from gateway.identity.customers import CustomerInfo, check_external_id
+from gateway.identity.customer_rows import CustomerChange, CustomerInfo
+from gateway.identity.customers import check_external_id
 from gateway.identity.principals import Principal
 from gateway.tables import EXTERNAL_ID_LENGTH_MAX
+from pricing.money import Asset
 
 router = APIRouter(prefix="/v1", tags=["customers"], route_class=ExactRoute)
 
@@ -72,11 +77,53 @@ class NamesCustomer(Body):
         return await services.customers.named(principal.tenant_id, principal.mode, reference, param=param)
 
 
+class CustomerSettings(BaseModel):
+    """What a customer has agreed to. What is left out stays as it is; null goes back to the pack's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    auto_buy_enabled: bool = Field(
+        default=False, strict=True, description="Buy the pack when credits run short, or a plan has expired."
+    )
+    auto_buy_pack: Word | None = Field(default=None, description="The pack's id or key.", examples=["plan_1hr"])
+    auto_buy_price: int | None = Field(
+        default=None, strict=True, ge=0, description="Millicredits, instead of the pack's price."
+    )
+    auto_buy_credits: int | None = Field(
+        default=None, strict=True, ge=1, description="Millicredits, instead of the pack's credits."
+    )
+
+    def named(self, asset: Asset) -> dict[str, Any]:
+        """Those that were sent.
+
+        Raises:
+            ApiError: 400 for an amount that the asset cannot hold.
+        """
+        for name in ("auto_buy_price", "auto_buy_credits"):
+            amount = getattr(self, name)
+            if amount is not None:
+                units_of_millis(amount, asset, param=f"settings.{name}")
+        return self.model_dump(exclude_unset=True)
+
+
 class NewCustomer(Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"external_id": "user_12345"}]})
 
     external_id: CustomerName = Field(description="Your own id of the user.", examples=["user_12345"])
     metadata: Metadata | None = None
+    settings: CustomerSettings | None = None
+
+
+class CustomerChanges(Body):
+    """What is left out, or null, stays as it is. `metadata` is replaced as a whole; of `settings`, what you name."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"settings": {"auto_buy_enabled": True, "auto_buy_pack": "plan_1hr"}}]}
+    )
+
+    external_id: CustomerName | None = Field(default=None, description="A new name; nobody else may have it.")
+    metadata: Metadata | None = None
+    settings: CustomerSettings | None = None
 
 
 class CustomerView(View):
@@ -84,6 +131,8 @@ class CustomerView(View):
     external_id: str
     livemode: bool = Field(description="Live data, or the sandbox's.")
     metadata: dict[str, Any]
+    settings: CustomerSettings = CustomerSettings()
+    version: int = Field(default=1, description="Rises with every change; the ETag.")
     created_at: Time
 
 
@@ -93,6 +142,8 @@ def customer_view(customer: CustomerInfo, principal: Principal) -> CustomerView:
         external_id=customer.external_id,
         livemode=principal.mode == "live",
         metadata=customer.metadata,
+        settings=CustomerSettings(**customer.settings),
+        version=customer.version,
         created_at=time_text(customer.created_at_us),
     )
 
@@ -101,18 +152,28 @@ def customer_view(customer: CustomerInfo, principal: Principal) -> CustomerView:
 async def create_customer(
     body: NewCustomer, request: Request, response: Response, principal: Writer, services: Here
 ) -> CustomerView:
-    """Create a customer, or find the one with this `external_id`; `metadata` replaces what was there."""
+    """Create a customer, or find the one with this `external_id`.
+
+    Of one who is known `metadata` is replaced and `settings` are changed, where you send them. A new one gets what the
+    tenant's `default_grant` says.
+    """
     check_external_id(body.external_id, param="external_id")
+    settings = None if body.settings is None else body.settings.named(principal.asset)
+    change = CustomerChange(metadata=body.metadata, settings=settings)
 
     async def act(transactions: Transactions) -> CustomerView:
         customer, created = await services.customers.put(
-            principal.tenant_id, principal.mode, body.external_id, body.metadata, transactions=transactions
+            principal.tenant_id, principal.mode, body.external_id, change, transactions=transactions
         )
         response.status_code = 201 if created else 200
         return customer_view(customer, principal)
 
     key = key_of(request, body, "customers.create")
-    return await once(request, response, services, principal, key=key, act=act, view=CustomerView)
+    view = await once(request, response, services, principal, key=key, act=act, view=CustomerView)
+    # The ledger is not asked within the transaction. Whoever comes first after us would do it too.
+    await services.customers.named(principal.tenant_id, principal.mode, view.id)
+    etag(response, view.version)
+    return view
 
 
 @router.get("/customers")
@@ -136,6 +197,47 @@ async def list_customers(
 
 
 @router.get("/customers/{customer:path}")
-async def get_customer(customer: CustomerPath, principal: Reader, services: Here) -> CustomerView:
+async def get_customer(customer: CustomerPath, response: Response, principal: Reader, services: Here) -> CustomerView:
     """One customer."""
-    return customer_view(await services.customers.find(principal.tenant_id, principal.mode, customer), principal)
+    found = await services.customers.find(principal.tenant_id, principal.mode, customer)
+    etag(response, found.version)
+    return customer_view(found, principal)
+
+
+@router.patch("/customers/{customer:path}")
+async def change_customer(
+    *,
+    customer: CustomerPath,
+    body: CustomerChanges,
+    request: Request,
+    response: Response,
+    principal: Writer,
+    services: Here,
+) -> CustomerView:
+    """Change a customer; with `If-Match`, only the version that you have read."""
+    changed = await services.customers.change(
+        principal.tenant_id,
+        principal.mode,
+        customer,
+        CustomerChange(
+            external_id=body.external_id,
+            metadata=body.metadata,
+            settings=None if body.settings is None else body.settings.named(principal.asset),
+        ),
+        version=expected_version(request),
+    )
+    if body.external_id is not None:  # Nothing else of a customer is remembered.
+        services.changes.announce()
+    etag(response, changed.version)
+    return customer_view(changed, principal)
+
+
+@router.delete("/customers/{customer:path}", status_code=204)
+async def erase_customer(customer: CustomerPath, principal: Writer, services: Here) -> None:
+    """Erase what is known of a person: external id, metadata, settings, metadata of their blocks, usage, reservations
+    and events, and the answers that are kept to be repeated.
+
+    The journal keeps its numbers under an id that names nobody. What is left of their credits is frozen. Whoever comes
+    with the same external id afterwards is a new customer. Repeat it until it answers: 204 once all is gone, 404 after.
+    """
+    await services.erasure.erase(principal.tenant_id, principal.mode, customer)

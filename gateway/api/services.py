@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.erasure import Erasure
 from gateway.billing.metrics import BillableMetrics
 from gateway.billing.packs import Packs
 from gateway.billing.refunds import Refunds
@@ -38,6 +39,7 @@ class Services:
     changes: Changes
     tenants: Tenants
     customers: Customers
+    erasure: Erasure
     rate_limit: RateLimit
     router: Router
     models: ServedModels

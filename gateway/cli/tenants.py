@@ -1,6 +1,6 @@
 """`tenants`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -15,6 +15,8 @@ from gateway.cli.shared import (
     units_of,
     with_books,
 )
+
+DAY_S: Final = 86_400
 
 tenants = typer.Typer(help="Tenants: list, create, change.", no_args_is_help=True)
 
@@ -68,6 +70,7 @@ def create_tenant(
 
 @tenants.command("change")
 def change_tenant(
+    *,
     tenant_id: Annotated[str, typer.Argument(metavar="TENANT", help="ten_…")],
     when_ledger_is_down: Annotated[
         Literal["closed", "open"] | None,
@@ -80,22 +83,42 @@ def change_tenant(
         str | None,
         typer.Option("--open-allowance", help="Credits that each process may serve before the ledger is back."),
     ] = None,
+    default_grant: Annotated[
+        str | None,
+        typer.Option("--default-grant", help="Credits that each new customer gets, live and test; 0 ends it."),
+    ] = None,
+    default_grant_days: Annotated[
+        int | None,
+        typer.Option("--default-grant-days", min=1, help="For how many days they can be spent. Default: for ever."),
+    ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Change what is given. What is served while the ledger is away is charged when it is back, or owed."""
     from msgspec.structs import asdict  # noqa: PLC0415
 
+    from gateway.identity.default_grant import DefaultGrant  # noqa: PLC0415
+
+    grant: DefaultGrant | Literal["none"] | None = None
+    if default_grant is not None:
+        amount = units_of(default_grant, "--default-grant")
+        life_s = None if default_grant_days is None else default_grant_days * DAY_S
+        grant = DefaultGrant(amount=amount, expires_after_s=life_s) if amount else "none"
+    elif default_grant_days is not None:
+        raise typer.BadParameter("give --default-grant as well", param_hint="--default-grant-days")
     allowance = None if open_allowance is None else units_of(open_allowance, "--open-allowance")
     tenant = with_books(
         settings_from(config),
         lambda books: books.tenants.change_tenant(
-            tenant_id, when_ledger_is_down=when_ledger_is_down, open_allowance=allowance
+            tenant_id, when_ledger_is_down=when_ledger_is_down, open_allowance=allowance, default_grant=grant
         ),
     )
     if as_json:
         print_json(asdict(tenant))
-    elif tenant.open_allowance:
+        return
+    if tenant.open_allowance:
         typer.echo(f"{tenant.id} is served up to {credits_text(tenant.open_allowance)} credits by each process.")
     else:
         typer.echo(f"{tenant.id} is refused while the ledger cannot be reached.")
+    if tenant.default_grant is not None:
+        typer.echo(f"Each new customer gets {credits_text(tenant.default_grant.amount)} credits.")

@@ -13,12 +13,20 @@ from gateway import errors
 from gateway.clock import now_us
 from gateway.database import Database, Rows, Transactions, of
 from gateway.identity import keys
-from gateway.identity.availability import Availability, open_allowance, with_availability
+from gateway.identity.availability import Availability, Chosen, chosen, open_allowance, with_availability
+from gateway.identity.default_grant import DefaultGrant, default_grant, with_default_grant
 from gateway.identity.keys import APP_SCOPES, INSTALLATION_SCOPES, KeyKind, KeyScope
 from gateway.identity.principals import BillingMode, OnDisconnect
 from gateway.ids import new_id
 from gateway.tables import AMOUNT_MAX, MARKUP_BPS_MAX, NAME_LENGTH_MAX, ApiKey, App, AssetVersion, Tenant
+from ledger.model import PRIORITY_MAX
 from pricing.money import CREDIT, Asset
+
+GRANT_LIFE_S_MAX: Final = 100 * 366 * 86_400
+GRANT_PARAM: Final = "default_grant"
+
+VERSION: Final = "version"
+"""Where in a tenant's settings their version stands."""
 
 UNFUNDED_LIMIT_OF_OTHERS: Final = 0
 """What tenants other than the first may burn of credits that the operator was not paid for, until told otherwise."""
@@ -37,6 +45,20 @@ class TenantInfo(msgspec.Struct, frozen=True):
     def open_allowance(self) -> int:
         """What each process may serve to it while the ledger cannot be reached; 0 where it is refused then."""
         return open_allowance(self.settings)
+
+    @property
+    def availability(self) -> Chosen:
+        return chosen(self.settings)
+
+    @property
+    def default_grant(self) -> DefaultGrant | None:
+        """What its new customers get."""
+        return default_grant(self.settings)
+
+    @property
+    def version(self) -> int:
+        """Of its settings."""
+        return version_of(self.settings)
 
 
 class AppInfo(msgspec.Struct, frozen=True):
@@ -62,6 +84,12 @@ class KeyInfo(msgspec.Struct, frozen=True):
     scopes: list[str]
     created_at_us: int
     revoked_at_us: int | None
+
+
+def version_of(settings: Mapping[str, Any]) -> int:
+    """How often a tenant's *settings* were changed, and one."""
+    version: int = settings.get(VERSION, 1)
+    return version
 
 
 Info = TypeVar("Info", TenantInfo, AppInfo, KeyInfo)
@@ -164,15 +192,20 @@ class Tenants:
         *,
         when_ledger_is_down: Availability | None = None,
         open_allowance: int | None = None,
+        default_grant: DefaultGrant | Literal["none"] | None = None,
+        version: int | None = None,
     ) -> TenantInfo:
-        """Change what is not None. All processes follow within a lease.
+        """Change what is not None, if the settings are at *version*. All processes follow within a lease.
 
         Args:
             open_allowance: in the asset's smallest unit, for each process.
+            default_grant: for customers who are new from now on; `none` ends it.
 
         Raises:
-            ApiError: 400 for an allowance out of range, 404 for an unknown tenant.
+            ApiError: 400 for an allowance or a grant out of range, 404 for an unknown tenant, 412 at another version.
         """
+        if isinstance(default_grant, DefaultGrant):
+            _check_grant(default_grant)
         if open_allowance is not None and not 0 <= open_allowance <= AMOUNT_MAX:
             raise errors.invalid_request(f"open_allowance is 0 to {AMOUNT_MAX}.", param="open_allowance")
         await self.tenant(tenant_id)
@@ -180,8 +213,14 @@ class Tenants:
             # Locked, so that of two who change different things none takes the other's back.
             query = select(col(Tenant.settings)).where(col(Tenant.id) == tenant_id).with_for_update()
             settings = (await connection.execute(query)).scalar_one()
+            if version not in (None, version_of(settings)):
+                raise errors.version_mismatch(version_of(settings))
             changed = with_availability(settings, choice=when_ledger_is_down, allowance=open_allowance)
-            await connection.execute(update(Tenant).where(col(Tenant.id) == tenant_id).values(settings=changed))
+            if default_grant is not None:
+                changed = with_default_grant(changed, None if default_grant == "none" else default_grant)
+            if changed != settings:
+                changed[VERSION] = version_of(settings) + 1
+                await connection.execute(update(Tenant).where(col(Tenant.id) == tenant_id).values(settings=changed))
         return await self.tenant(tenant_id)
 
     async def create_app(
@@ -344,6 +383,17 @@ def _checked_name(name: str) -> str:
     if not 1 <= len(name) <= NAME_LENGTH_MAX or not name.isprintable():
         raise errors.invalid_request(f"A name has 1 to {NAME_LENGTH_MAX} printable characters.", param="name")
     return name
+
+
+def _check_grant(grant: DefaultGrant) -> None:
+    if not 1 <= grant.amount <= AMOUNT_MAX:
+        raise errors.invalid_request("default_grant is more than nothing, and not too much to keep.", param=GRANT_PARAM)
+    if grant.expires_after_s is not None and not 1 <= grant.expires_after_s <= GRANT_LIFE_S_MAX:
+        raise errors.invalid_request(
+            f"A default grant lives 1 to {GRANT_LIFE_S_MAX} seconds, or for ever.", param=GRANT_PARAM
+        )
+    if not -PRIORITY_MAX <= grant.priority <= PRIORITY_MAX:
+        raise errors.invalid_request(f"A priority lies between -{PRIORITY_MAX} and {PRIORITY_MAX}.", param=GRANT_PARAM)
 
 
 def _checked_markup(markup_bps: int) -> int:

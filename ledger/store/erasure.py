@@ -47,7 +47,7 @@ _USAGE: Final = """
 _EMPTY_USAGE: Final = """
     UPDATE ledger_usage SET metadata = '{}' WHERE tenant = $1 AND mode = $2 AND reservation = $3 AND part = $4
 """
-_RESERVATIONS: Final = {
+RESERVATIONS: Final = {
     "sqlite": """
         SELECT reservation, body FROM ledger_reservation
         WHERE tenant = $1 AND mode = $2 AND instr(body, '"metadata":') > 0 AND reservation > $4
@@ -106,7 +106,7 @@ def _changed_events(wallet: WalletRef, rows: Sequence[Row]) -> Iterator[Statemen
 def _reservations(dialect: str, wallet: WalletRef) -> Pages:
     last, more = "", True
     while more:
-        rows = yield [Statement(_RESERVATIONS[dialect], (*wallet, last, PAGE_ROWS))]
+        rows = yield [Statement(RESERVATIONS[dialect], (*wallet, last, PAGE_ROWS))]
         # One that has moved since it was read is met by the next erasure: see `Ledger.erase`.
         changed = [
             Statement(_PUT_RESERVATION, (*wallet.scope, reservation, body, to_json(bare(reservation_from(body)))))

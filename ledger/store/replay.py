@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from ledger.erasable import facts_to_keep
 from ledger.model import Scope
 from ledger.outcomes import Transfer
 from ledger.store.protocol import DamagedRow, JournalEntry
@@ -50,7 +51,8 @@ def entries(commands: Iterable[Sequence[Any]], transfers: Iterable[Sequence[Any]
             id=command_id,
             kind=kind,
             at_us=at_us,
-            facts=_read(facts_from, facts, seq),
+            # An older release, beside this one during an upgrade, wrote metadata as well.
+            facts=tuple(facts_to_keep(_read(facts_from, facts, seq))),
             transfers=tuple(booked.pop(seq, ())),
             transfers_written=count,
             result=_read(result_from, result, seq),

@@ -21,6 +21,7 @@ from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.metrics import BillableMetrics
 from gateway.billing.packs import Packs
+from gateway.billing.welcome import Welcomes
 from gateway.clock import now_us
 from gateway.database import NOBODY, Database
 from gateway.identity.customers import Customers
@@ -437,7 +438,8 @@ async def running(
         abandoned=journal.undo,
         wait_s=settings.ledger_timeout_s,
     )
-    tenants, customers = Tenants(database), Customers(database)
+    welcomes = Welcomes(ledger, now_us=clock.now_us, new_id=new_id)
+    tenants, customers = Tenants(database), Customers(database, welcome=welcomes.give)
     tenant = (await tenants.create_tenant("Acme", first=True)).id
     app = (await tenants.create_app(tenant, "Chat", markup_bps=markup_bps, **app_options)).id
     keys = {mode: (await tenants.create_key(tenant, mode, app_id=app)).token for mode in ("live", "test")}

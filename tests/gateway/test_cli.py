@@ -350,6 +350,12 @@ def test_tenants_keys_and_grants(run: Run):
     assert "up to 50 credits" in opened
     closed = run("tenants", "change", beta["id"], "--when-ledger-is-down", "closed")
     assert "refused" in closed
+    giving = run("tenants", "change", beta["id"], "--default-grant", "2.5", "--default-grant-days", "30")
+    assert "Each new customer gets 2.5 credits" in giving
+    assert run("grant", "carol", "1", "--tenant", beta["id"]).strip().endswith("has 3.5.")
+    assert "Each new customer" not in run("tenants", "change", beta["id"], "--default-grant", "0")
+    assert run("grant", "dave", "1", "--tenant", beta["id"]).strip().endswith("has 1.")
+    assert "--default-grant as well" in run("tenants", "change", beta["id"], "--default-grant-days", "1", code=2)
 
     key = json.loads(run("keys", "create", "--tenant", beta["id"], "--mode", "test", "--json"))
     assert key["key"].startswith("fb_test_")

@@ -180,6 +180,24 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             Attempt(f"/v1/customers?cursor={things.customer}", same=False),
         ],
         "GET /v1/customers/{customer}": [Attempt(f"/v1/customers/{person}") for person in people],
+        "PATCH /v1/customers/{customer}": [
+            Attempt(f"/v1/customers/{person}", {"metadata": {"a": 1}, "settings": {"auto_buy_enabled": True}})
+            for person in people
+        ],
+        "DELETE /v1/customers/{customer}": [Attempt(f"/v1/customers/{person}") for person in people],
+        "GET /v1/customer-by-external-id/{external_id}": [
+            Attempt(f"/v1/customer-by-external-id/{person}") for person in people
+        ],
+        "PATCH /v1/customer-by-external-id/{external_id}": [
+            Attempt(f"/v1/customer-by-external-id/{person}", {"metadata": {"a": 1}}) for person in people
+        ],
+        "GET /v1/customer-by-external-id/{external_id}/credits": [
+            Attempt(f"/v1/customer-by-external-id/{person}/credits") for person in people
+        ],
+        "GET /v1/tenants/{tenant}/config": [Attempt(f"/v1/tenants/{things.tenant}/config")],
+        "PATCH /v1/tenants/{tenant}/config": [
+            Attempt(f"/v1/tenants/{things.tenant}/config", {"default_grant": {"credits": 1000}})
+        ],
         "GET /v1/apps": [Attempt("/v1/apps"), Attempt(f"/v1/apps?tenant={things.tenant}")],
         "POST /v1/apps": [Attempt("/v1/apps", {"name": "Another"}, once)],
         "PATCH /v1/apps/{app_id}": [Attempt(f"/v1/apps/{things.app}", {"name": "Taken", "markup_bps": 9_999})],
@@ -395,7 +413,7 @@ async def test_a_fault_is_logged_without_what_was_asked_or_by_whom(
         named = (col(Customer.id) == things.customer, col(Customer.tenant) == tenant_id, col(Customer.mode) == mode)
         return select(literal_column("no_such_column")).where(*named)
 
-    monkeypatch.setattr("gateway.identity.customers._customers", broken)
+    monkeypatch.setattr("gateway.identity.customers.select_customers", broken)
     log.truncate(0)
     answer = await office.ask("GET", f"/v1/customers/{things.customer}", key="live")
     assert answer.status_code in (500, 503)

@@ -2,9 +2,13 @@
 
 import asyncio
 import random
+import sqlite3
+from contextlib import closing
+from pathlib import Path
 from typing import Any, Final, get_args
 
 import msgspec
+import psycopg
 import pytest
 
 from ledger.erasable import bare, facts_to_keep, without_metadata
@@ -14,8 +18,21 @@ from ledger.model import Charge, Settlement
 from ledger.outcomes import BlockOpened, Fact, ReservationChanged, UsageRecorded
 from ledger.store import erasure
 from ledger.store.protocol import Store
+from ledger.store.sqlite import SqliteStore
 from ledger.verify import verify
-from tests.ledger.rig import RESPONSE, SECOND_US, Clock, Database, Dump, Say, key, reservation, usage, wallet
+from tests.ledger.rig import (
+    RESPONSE,
+    SECOND_US,
+    Clock,
+    Database,
+    Dump,
+    PostgresDatabase,
+    Say,
+    key,
+    reservation,
+    usage,
+    wallet,
+)
 
 SAID: Final = "what-she-said"
 ABOUT: Final[dict[str, Any]] = {"note": SAID, "deep": [{"metadata": SAID}]}
@@ -82,6 +99,18 @@ async def test_what_was_under_way_is_settled_as_ever_but_nothing_new_is_held(led
     view = await ledger.wallet_view(wallet("a"))
     assert view is not None
     assert (view.balance, view.reserved) == (83, 0)
+
+
+async def test_what_an_older_release_still_wrote_into_the_journal_troubles_nobody(
+    store: Store, database: Database, say: Say
+) -> None:
+    """It runs beside this one for as long as an upgrade takes."""
+    await store.run_batch([say.grant("a", "1", 100, metadata=ABOUT)])
+    database.damage(
+        """UPDATE ledger_command SET facts = replace(facts, '"granted":100', '"granted":100,"metadata":{"old":1}')"""
+    )
+    assert '"old":1' in repr(database.dump()["ledger_command"])
+    assert (await verify(store)).violations == ()
 
 
 async def test_an_erasure_is_repeatable_and_one_of_nobody_does_nothing(
@@ -170,3 +199,19 @@ def test_an_events_body_loses_metadata_however_deep() -> None:
     assert without_metadata({"a": [{"metadata": 1, "b": {"metadata": {}, "c": "metadata"}}]}) == {
         "a": [{"b": {"c": "metadata"}}]
     }
+
+
+def test_the_statements_find_reservations_by_an_index(
+    sqlite_store: SqliteStore, database_path: Path, postgres_database: PostgresDatabase
+) -> None:
+    with closing(sqlite3.connect(database_path)) as file:
+        named = {"1": "ten_a", "2": "live", "3": "customer:a", "4": "", "5": 10}
+        plan = file.execute(f"EXPLAIN QUERY PLAN {erasure.RESERVATIONS['sqlite']}", named).fetchall()
+    assert "ix_ledger_reservation_metadata" in repr(plan)
+    with psycopg.connect(postgres_database.url) as connection:
+        connection.execute("SET enable_seqscan = off")
+        connection.execute("SET plan_cache_mode = force_generic_plan")
+        connection.execute(f"PREPARE found AS {erasure.RESERVATIONS['postgresql']}")
+        plan = connection.execute("EXPLAIN EXECUTE found ('ten_a', 'live', 'customer:a', '', 10)").fetchall()
+    assert "ix_ledger_reservation_payer_metadata" in repr(plan)
+    assert "split_part" in next(line for (line,) in plan if "Index Cond" in line)
