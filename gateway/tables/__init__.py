@@ -17,6 +17,7 @@ from gateway.tables.identity import (
     KeptAnswer,
     Tenant,
 )
+from gateway.tables.rollups import UsageByCustomer, UsageByMetadata, UsageRollup
 
 __all__ = [
     "AMOUNT_MAX",
@@ -29,4 +30,7 @@ __all__ = [
     "Customer",
     "KeptAnswer",
     "Tenant",
+    "UsageByCustomer",
+    "UsageByMetadata",
+    "UsageRollup",
 ]
