@@ -20,6 +20,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.api.application import create_api
 from gateway.api.services import Services
 from gateway.billing.charging import Charging
+from gateway.billing.rollups import Rollups
+from gateway.billing.usage_queries import UsageQueries
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
@@ -288,6 +290,9 @@ async def running_parts(
         )
         upkeep.start()
         stack.push_async_callback(upkeep.stop)
+        rollups = Rollups(database)
+        rollups.start()
+        stack.push_async_callback(rollups.stop)
         stack.push_async_callback(shield.drain)
         chat = ChatProxy(
             settings=settings,
@@ -332,6 +337,7 @@ async def running_parts(
             now_us=now_us,
             new_id=new_id,
             readiness=readiness,
+            usage_queries=UsageQueries(database),
         )
         gauges = asyncio.create_task(_set_gauges(metrics, ledger, live, journal, readiness), name="gauges")
         stack.push_async_callback(_cancelled, gauges)

@@ -5,6 +5,7 @@ A lack of credits is not in the table: who asked knows the asset, and what to do
 
 from typing import Final
 
+from gateway.billing.usage_queries import PeriodTooWide, UsageBehind
 from gateway.database import DatabaseUnavailable
 from gateway.errors import (
     ErrorTable,
@@ -14,6 +15,7 @@ from gateway.errors import (
     not_found,
     permission_denied,
     reservation_settled,
+    usage_behind,
 )
 from ledger.errors import (
     AlreadyExists,
@@ -40,6 +42,12 @@ REFUSALS: Final = ErrorTable(
         TooManyBlocks: lambda error: invalid_request(
             "The wallet has too many blocks that are not used up: grant fewer, larger ones, or let some expire."
         ),
+        PeriodTooWide: lambda error: invalid_request(
+            "That is more usage than one question can read: ask for whole days, in UTC, for a shorter period, or "
+            "without the metadata of single customers.",
+            param="from",
+        ),
+        UsageBehind: lambda error: usage_behind(),
         WalletFrozen: lambda error: permission_denied(
             "This wallet is frozen: nothing is taken from it until whoever runs this app lifts that."
         ),

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
 from gateway.billing.charging import Charging
+from gateway.billing.usage_queries import UsageQueries
 from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
@@ -42,6 +43,7 @@ class Services:
     now_us: Callable[[], int]
     new_id: Callable[[str], str]
     readiness: Readiness
+    usage_queries: UsageQueries
 
 
 def services_of(request: Request) -> Services:

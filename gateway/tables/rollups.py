@@ -1,8 +1,8 @@
 """Usage added up: a row says what the charges of one hour or day, and of one combination of names, come to.
 
-How it works. Every sum that could outgrow 64 bits stands in two columns: of each amount the upper part (``amount >> 31``)
-and the lower (its last 31 bits) are summed apart, so that four thousand million of the largest amounts still fit. The
-amount is ``high * 2**31 + low``. A name that a charge does not have is an empty text, because null is no key.
+How it works. Every sum that could outgrow 64 bits stands in two columns: its upper part (shifted right by 31)
+and its lower part (the last 31 bits) are summed apart, so that four thousand million of the largest amounts still fit.
+The amount is ``high * 2**31 + low``. A name that a charge does not have is an empty text, because null is no key.
 """
 
 from sqlalchemy import BigInteger, Text

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
+
 from ledger.batch import BlockRef, CommandRef, Writes
 from ledger.model import Block, ReservationRef, Scope, WalletRef
 from ledger.state import KeyRef

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
+
 from ledger.store import tables
 from ledger.store.rows import Row
 
