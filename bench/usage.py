@@ -5,7 +5,7 @@ python -m bench --only usage --quick      two hundred thousand
 
 The charges are written with one statement, as an import would, over thirty days: five metrics and models, ten thousand
 customers, a character of fifty and a conversation in the metadata. They are then added up by the gateway's own code.
-A few that came after that are in the tail. Every figure is the median of nine, and every sum is compared with a recount.
+A few that came after that are in the tail. Every figure is the median of nine; every sum is compared with a recount.
 """
 
 import asyncio
@@ -44,20 +44,6 @@ ROUNDS: Final = 9
 
 _INDEXES: Final = ("request", "customer", "time", "unfolded")
 
-_CHARGES: Final = f"""
-    INSERT INTO ledger_usage (tenant, mode, reservation, part, request_id, customer_id, app_id, key_id, model, metric,
-                              units, provider_cost_nanos, base, markup, charged, shortfall, charges, price_version,
-                              source, ending, upstream, started_at_us, at_us, metadata)
-    SELECT '{SCOPE.tenant}', '{SCOPE.mode}', 'rsv_' || CAST(1000000000 + i AS TEXT), 1,
-           'req_' || CAST(1000000000 + i AS TEXT), 'cus_' || CAST(100000 + i * 7919 % 10000 AS TEXT), 'app_1', 'key_1',
-           'model-' || CAST(i / 20 % 5 AS TEXT), 'metric-' || CAST(i / 20 % 5 AS TEXT),
-           '{{"microunits":1000000,"input":' || CAST(i % 900 AS TEXT) || ',"output":' || CAST(i % 70 AS TEXT) || '}}',
-           1000 + i % 50, 900000000, 100000000, 1000000000, 0, '[{{"base":900000000,"markup":100000000}}]', 'rul_1',
-           'provider', 'finished', 'openai', {{at}}, {{at}},
-           '{{"character":"' || CAST(i * 31 % 50 AS TEXT) || '","conversation":"' || CAST(i / 20 AS TEXT) || '"}}'
-    FROM {{numbers}}
-"""  # noqa: S608
-
 
 class Asked(NamedTuple):
     """A question, and how a recount of its groups is written."""
@@ -89,12 +75,13 @@ def _sqlite(rows: int) -> Iterator[str]:
         migrate(f"sqlite:///{path}")
         with closing(sqlite3.connect(path, isolation_level=None)) as file:
             file.execute("PRAGMA synchronous = OFF")
-            made = {name: sql for name, sql in file.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'index'")}
+            made = dict(file.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'index'").fetchall())
             indexes = [f"ix_ledger_usage_{name}" for name in _INDEXES]
             for index in indexes:
                 file.execute(f"DROP INDEX {index}")
-            numbers = f"(WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {rows - 1}) SELECT i FROM n)"
-            file.execute(_CHARGES.format(at=_at(rows), numbers=numbers))
+            counted = f"n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {rows - 1})"
+            numbers = f"(WITH RECURSIVE {counted} SELECT i FROM n)"
+            file.execute(_charges(rows, numbers))
             for index in indexes:
                 file.execute(made[index])
             file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -114,7 +101,7 @@ def _postgresql(rows: int) -> Iterator[str]:
             for index in indexes:
                 connection.execute(f"DROP INDEX {index}")
             numbers = f"(SELECT i::bigint FROM generate_series(0, {rows - 1}) AS i) AS n"
-            connection.execute(_CHARGES.format(at=_at(rows), numbers=numbers))
+            connection.execute(_charges(rows, numbers))
             for index in indexes:
                 connection.execute(made[index])
             connection.execute("VACUUM ANALYZE ledger_usage")
@@ -124,9 +111,22 @@ def _postgresql(rows: int) -> Iterator[str]:
         server.close()
 
 
-def _at(rows: int) -> str:
-    """The charges stand one after the other in the thirty days."""
-    return f"({FIRST_US} + i * {DAYS * DAY_US // rows})"
+def _charges(rows: int, numbers: str) -> str:
+    """The statement that makes *rows* charges, evenly over the thirty days; *numbers* counts them as ``i``."""
+    at = f"({FIRST_US} + i * {DAYS * DAY_US // rows})"
+    return f"""
+    INSERT INTO ledger_usage (tenant, mode, reservation, part, request_id, customer_id, app_id, key_id, model, metric,
+                              units, provider_cost_nanos, base, markup, charged, shortfall, charges, price_version,
+                              source, ending, upstream, started_at_us, at_us, metadata)
+    SELECT '{SCOPE.tenant}', '{SCOPE.mode}', 'rsv_' || CAST(1000000000 + i AS TEXT), 1,
+           'req_' || CAST(1000000000 + i AS TEXT), 'cus_' || CAST(100000 + i * 7919 % 10000 AS TEXT), 'app_1', 'key_1',
+           'model-' || CAST(i / 20 % 5 AS TEXT), 'metric-' || CAST(i / 20 % 5 AS TEXT),
+           '{{"microunits":1000000,"input":' || CAST(i % 900 AS TEXT) || ',"output":' || CAST(i % 70 AS TEXT) || '}}',
+           1000 + i % 50, 900000000, 100000000, 1000000000, 0, '[{{"base":900000000,"markup":100000000}}]', 'rul_1',
+           'provider', 'finished', 'openai', {at}, {at},
+           '{{"character":"' || CAST(i * 31 % 50 AS TEXT) || '","conversation":"' || CAST(i / 20 AS TEXT) || '"}}'
+    FROM {numbers}
+"""
 
 
 def measure(*, rows: int) -> list[str]:
