@@ -22,7 +22,7 @@ from gateway.tables import EXTERNAL_ID_LENGTH_MAX
 from ledger.model import Scope
 from pricing.money import format_decimal
 
-router = APIRouter(prefix="/v1", tags=["usage"])
+router = APIRouter(prefix="/v1", tags=["metering"])
 
 PERIOD_DAYS: Final = 30
 """How far back usage is shown unless `from` says otherwise: today and the days before it."""
@@ -64,7 +64,8 @@ class UsageView(View):
                 {
                     "group": {"day": "2026-04-13", "metric": "chat_message"},
                     "events": 1200,
-                    "units": "1200",
+                    "units": 1200,
+                    "units_decimal": "1200",
                     "credits_used": 4800000,
                     "credits_used_decimal": "4800",
                     "input_tokens": 0,
@@ -76,9 +77,8 @@ class UsageView(View):
 
     group: dict[str, str | None] = Field(description="The keys that were asked for; null where a charge has none.")
     events: int = Field(description="Charges. A reservation that is committed in parts has one for each part.")
-    units: str = Field(
-        description="Metered units, exact. Tokens of proxied requests are counted apart.", examples=["12.5"]
-    )
+    units: int | float = Field(description="Metered units. Tokens of proxied requests are counted apart.")
+    units_decimal: str = Field(description="The same, exact.", examples=["12.5"])
     credits_used: Millicredits
     credits_used_decimal: Credits = Field(description="As charged: refunds are not taken off.")
     input_tokens: int
@@ -242,10 +242,12 @@ def _view(found: UsageSum, groups: tuple[str, ...], principal: Principal) -> Usa
             base_decimal=asset.format(found.charged - found.markup),
             markup_decimal=asset.format(found.markup),
         )
+    whole, rest = divmod(found.microunits, 10**UNITS_PLACES)
     return UsageView(
         group={group: _shown(found.keys[group]) for group in groups},
         events=found.events,
-        units=format_decimal(found.microunits, UNITS_PLACES),
+        units=whole if not rest else found.microunits / 10**UNITS_PLACES,
+        units_decimal=format_decimal(found.microunits, UNITS_PLACES),
         input_tokens=found.input_tokens,
         output_tokens=found.output_tokens,
         **fields,

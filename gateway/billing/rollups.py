@@ -103,7 +103,10 @@ class Rollups:
         return None if row is None else Scope(*row)
 
     async def _keep_up(self) -> None:
+        done = 0
         while True:
+            if done < self._page_rows:  # Else there may be a scope with more than its page.
+                await asyncio.sleep(self._pause_s * random.uniform(PAUSE_LEAST, 1))  # noqa: S311
             done = 0
             try:
                 done = await self.fold()
@@ -111,8 +114,6 @@ class Rollups:
                 log.warning("the database is away", upkeep="rollups")
             except Exception:
                 log.exception("upkeep failed", upkeep="rollups")
-            if done < self._page_rows:  # Else there may be a scope with more than its page.
-                await asyncio.sleep(self._pause_s * random.uniform(PAUSE_LEAST, 1))  # noqa: S311
 
 
 async def _fold_on_sqlite(connection: AsyncConnection, values: dict[str, str | int]) -> int:

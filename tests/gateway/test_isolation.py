@@ -17,13 +17,16 @@ import pytest
 from sqlalchemy import literal_column, select
 from sqlmodel import SQLModel, col
 
+from gateway.billing.rollups import Rollups
 from gateway.identity.keys import KeyScope
 from gateway.identity.wallets import app_wallet
 from gateway.ids import new_id
 from gateway.installation import Books, Gift, add_tenant, give
 from gateway.tables import Customer
+from ledger.model import Scope
 from pricing.money import CREDIT
 from tests.gateway.office import Office
+from tests.gateway.usage_events import commit, plain, waiting
 
 MODES: Final = ("live", "test")
 OURS: Final = ("live", "test", "owner", "sandbox-owner", "reader", "admin")
@@ -133,10 +136,23 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             Attempt("/v1/keys", {"app_id": things.app, "mode": mode, "name": "Taken"}, once) for mode in MODES
         ],
         "POST /v1/keys/{key_id}/revoke": [Attempt(f"/v1/keys/{things.key}/revoke", headers=once)],
+        "GET /v1/usage": [
+            Attempt("/v1/usage?group_by=customer,metadata.note"),
+            Attempt(f"/v1/usage?group_by=app,metric,day&billable_metric_key={things.app}"),
+            *(Attempt(f"/v1/usage?{name}={person}") for name in ("customer_id", "end_user_id") for person in people),
+            Attempt(f"/v1/usage?group_by=metadata.{things.user}"),
+        ],
         "GET /health/live": [Attempt("/health/live")],
         "GET /health/ready": [Attempt("/health/ready")],
         "GET /metrics": [Attempt("/metrics", same=False)],
     }
+
+
+async def add_up(office: Office, scope: Scope) -> None:
+    """Add up the usage of *scope*, if the gateway does not do it at this moment."""
+    database = office.gateway.services.database
+    while await waiting(database, scope):
+        await Rollups(database).fold_page(scope)
 
 
 async def settle_in(office: Office, name: str) -> dict[str, Things]:
@@ -169,6 +185,10 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             "POST", "/v1/chat/completions", CHAT, key=label, once=once, headers={"X-Quota-User": user}
         )
         assert answer.status_code == 200, answer.text
+        # What was measured outside the proxy may have metadata of the tenant's own.
+        scope = Scope(tenant.id, mode)
+        await commit(services.database, plain(1, scope=scope, customer=made["id"], metadata={"note": f"{name}-note"}))
+        await add_up(office, scope)
         settled[mode] = Things(
             tenant=tenant.id,
             app=app.id,
