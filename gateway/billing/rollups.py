@@ -34,7 +34,7 @@ from gateway.billing.usage_facts import (
 from gateway.database import NOBODY, Database, DatabaseUnavailable, of
 from ledger.model import Scope
 
-PAGE_ROWS: Final = 2_000
+PAGE_ROWS: Final = 500
 """How many charges one transaction adds up: few enough that on SQLite the ledger does not wait long for its turn."""
 
 PAUSE_S: Final = 5.0
@@ -143,7 +143,8 @@ _DAY: Final = f"f.at_us - f.at_us % {DAY_US}"
 _GRAINS: Final = f"(SELECT 'hour' AS grain, {HOUR_US} AS us UNION ALL SELECT 'day', {DAY_US})"
 
 
-def _additions(speaks: Dialect) -> tuple[str, ...]:
+def additions(speaks: Dialect) -> tuple[str, ...]:
+    """The statements that add the facts of the table `usage_fact` to the sums."""
     by_pair = pairs(speaks, "usage_fact")
     return (
         _add(
@@ -158,7 +159,7 @@ def _additions(speaks: Dialect) -> tuple[str, ...]:
 
 _WAITING: Final = "tenant = :tenant AND mode = :mode AND NOT folded ORDER BY at_us LIMIT :rows"
 
-_ADD_IN_FILE: Final = _additions(SQLITE)
+_ADD_IN_FILE: Final = additions(SQLITE)
 _TAKE_IN_FILE: Final = "CREATE TEMP TABLE usage_fact AS" + facts(SQLITE, f"{SQLITE.unfolded} WHERE {_WAITING}")
 _MARK_IN_FILE: Final = """
     UPDATE ledger_usage SET folded = true FROM temp.usage_fact AS f
@@ -183,6 +184,6 @@ _FOLD: Final = f"""
         RETURNING u.*
     ),
     usage_fact AS MATERIALIZED ({facts(POSTGRESQL, "marked AS u")}),
-    {", ".join(f"added_{number} AS ({statement})" for number, statement in enumerate(_additions(POSTGRESQL)))}
+    {", ".join(f"added_{number} AS ({statement})" for number, statement in enumerate(additions(POSTGRESQL)))}
     SELECT count(*) FROM marked
 """  # noqa: S608

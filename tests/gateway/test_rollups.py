@@ -91,13 +91,13 @@ async def test_every_answer_is_a_recount_whatever_is_folded(database: Database, 
         for _ in range(chance.choice((0, 1, 3))):
             await chance.choice(folders).fold()
         for _ in range(6):
-            question = random_question(chance)
+            question = random_question(chance, charges)
             assert await answered(queries, question) == recount(charges, question), question
     for folder in folders:
         await folded(folder)
     assert await waiting(database) == 0
     for _ in range(30):
-        question = random_question(chance)
+        question = random_question(chance, charges)
         assert await answered(queries, question) == recount(charges, question), question
 
 

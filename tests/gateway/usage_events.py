@@ -216,19 +216,30 @@ def random_charge(chance: random.Random, number: int) -> Charge:
 GROUPS = ("day", "metric", "customer", "model", "action", "app", "metadata.c", "metadata.größe", "metadata.long")
 
 
-def random_question(chance: random.Random) -> UsageQuestion:
+def random_question(chance: random.Random, charges: list[Charge]) -> UsageQuestion:
+    """Of any period within the three days, often one that begins or ends with a charge."""
     groups = tuple(chance.sample(GROUPS, chance.choice((1, 1, 2, 3))))
     keys = [group for group in groups if group.startswith("metadata.")]
     groups = tuple(group for group in groups if group not in keys[1:])
     instants = sorted(
-        MONDAY_US + chance.choice((0, DAY_US, 3 * DAY_US, HOUR_US * chance.randrange(73), chance.randrange(3 * DAY_US)))
+        chance.choice(
+            (
+                MONDAY_US,
+                MONDAY_US + DAY_US,
+                MONDAY_US + 3 * DAY_US,
+                MONDAY_US + HOUR_US * chance.randrange(73),
+                MONDAY_US + chance.randrange(3 * DAY_US),
+                chance.choice(charges).at_us,
+                chance.choice(charges).at_us,
+            )
+        )
         for _ in range(2)
     )
     return UsageQuestion(
         scope=SCOPE,
         groups=groups,
         start_us=instants[0],
-        end_us=instants[1] + chance.choice((0, 1)),
+        end_us=instants[1] + chance.choice((0, 0, 1)),
         customer=chance.choice((None, None, "cus_b")),
         metric=chance.choice((None, None, "chat")),
         app=chance.choice((None, None, "app_1")),
