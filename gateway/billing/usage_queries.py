@@ -23,7 +23,7 @@ AT_ONCE: Final = 2
 """Questions under way in a process: they share its few connections with everything else."""
 
 ROUNDS_MAX: Final = 10
-"""How often further candidates are looked for, before a page is answered that is not full."""
+"""How often further leads are looked for, before a page is answered that is not full."""
 
 
 class UsageSum(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +82,7 @@ class UsageQueries:
         return UsagePage(sums, after)
 
     async def _answered(self, question: UsageQuestion) -> UsagePage:
-        """One statement's answer. *after* is None unless there are candidates that it has not looked at."""
+        """One statement's answer. *after* is None unless there may be leads that it has not looked at."""
         loop = asyncio.get_running_loop()
         async with self._turn():
             began_s = loop.time()
@@ -100,7 +100,7 @@ class UsageQueries:
         if edge_rows > RAW_ROWS_MAX:
             raise PeriodTooWide
         sums = [_sum(question.order, row[4:]) for row in rows if row[-1] is not None]
-        return UsagePage(sums, (last_lead,) if leads == asked.values.get("candidates") else None)
+        return UsagePage(sums, (last_lead,) if leads == asked.values.get("lead_rows") else None)
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:

@@ -4,8 +4,8 @@ How it works. A period is covered by whole days, and where nothing wider is grou
 are kept (`gateway/billing/rollups.py`); its ragged edges are read from the usage rows themselves. Beside that the tail
 is read: what nobody has added up yet. One statement sees one moment, in which each charge stands in exactly one place.
 
-There may be millions of customers, or of values of a key, so a page of them begins with its candidates: the next few
-that have anything at all. All else is read for these alone; one that comes to nothing in the period is left out.
+There may be millions of customers, or of values of a key, so a page of them begins with its leads: the next few that
+have anything at all. All else is read for these alone; one that comes to nothing in the period is left out.
 
 The names that a statement is put together of are our own; whatever a client sent is a value beside it.
 """
@@ -125,20 +125,20 @@ def statement(question: UsageQuestion, speaks: Dialect) -> Statement:
     if lead is not None:
         values["first_day"] = question.start_us // DAY_US * DAY_US
         values["lead"] = question.after[0] if question.after else ""
-        values["candidates"] = question.limit + 1
+        values["lead_rows"] = question.limit + 1
     keys = [f"k{number}" for number in range(len(question.order))]
     kept = () if source is None else _kept(question, source, segments)
     cursor = ", ".join(keys[: len(question.after)])
     reached = ", ".join(f":after_{number}" for number in range(len(question.after)))
     sql = f"""
         WITH tail AS MATERIALIZED ({_tail(question, speaks)}),
-        candidate AS MATERIALIZED ({_candidates(question, source, speaks)}),
+        leads AS MATERIALIZED ({_leads(question, source, speaks)}),
         edge AS MATERIALIZED ({_edges(question, lead, segments, speaks)}),
         raw AS MATERIALIZED (SELECT * FROM tail UNION ALL SELECT * FROM edge),
         part AS ({" UNION ALL ".join((*kept, _unkept(question, lead, speaks)))})
         SELECT n.*, g.* FROM (
             SELECT (SELECT count(*) FROM tail) AS tails, (SELECT count(*) FROM edge) AS edges,
-                   (SELECT count(*) FROM candidate) AS leads, (SELECT max(lead) FROM candidate) AS last_lead
+                   (SELECT count(*) FROM leads) AS lead_count, (SELECT max(lead) FROM leads) AS last_lead
         ) AS n LEFT JOIN (
             SELECT {", ".join(keys)}, {totals()} FROM part
             WHERE {f"({cursor}) > ({reached})" if question.after else "true"}
@@ -156,7 +156,7 @@ def _tail(question: UsageQuestion, speaks: Dialect) -> str:
     return facts(speaks, f"{rows} LIMIT :rows")
 
 
-def _candidates(question: UsageQuestion, source: _Source | None, speaks: Dialect) -> str:
+def _leads(question: UsageQuestion, source: _Source | None, speaks: Dialect) -> str:
     """The next few customers, or values of the key, that have anything in the days that the period touches."""
     if source is None or source.lead is None:
         return "SELECT '' AS lead WHERE false"
@@ -168,11 +168,11 @@ def _candidates(question: UsageQuestion, source: _Source | None, speaks: Dialect
                 SELECT DISTINCT r.{source.lead} AS lead FROM {source.table} AS r
                 WHERE r.tenant = :tenant AND r.mode = :mode {of_key} AND r.{source.lead} >= :lead
                       AND r.starts_at_us >= :first_day AND r.starts_at_us < :end {_only(question, "r")}
-                ORDER BY r.{source.lead} LIMIT :candidates
+                ORDER BY r.{source.lead} LIMIT :lead_rows
             ) AS kept
             UNION
             SELECT f.{source.lead} FROM {in_tail} AND f.{source.lead} >= :lead {_only(question, "f")}
-        ) AS either ORDER BY lead LIMIT :candidates"""  # noqa: S608
+        ) AS either ORDER BY lead LIMIT :lead_rows"""  # noqa: S608
 
 
 def _edges(question: UsageQuestion, lead: str | None, segments: Iterable[tuple[int, int, int]], speaks: Dialect) -> str:
@@ -188,9 +188,9 @@ def _edges(question: UsageQuestion, lead: str | None, segments: Iterable[tuple[i
         if question.customer is not None:
             rows.append(f"ledger_usage AS u WHERE {period} AND u.customer_id = :customer LIMIT :rows")
         elif lead == CUSTOMER:
-            nobody = "EXISTS (SELECT 1 FROM candidate AS c WHERE c.lead = '')"
+            nobody = "EXISTS (SELECT 1 FROM leads AS c WHERE c.lead = '')"
             rows.append(
-                f"candidate AS c CROSS JOIN ledger_usage AS u WHERE {period} AND u.customer_id = c.lead LIMIT :rows"
+                f"leads AS c CROSS JOIN ledger_usage AS u WHERE {period} AND u.customer_id = c.lead LIMIT :rows"
             )
             rows.append(f"ledger_usage AS u WHERE {period} AND u.customer_id IS NULL AND {nobody} LIMIT :rows")
         else:
@@ -207,7 +207,7 @@ def _kept(question: UsageQuestion, source: _Source, segments: Iterable[tuple[int
             continue
         rows = f"{source.table} AS r WHERE r.tenant = :tenant AND r.mode = :mode"
         if source.lead is not None:
-            rows = f"candidate AS c CROSS JOIN {rows} AND r.{source.lead} = c.lead"
+            rows = f"leads AS c CROSS JOIN {rows} AND r.{source.lead} = c.lead"
         elif question.customer is not None:
             rows += " AND r.customer = :customer"
         if question.metadata_key is not None:
@@ -225,7 +225,7 @@ def _unkept(question: UsageQuestion, lead: str | None, speaks: Dialect) -> str:
     if question.metadata_key is not None:
         rows = f"{pairs(speaks, 'raw')} AS f WHERE f.key = :key"
     if lead is not None:
-        rows += f" AND f.{lead} IN (SELECT c.lead FROM candidate AS c)"  # noqa: S608
+        rows += f" AND f.{lead} IN (SELECT c.lead FROM leads AS c)"  # noqa: S608
     return f"SELECT {_keys(question, 'f', 'at_us')}, {sums_of_fact()} FROM {rows} {_only(question, 'f')}"  # noqa: S608
 
 
