@@ -3,12 +3,12 @@
 `{"error": {"message", "type", "code", "param", "request_id", …facts}}`. SDKs of OpenAI choose their exception by the
 status and show the message; the types are those that OpenAI documents, where it has one:
 
-    400 404 405 409 413 422   invalid_request_error     the request must change
-    401                       authentication_error
-    402                       insufficient_quota        OpenAI's word for «out of credit»; not its 429, which SDKs retry
-    403                       permission_error
-    429                       rate_limit_error
-    5xx                       api_error                 the request was right
+    400 404 405 409 412 413 422   invalid_request_error     the request must change
+    401                           authentication_error
+    402                           insufficient_quota        OpenAI's for «out of credit»; not its 429, which SDKs retry
+    403                           permission_error
+    429                           rate_limit_error
+    5xx                           api_error                 the request was right
 
 502 and 504 have charged nothing, unless their message says so. A 503 that comes after the work was done has: the
 settlement waits on local disk until the ledger is back.
@@ -38,9 +38,11 @@ KINDS: Final[Mapping[str, Kind]] = {
     "model_not_found": Kind(404, "invalid_request_error"),
     "model_not_priced": Kind(404, "invalid_request_error"),
     "method_not_allowed": Kind(405, "invalid_request_error"),
+    "already_exists": Kind(409, "invalid_request_error"),
     "request_in_progress": Kind(409, "invalid_request_error"),
     "request_already_completed": Kind(409, "invalid_request_error"),
     "reservation_settled": Kind(409, "invalid_request_error"),
+    "version_mismatch": Kind(412, "invalid_request_error"),
     "request_too_large": Kind(413, "invalid_request_error"),
     "idempotency_key_reused": Kind(422, "invalid_request_error"),
     "rate_limit_exceeded": Kind(429, "rate_limit_error"),
@@ -90,18 +92,13 @@ class ApiError(Exception):
 
     def to_body(self, request_id: str) -> bytes:
         """The envelope as JSON."""
-        return msgspec.json.encode(
-            {
-                "error": {
-                    "message": self.message,
-                    "type": self.type,
-                    "code": self.code,
-                    "param": self.param,
-                    "request_id": request_id,
-                    **self.facts,
-                }
-            }
-        )
+        named = {**self.inner, "request_id": request_id}
+        return msgspec.json.encode({"error": {**named, **self.facts}})
+
+    @property
+    def inner(self) -> dict[str, Any]:
+        """What the envelope says of the refusal itself, before its facts."""
+        return {"message": self.message, "type": self.type, "code": self.code, "param": self.param}
 
 
 class Denomination(Protocol):
@@ -178,6 +175,11 @@ def method_not_allowed(allowed: str) -> ApiError:
     return ApiError("method_not_allowed", f"Use {allowed} here.", headers=(("Allow", allowed),))
 
 
+def already_exists(what: str, *, param: str) -> ApiError:
+    """409. *what* names it: `metric with the key …`; *param* is where its name was sent."""
+    return ApiError("already_exists", f"There is a {what} already.", param=param)
+
+
 def request_in_progress() -> ApiError:
     return ApiError(
         "request_in_progress",
@@ -197,6 +199,16 @@ def request_already_completed(receipt: str) -> ApiError:
 
 def reservation_settled(state: str) -> ApiError:
     return ApiError("reservation_settled", f"The reservation is {state} already.", facts={"state": state})
+
+
+def version_mismatch(version: int) -> ApiError:
+    """412. *version* is what it is now."""
+    return ApiError(
+        "version_mismatch",
+        f"It has changed meanwhile and is at version {version}. Read it again, then repeat the change.",
+        param="If-Match",
+        facts={"version": version},
+    )
 
 
 def request_too_large(bytes_max: int) -> ApiError:

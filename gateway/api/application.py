@@ -20,10 +20,13 @@ from gateway.api import (
     funding,
     health,
     keys,
+    metrics,
     models,
     quote,
     requests,
+    rules,
     topup,
+    usage,
     usage_queries,
 )
 from gateway.api.access import SECURITY
@@ -42,7 +45,22 @@ with `X-Idempotent-Replayed: true`.
 """
 
 
-RESOURCES: Final = (chat, quote, models, requests, topup, funding, credits, customers, apps, keys, usage_queries)
+RESOURCES: Final = (
+    chat,
+    quote,
+    models,
+    requests,
+    topup,
+    funding,
+    credits,
+    customers,
+    apps,
+    keys,
+    metrics,
+    rules,
+    usage,
+    usage_queries,
+)
 PLAIN: Final = (health, docs)
 """They need no key."""
 
@@ -70,6 +88,8 @@ REFUSED: Final[Mapping[int, str]] = {
     403: "The key may not do this",
     404: "There is no such thing, or it is another tenant's",
     405: "Another method is needed",
+    409: "It is there already, settled already, or under way",
+    412: "`If-Match` names another version than the present one",
     413: "The body is too large",
     422: "The idempotency key was used for another request",
     429: "Too many requests",

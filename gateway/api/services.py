@@ -7,7 +7,10 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.metrics import BillableMetrics
+from gateway.billing.usage import Metering
 from gateway.billing.usage_queries import UsageQueries
 from gateway.database import Database
 from gateway.identity.customers import Customers
@@ -38,6 +41,9 @@ class Services:
     models: ServedModels
     quoter: Quoter
     charging: Charging
+    catalog: Catalog
+    billables: BillableMetrics
+    metering: Metering
     proxy: ASGIApp
     metrics: Metrics
     now_us: Callable[[], int]

@@ -12,7 +12,18 @@ from pydantic import ConfigDict, Field
 from gateway.api.access import Reader, sees_margins
 from gateway.api.customers import Limit
 from gateway.api.services import Here, Services
-from gateway.api.wire import EPOCH, MICROSECOND, PAGE_DEFAULT, Credits, Millicredits, Page, View, amounts, time_us
+from gateway.api.wire import (
+    EPOCH,
+    MICROSECOND,
+    PAGE_DEFAULT,
+    Credits,
+    Millicredits,
+    Page,
+    View,
+    amounts,
+    shown_units,
+    time_us,
+)
 from gateway.billing.usage_facts import DAY_US, KEY_BYTES_MAX, PAIRS_MAX, VALUE_BYTES_MAX
 from gateway.billing.usage_queries import UsageSum
 from gateway.billing.usage_statement import DAY, GROUPS, GROUPS_MAX, METADATA, Key, UsageQuestion
@@ -242,11 +253,10 @@ def _view(found: UsageSum, groups: tuple[str, ...], principal: Principal) -> Usa
             base_decimal=asset.format(found.charged - found.markup),
             markup_decimal=asset.format(found.markup),
         )
-    whole, rest = divmod(found.microunits, 10**UNITS_PLACES)
     return UsageView(
         group={group: _shown(found.keys[group]) for group in groups},
         events=found.events,
-        units=whole if not rest else found.microunits / 10**UNITS_PLACES,
+        units=shown_units(found.microunits),
         units_decimal=format_decimal(found.microunits, UNITS_PLACES),
         input_tokens=found.input_tokens,
         output_tokens=found.output_tokens,
