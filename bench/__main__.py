@@ -5,6 +5,7 @@
     python -m bench --quick         one short round, to see that it runs
     python -m bench --only JSON     some of the loads alone
     python -m bench --only postgres the ledger on PostgreSQL alone
+    python -m bench --only usage    questions about the usage of ten million charges
 
 How it works. The systems take turns, round after round, so that a machine that slows down slows all of them; each
 figure is the median of its rounds. CPU is that of the measured process and its children, by the kernel's account.
@@ -26,7 +27,7 @@ from typing import Any, Final, NamedTuple
 
 import uvloop
 
-from bench import pairs, processes
+from bench import pairs, processes, usage
 from bench.bodies import BODIES
 from bench.processes import Server
 from ledger.writer import BATCH_MAX
@@ -213,12 +214,15 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument(
-        "--only", metavar="LOAD", help="measure only the loads whose name begins so, or `postgres`, and nothing else"
+        "--only", metavar="LOAD", help="measure only the loads whose name begins so, or `postgres`, or `usage`"
     )
     options = parser.parse_args()
     rounds, seconds = (1, 1.0) if options.quick else (3, 2.0)
     if options.only == "postgres":
         print("\n".join(measure_postgres(rounds=rounds, seconds=seconds)))
+        return
+    if options.only == "usage":
+        print("\n".join(usage.measure(rows=usage.ROWS_QUICK if options.quick else usage.ROWS)))
         return
     if options.only is not None:
         works = [work for work in LOADS if work.name.startswith(options.only)]

@@ -27,7 +27,9 @@ from gateway.billing.metrics import BillableMetrics
 from gateway.billing.packs import Packs
 from gateway.billing.refunds import Refunds
 from gateway.billing.reservations import Reservations
+from gateway.billing.rollups import Rollups
 from gateway.billing.usage import Metering
+from gateway.billing.usage_queries import UsageQueries
 from gateway.billing.welcome import Welcomes
 from gateway.clock import now_us
 from gateway.database import Database
@@ -304,6 +306,9 @@ async def running_parts(
         )
         upkeep.start()
         stack.push_async_callback(upkeep.stop)
+        rollups = Rollups(database)
+        rollups.start()
+        stack.push_async_callback(rollups.stop)
         stack.push_async_callback(shield.drain)
         chat = ChatProxy(
             settings=settings,
@@ -355,6 +360,7 @@ async def running_parts(
             now_us=now_us,
             new_id=new_id,
             readiness=readiness,
+            usage_queries=UsageQueries(database),
         )
         gauges = asyncio.create_task(_set_gauges(metrics, ledger, live, journal, readiness), name="gauges")
         stack.push_async_callback(_cancelled, gauges)

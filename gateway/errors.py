@@ -256,6 +256,15 @@ def ledger_unavailable(*, retry_after_s: int = 1) -> ApiError:
     )
 
 
+def usage_behind() -> ApiError:
+    """503 for a question about more charges than could be added up yet."""
+    return ApiError(
+        "ledger_unavailable",
+        "The usage of this period is still being added up. Try again shortly.",
+        headers=retry_after(5),
+    )
+
+
 def charge_waits() -> ApiError:
     """503, for work that is done: its charge is kept, and booked as soon as the ledger is back."""
     return ApiError(

@@ -8,6 +8,7 @@ from typing import Final
 from gateway.billing.catalog import MetricNotFound, MetricNotPriced
 from gateway.billing.packs import PackArchived
 from gateway.billing.reservations import TaskNotFound
+from gateway.billing.usage_queries import PeriodTooWide, UsageBehind
 from gateway.database import DatabaseUnavailable
 from gateway.errors import (
     ApiError,
@@ -20,6 +21,7 @@ from gateway.errors import (
     not_found,
     permission_denied,
     reservation_settled,
+    usage_behind,
 )
 from ledger.errors import (
     AlreadyExists,
@@ -61,6 +63,12 @@ REFUSALS: Final = ErrorTable(
             "The wallet has too many blocks that are not used up: grant fewer, larger ones, or let some expire."
         ),
         PackArchived: lambda error: invalid_request(f"The pack {error.key} is archived: offer another.", param="pack"),
+        PeriodTooWide: lambda error: invalid_request(
+            "That is more usage than one question can read: ask for whole days, in UTC, for a shorter period, or "
+            "without the metadata of single customers.",
+            param="from",
+        ),
+        UsageBehind: lambda error: usage_behind(),
         WalletFrozen: lambda error: permission_denied(
             "This wallet is frozen: nothing is taken from it until whoever runs this app lifts that."
         ),

@@ -33,6 +33,7 @@ from gateway.api import (
     tenants,
     topup,
     usage,
+    usage_queries,
 )
 from gateway.api.access import SECURITY
 from gateway.api.frame import REFUSAL, REQUEST_ID, Frame
@@ -70,6 +71,7 @@ RESOURCES: Final = (
     metrics,
     rules,
     usage,
+    usage_queries,
 )
 PLAIN: Final = (health, docs)
 """They need no key."""

@@ -15,6 +15,7 @@ from gateway.billing.packs import Packs
 from gateway.billing.refunds import Refunds
 from gateway.billing.reservations import Reservations
 from gateway.billing.usage import Metering
+from gateway.billing.usage_queries import UsageQueries
 from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
@@ -56,6 +57,7 @@ class Services:
     now_us: Callable[[], int]
     new_id: Callable[[str], str]
     readiness: Readiness
+    usage_queries: UsageQueries
 
 
 def services_of(request: Request) -> Services:

@@ -1,7 +1,7 @@
 """Forgetting a person: their name, their metadata, what was asked and answered. The journal keeps numbers.
 
-How it works. First nobody finds the customer any more, and what the gateway's own tables say of them is gone. Then the
-ledger erases what its rows say. Last their name is given back: whoever comes with it next is somebody new. Until then
+How it works. First nobody finds the customer any more, and what the gateway's own tables say of them is gone. Then
+their metadata leaves the sums of usage, and the ledger erases what its rows say. Last their name is given back: whoever comes with it next is somebody new. Until then
 the row has the name, so that an erasure that was cut short is found by it, and done again from the beginning.
 """
 
@@ -12,11 +12,13 @@ from sqlalchemy import String, cast, delete, select, update
 from sqlmodel import col
 
 from gateway import errors
+from gateway.billing.usage_erasure import erase_metadata
 from gateway.database import Database, of
 from gateway.identity.customer_rows import CUSTOMER_PREFIX
 from gateway.identity.wallets import customer_wallet
 from gateway.tables import Customer, KeptAnswer
 from ledger.ledger import Ledger
+from ledger.model import Scope
 
 
 class Erasure:
@@ -43,6 +45,7 @@ class Erasure:
         """
         customer_id = await self._hide(tenant_id, mode, reference)
         self._announce()
+        await erase_metadata(self._database, Scope(tenant_id, mode), customer_id)
         await self._ledger.erase(customer_wallet(tenant_id, mode, customer_id), customer_id=customer_id)
         async with self._database.write(of(tenant_id, mode)) as connection:
             done = update(Customer).where(

@@ -19,6 +19,7 @@ from gateway.tables.identity import (
     Tenant,
 )
 from gateway.tables.packs import PACK_DURATION_S_MAX, Pack
+from gateway.tables.rollups import UsageByCustomer, UsageByMetadata, UsageRollup
 
 __all__ = [
     "AMOUNT_MAX",
@@ -36,4 +37,7 @@ __all__ = [
     "MeteringRule",
     "Pack",
     "Tenant",
+    "UsageByCustomer",
+    "UsageByMetadata",
+    "UsageRollup",
 ]

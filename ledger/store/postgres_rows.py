@@ -8,12 +8,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from sqlmodel import SQLModel
 
 from ledger.batch import BlockRef, CommandRef, Writes
 from ledger.model import Block, ReservationRef, Scope, WalletRef
 from ledger.state import KeyRef
-from ledger.store import tables  # noqa: F401  (fills the metadata)
+from ledger.store import tables
 from ledger.store.rows import (
     Row,
     block_amounts,
@@ -33,7 +32,7 @@ _encode = msgspec.json.Encoder().encode
 
 def columns(table: str) -> tuple[str, ...]:
     """A table's columns, in the order of a row of :mod:`ledger.store.rows`."""
-    return tuple(column.name for column in SQLModel.metadata.tables[table].columns)
+    return tables.row_columns(table)
 
 
 WALLET: Final = columns("ledger_wallet")

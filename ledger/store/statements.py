@@ -13,10 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Table
-from sqlmodel import SQLModel
 
-from ledger.store import tables  # noqa: F401  (fills the metadata)
+from ledger.store import tables
 from ledger.store.rows import Row
 
 BULK_ROWS = (64, 16, 4, 1)
@@ -27,11 +25,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def columns(table: str) -> list[str]:
-    return [f'"{column.name}"' for column in _table(table).columns]
-
-
-def _table(name: str) -> Table:
-    return SQLModel.metadata.tables[name]
+    return [f'"{name}"' for name in tables.row_columns(table)]
 
 
 class Bulk:

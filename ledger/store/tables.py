@@ -271,7 +271,8 @@ class LedgerEventRow(SQLModel, table=True):
 class LedgerUsageRow(SQLModel, table=True):
     """The usage behind one commit; *part* counts the commits of a reservation.
 
-    ``base``, ``markup`` and ``charged`` are sums over the legs, ``charges`` has them one by one.
+    ``base``, ``markup`` and ``charged`` are sums over the legs, ``charges`` has them one by one. ``folded`` is the mark
+    of whoever adds usage up beside the ledger, which itself neither writes nor reads it.
     """
 
     __tablename__ = "ledger_usage"
@@ -280,6 +281,15 @@ class LedgerUsageRow(SQLModel, table=True):
         CheckConstraint("provider_cost_nanos >= 0", name="ck_ledger_usage_provider_cost"),
         Index("ix_ledger_usage_request", "tenant", "mode", "request_id"),
         Index("ix_ledger_usage_customer", "tenant", "mode", "customer_id", "at_us"),
+        Index("ix_ledger_usage_time", "tenant", "mode", "at_us"),
+        Index(
+            "ix_ledger_usage_unfolded",
+            "tenant",
+            "mode",
+            "at_us",
+            sqlite_where=text("NOT folded"),
+            postgresql_where=text("NOT folded"),
+        ),
         {"sqlite_with_rowid": False},
     )
 
@@ -308,6 +318,12 @@ class LedgerUsageRow(SQLModel, table=True):
     started_at_us: int = Field(sa_type=BigInteger)
     at_us: int = Field(sa_type=BigInteger)
     metadata_: str = Field(sa_type=Text, sa_column_kwargs={"name": "metadata"})
+    folded: bool = Field(default=False, sa_type=Boolean, sa_column_kwargs={"server_default": text("false")})
+
+
+def row_columns(table: str) -> tuple[str, ...]:
+    """The columns of a row of :mod:`ledger.store.rows`, in its order: all but those that the database fills in."""
+    return tuple(column.name for column in SQLModel.metadata.tables[table].columns if column.server_default is None)
 
 
 TABLES = tuple(

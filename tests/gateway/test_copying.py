@@ -11,16 +11,20 @@ from typing import Any
 
 import psycopg
 import pytest
+from msgspec.structs import replace
 from sqlalchemy import JSON, create_engine, insert
 from sqlmodel import SQLModel
 
 from gateway import copying
+from gateway.billing.rollups import Rollups
 from gateway.cli import main
 from gateway.copying import CannotCopy, copy_installation
+from gateway.database import Database
 from gateway.migrations import migrate
+from ledger.model import Charge, Scope, Settlement
 from ledger.store.sqlite import SqliteStore
 from tests.gateway.office import open_office
-from tests.ledger.rig import SECOND_US, Clock, RandomCommands, partition
+from tests.ledger.rig import SECOND_US, Clock, RandomCommands, Say, partition, usage
 from tests.servers.postgres import database_of
 
 LATER_US = 10**15
@@ -85,7 +89,13 @@ async def fill(url: str, seed: random.Random) -> None:
         clock.us += 15 * SECOND_US
         for batch in partition(source.take(100, clock.us), seed, 64):
             await store.run_batch(batch)
+    say, noted = Say(Scope("ten_noted", "live")), Settlement((Charge(5),), usage("noted", metadata={"note": "é"}))
+    await store.run_batch([say.grant("noted", "noted", 5), replace(say.debit("noted", "noted", 5), settlement=noted)])
     await store.close()
+    database = Database(url)
+    while await Rollups(database).fold():
+        pass
+    await database.close()
 
 
 @pytest.fixture(scope="module")

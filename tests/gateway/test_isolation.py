@@ -17,13 +17,16 @@ import pytest
 from sqlalchemy import literal_column, select
 from sqlmodel import SQLModel, col
 
+from gateway.billing.rollups import Rollups
 from gateway.identity.keys import KeyScope
 from gateway.identity.wallets import app_wallet
 from gateway.ids import new_id
 from gateway.installation import Books, Gift, add_tenant, give
 from gateway.tables import Customer
+from ledger.model import Scope
 from pricing.money import CREDIT
 from tests.gateway.office import Office
+from tests.gateway.usage_events import commit, plain, waiting
 
 MODES: Final = ("live", "test")
 OURS: Final = ("live", "test", "owner", "sandbox-owner", "reader", "admin")
@@ -206,6 +209,12 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             Attempt("/v1/keys", {"app_id": things.app, "mode": mode, "name": "Taken"}, once) for mode in MODES
         ],
         "POST /v1/keys/{key_id}/revoke": [Attempt(f"/v1/keys/{things.key}/revoke", headers=once)],
+        "GET /v1/usage": [
+            Attempt("/v1/usage?group_by=customer,metadata.note"),
+            Attempt(f"/v1/usage?group_by=app,metric,day&billable_metric_key={things.app}"),
+            *(Attempt(f"/v1/usage?{name}={person}") for name in ("customer_id", "end_user_id") for person in people),
+            Attempt(f"/v1/usage?group_by=metadata.{things.user}"),
+        ],
         "POST /v1/billable-metrics": [
             Attempt("/v1/billable-metrics", {"key": things.metric}),
             Attempt("/v1/billable-metrics", {"key": things.metric_key, "name": "Taken"}, once),
@@ -246,6 +255,13 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
     }
 
 
+async def add_up(office: Office, scope: Scope) -> None:
+    """Add up the usage of *scope*, if the gateway does not do it at this moment."""
+    database = office.gateway.services.database
+    while await waiting(database, scope):
+        await Rollups(database).fold_page(scope)
+
+
 async def settle_in(office: Office, name: str) -> dict[str, Things]:
     """A further tenant with something in every table, live and test; what could be named of it, by mode."""
     services = office.gateway.services
@@ -282,6 +298,10 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
         held = await office.post("/v1/reservations", {"customer_id": user, "credits": 1000}, key=label, once=once)
         pack = await office.post("/v1/packs", {**PACK, "key": user}, key=label, once=once)
         await office.post(f"/v1/customers/{user}/packs", {"pack": user}, key=label, once=once)
+        # What was measured outside the proxy may have metadata of the tenant's own.
+        scope = Scope(tenant.id, mode)
+        await commit(services.database, plain(1, scope=scope, customer=made["id"], metadata={"note": f"{name}-note"}))
+        await add_up(office, scope)
         settled[mode] = Things(
             tenant=tenant.id,
             app=app.id,

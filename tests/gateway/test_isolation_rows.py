@@ -189,6 +189,7 @@ def test_look_ups_return_ids_and_nobody_else_may_call_them(
         "farebox_ledger_scopes()": "farebox_ledger_scopes()",
         "farebox_tenant_of_key(text)": f"farebox_tenant_of_key('id of {B} live')",
         "farebox_tenants()": "farebox_tenants()",
+        "farebox_unfolded_scope(text,text)": f"farebox_unfolded_scope('{A}', 'test')",
     }
     assert {signature for signature, *_ in functions} == calls.keys(), "a look-up that this walk does not know"
     for signature, result, settings, public in functions:
