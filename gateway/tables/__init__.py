@@ -17,16 +17,22 @@ from gateway.tables.identity import (
     KeptAnswer,
     Tenant,
 )
+from gateway.tables.webhooks import URL_LENGTH_MAX, OutboxLease, WebhookDelivery, WebhookEndpoint, WebhookLane
 
 __all__ = [
     "AMOUNT_MAX",
     "EXTERNAL_ID_LENGTH_MAX",
     "MARKUP_BPS_MAX",
     "NAME_LENGTH_MAX",
+    "URL_LENGTH_MAX",
     "ApiKey",
     "App",
     "AssetVersion",
     "Customer",
     "KeptAnswer",
+    "OutboxLease",
     "Tenant",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+    "WebhookLane",
 ]
