@@ -1,14 +1,16 @@
 """What the endpoints work with. `gateway/app.py` puts it together; an endpoint takes it as `Here`."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
 from gateway.billing.charging import Charging
 from gateway.database import Database
+from gateway.events.event import StoredEvent
+from gateway.events.webhooks import Webhooks
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
@@ -21,6 +23,8 @@ from gateway.settings import Settings
 from gateway.shared.changes import Changes
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
+
+EventViews = Callable[[StoredEvent], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,8 @@ class Services:
     now_us: Callable[[], int]
     new_id: Callable[[str], str]
     readiness: Readiness
+    webhooks: Webhooks
+    event_view: EventViews
 
 
 def services_of(request: Request) -> Services:
