@@ -29,6 +29,8 @@ from ledger.outcomes import Applied
 POLL_S: Final = 1.0
 RETENTION_PAUSE_S: Final = 3600.0
 
+CANCEL_S: Final = 1.0
+
 GATHER_S: Final = 0.02
 """A pause after each round, in which what comes next gathers: under load a round is then a page."""
 
@@ -132,10 +134,12 @@ class Webhooks:
 
     async def stop(self) -> None:
         """End the loops; what is being delivered has a moment to end. Repeatable."""
-        for loop in self._loops:
-            loop.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
-        self._loops.clear()
+        while self._loops:
+            for loop in self._loops:
+                loop.cancel()
+            # A library on the way may have taken a cancellation for its own: then it is said again.
+            await asyncio.wait(self._loops, timeout=CANCEL_S)
+            self._loops = [loop for loop in self._loops if not loop.done()]
         if self._dispatcher is not None:
             await self._dispatcher.stop()
         if self._poster is not None:
@@ -165,5 +169,7 @@ async def _repeat(name: str, work: Callable[[], Awaitable[None]], pause_s: float
             log.exception("events are held up", events=name)
             woken.clear()
         await asyncio.sleep(GATHER_S)
+        # Not `wait_for`, which before Python 3.12 swallows a cancellation that comes together with the event.
         with suppress(TimeoutError):
-            await asyncio.wait_for(woken.wait(), pause_s * random.uniform(PAUSE_LEAST, 1))  # noqa: S311
+            async with asyncio.timeout(pause_s * random.uniform(PAUSE_LEAST, 1)):  # noqa: S311
+                await woken.wait()
