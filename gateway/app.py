@@ -19,7 +19,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.application import create_api
 from gateway.api.services import Services
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.metrics import BillableMetrics
+from gateway.billing.usage import Metering
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
@@ -275,7 +278,8 @@ async def running_parts(
         stack.push_async_callback(ledger.close)
         principals = Principals(database, now_us=now_us, looked_up=metrics.cache("principals"))
         customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
-        changes = Changes(principals.invalidate, url=settings.redis_url, link=link)
+        catalog, billables = Catalog(database), BillableMetrics(database, now_us=now_us)
+        changes = Changes(principals.invalidate, catalog.invalidate, url=settings.redis_url, link=link)
         changes.start()
         stack.push_async_callback(changes.stop)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
@@ -284,7 +288,7 @@ async def running_parts(
         for upstream in upstreams.values():
             stack.push_async_callback(upstream.close)
         router = Router(settings, upstreams, price_book(settings))
-        quoter = Quoter(settings, PromptCounter())
+        quoter = Quoter(settings, PromptCounter(), catalog)
 
         charging = Charging(ledger)
         live, shield = LiveHolds(ledger), Shield()
@@ -338,6 +342,9 @@ async def running_parts(
             models=ServedModels(settings, now_us),
             quoter=quoter,
             charging=charging,
+            catalog=catalog,
+            billables=billables,
+            metering=Metering(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             proxy=chat,
             metrics=metrics,
             now_us=now_us,

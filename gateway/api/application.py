@@ -21,10 +21,13 @@ from gateway.api import (
     funding,
     health,
     keys,
+    metrics,
     models,
     quote,
     requests,
+    rules,
     topup,
+    usage,
     webhook_endpoints,
 )
 from gateway.api.access import SECURITY
@@ -56,6 +59,9 @@ RESOURCES: Final = (
     webhook_endpoints,
     apps,
     keys,
+    metrics,
+    rules,
+    usage,
 )
 PLAIN: Final = (health, docs)
 """They need no key."""
@@ -84,6 +90,7 @@ REFUSED: Final[Mapping[int, str]] = {
     403: "The key may not do this",
     404: "There is no such thing, or it is another tenant's",
     405: "Another method is needed",
+    409: "It is there already, settled already, or under way",
     412: "`If-Match` names another version than the present one",
     413: "The body is too large",
     422: "The idempotency key was used for another request",

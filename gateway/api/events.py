@@ -6,7 +6,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
-from gateway.api.access import Cataloguer, Reader
+from gateway.api.access import CatalogWriter, Reader
 from gateway.api.credits import BlockView
 from gateway.api.customers import Cursor, CustomerView, Limit
 from gateway.api.idempotency import key_of, once
@@ -109,7 +109,7 @@ async def redeliver_event(
     body: Redelivery,
     request: Request,
     response: Response,
-    principal: Cataloguer,
+    principal: CatalogWriter,
     services: Here,
 ) -> RedeliveryView:
     """Deliver an event again, with the same id. It keeps no order: what came later may have been delivered before."""

@@ -7,7 +7,10 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.metrics import BillableMetrics
+from gateway.billing.usage import Metering
 from gateway.database import Database
 from gateway.events.event import StoredEvent
 from gateway.events.webhooks import Webhooks
@@ -41,6 +44,9 @@ class Services:
     models: ServedModels
     quoter: Quoter
     charging: Charging
+    catalog: Catalog
+    billables: BillableMetrics
+    metering: Metering
     proxy: ASGIApp
     metrics: Metrics
     now_us: Callable[[], int]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final, Literal
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field
 
-from gateway.api.access import Cataloguer, Reader
+from gateway.api.access import CatalogWriter, Reader
 from gateway.api.customers import Cursor, Limit
 from gateway.api.idempotency import key_of, once
 from gateway.api.route import ExactRoute
@@ -161,7 +161,7 @@ def _delivery_view(delivery: DeliveryInfo) -> DeliveryView:
 
 @router.post("", status_code=201)
 async def create_webhook_endpoint(
-    body: NewEndpoint, request: Request, response: Response, principal: Cataloguer, services: Here
+    body: NewEndpoint, request: Request, response: Response, principal: CatalogWriter, services: Here
 ) -> EndpointSecretView:
     """Be told at this URL from now on. The answer shows the secret that verifies the signatures, once."""
     _check_url(services.webhooks, body.url)
@@ -214,7 +214,7 @@ async def change_webhook_endpoint(
     body: EndpointChange,
     request: Request,
     response: Response,
-    principal: Cataloguer,
+    principal: CatalogWriter,
     services: Here,
 ) -> EndpointView:
     """Change an endpoint, or enable one that was disabled because its receiver answered 410."""
@@ -238,7 +238,7 @@ async def change_webhook_endpoint(
 
 
 @router.delete("/{endpoint_id}", status_code=204)
-async def delete_webhook_endpoint(endpoint_id: EndpointPath, principal: Cataloguer, services: Here) -> None:
+async def delete_webhook_endpoint(endpoint_id: EndpointPath, principal: CatalogWriter, services: Here) -> None:
     """Take an endpoint away. What it was yet to be told is not delivered."""
     await services.webhooks.endpoints.delete(_scope(principal), endpoint_id)
 
@@ -250,7 +250,7 @@ async def rotate_webhook_secret(
     body: Rotation,
     request: Request,
     response: Response,
-    principal: Cataloguer,
+    principal: CatalogWriter,
     services: Here,
 ) -> EndpointSecretView:
     """Get a new secret. For a while each delivery is signed with the old one too."""

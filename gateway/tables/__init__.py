@@ -5,6 +5,7 @@ then keeps a tenant together, and row-level security has its columns. The one ex
 unique by itself, because the key is what tells the tenant. All times are microseconds since the epoch, UTC.
 """
 
+from gateway.tables.catalog import METRIC_KEY_LENGTH_MAX, BillableMetric, MeteringRule
 from gateway.tables.identity import (
     AMOUNT_MAX,
     EXTERNAL_ID_LENGTH_MAX,
@@ -23,13 +24,16 @@ __all__ = [
     "AMOUNT_MAX",
     "EXTERNAL_ID_LENGTH_MAX",
     "MARKUP_BPS_MAX",
+    "METRIC_KEY_LENGTH_MAX",
     "NAME_LENGTH_MAX",
     "URL_LENGTH_MAX",
     "ApiKey",
     "App",
     "AssetVersion",
+    "BillableMetric",
     "Customer",
     "KeptAnswer",
+    "MeteringRule",
     "OutboxLease",
     "Tenant",
     "WebhookDelivery",
