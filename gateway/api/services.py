@@ -10,6 +10,8 @@ from starlette.types import ASGIApp
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.metrics import BillableMetrics
+from gateway.billing.refunds import Refunds
+from gateway.billing.reservations import Reservations
 from gateway.billing.usage import Metering
 from gateway.database import Database
 from gateway.events.event import StoredEvent
@@ -44,6 +46,8 @@ class Services:
     models: ServedModels
     quoter: Quoter
     charging: Charging
+    refunds: Refunds
+    reservations: Reservations
     catalog: Catalog
     billables: BillableMetrics
     metering: Metering

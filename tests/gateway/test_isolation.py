@@ -55,6 +55,7 @@ class Things:
     block: str
     endpoint: str
     event: str
+    reservation: str
     metric: str
     metric_key: str
     rule: str
@@ -80,6 +81,7 @@ PREFIXES: Final = {
     "block": "blk",
     "endpoint": "whk",
     "event": "evt",
+    "reservation": "rsv",
     "metric": "mtr",
     "rule": "rul",
 }
@@ -120,6 +122,30 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             *(Attempt(f"/v1/requests/{thing}") for thing in (things.request, things.block)),
             *(Attempt(f"/v1/requests/{things.request}?mode={mode}") for mode in MODES),
         ],
+        "POST /v1/requests/{request_id}/refund": [
+            *(Attempt(f"/v1/requests/{thing}/refund", {}, once) for thing in (things.request, things.block)),
+            Attempt(f"/v1/requests/{things.request}/refund", {"credits": 1}),
+        ],
+        "POST /v1/customers/{customer}/credits/{block_id}/revoke": [
+            *(Attempt(f"/v1/customers/{person}/credits/{things.block}/revoke", {}, once) for person in people),
+            Attempt(f"/v1/customers/alice/credits/{things.block}/revoke", {"clawback": True}),
+        ],
+        **{
+            f"POST /v1/{verb}": [
+                Attempt(f"/v1/{verb}", {**name, "credits": 10, "metadata": {"job": things.reservation}}, once)
+                for name in names
+            ]
+            for verb in ("reservations", "reserve")
+        },
+        "GET /v1/reservations/{reservation_id}": [
+            Attempt(f"/v1/reservations/{thing}") for thing in (things.reservation, things.request)
+        ],
+        **{
+            f"POST /v1/reservations/{{reservation_id}}/{verb}": [
+                Attempt(f"/v1/reservations/{things.reservation}/{verb}", body, headers) for headers in ({}, once)
+            ]
+            for verb, body in (("commit", {"credits": 1}), ("release", None), ("extend", {"ttl_seconds": 60}))
+        },
         "POST /v1/topup/grant": [
             *(Attempt("/v1/topup/grant", {**name, "credits": 1000}, once) for name in names),
             Attempt("/v1/topup/grant", {"end_user_id": things.user, "credits": 1, "apps": [things.app]}),
@@ -255,6 +281,7 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
         )
         assert answer.status_code == 200, answer.text
         (event, *_) = (await office.get(f"/v1/events?customer_id={user}", key=label))["data"]
+        held = await office.post("/v1/reservations", {"customer_id": user, "credits": 1000}, key=label, once=once)
         settled[mode] = Things(
             tenant=tenant.id,
             app=app.id,
@@ -265,6 +292,7 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             block=block["ledger_id"],
             endpoint=endpoint["id"],
             event=event["id"],
+            reservation=held["id"],
             metric=metric["id"],
             metric_key=f"{name}-metric",
             rule=rule["id"],
