@@ -18,6 +18,7 @@ import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.application import create_api
+from gateway.api.event_view import Rendering, customer_object
 from gateway.api.services import Services
 from gateway.billing.auto_buy import AutoBuy
 from gateway.billing.catalog import Catalog
@@ -34,6 +35,8 @@ from gateway.billing.welcome import Welcomes
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
+from gateway.events.event import Reaction
+from gateway.events.webhooks import Webhooks
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
@@ -62,6 +65,7 @@ from gateway.shared.wallets import SharedWallets
 from gateway.stores import SQLITE, OpenStore, open_store
 from gateway.telemetry import PROXIED, Metrics
 from ledger.ledger import Ledger
+from ledger.outcomes import Applied
 from ledger.store.protocol import SchemaMissing, StoreUnavailable
 from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
 
@@ -262,6 +266,13 @@ async def running_parts(
         shared = None
         if link is not None and not settings.database_url.startswith(SQLITE):
             shared = SharedWallets(link, now_us=now_us)
+        webhooks = Webhooks(
+            database,
+            counters=metrics,
+            allow_private=settings.webhooks_allow_private,
+            now_us=now_us,
+            new_id=new_id,
+        )
         store = await open_store(settings.database_url, clock=now_us, watcher=shared)
         ledger = await Ledger.open(
             store,
@@ -269,7 +280,7 @@ async def running_parts(
             new_command_id=lambda: new_id("cmd"),
             abandoned=journal.undo,
             wait_s=settings.ledger_timeout_s,
-            applied=metrics.count_applied,
+            applied=_to_both(metrics.count_applied, webhooks.applied),
             observed=metrics.count_batch,
             read_wallet=Balances(store, metrics, shared=shared).wallet,
         )
@@ -335,6 +346,7 @@ async def running_parts(
             degraded=lambda: _degraded(journal, link),
         )
         stack.push_async_callback(readiness.close)
+        rendering = Rendering(database, customer=customer_object(customers))
         services = Services(
             settings=settings,
             database=database,
@@ -361,7 +373,11 @@ async def running_parts(
             new_id=new_id,
             readiness=readiness,
             usage_queries=UsageQueries(database),
+            webhooks=webhooks,
+            event_view=rendering.view,
         )
+        webhooks.start(render=rendering.text, reactions=(Reaction(frozenset({"credit.expired"}), auto_buy.on_event),))
+        stack.push_async_callback(webhooks.stop)
         gauges = asyncio.create_task(_set_gauges(metrics, ledger, live, journal, readiness), name="gauges")
         stack.push_async_callback(_cancelled, gauges)
         # The ranks take a third of a second to load; the first request need not wait for them.
@@ -392,6 +408,14 @@ def configured_upstreams(settings: Settings) -> dict[str, Upstream]:
             idle_timeout_s=upstream.idle_timeout_s,
         )
     return upstreams
+
+
+def _to_both(first: Callable[[Applied], None], second: Callable[[Applied], None]) -> Callable[[Applied], None]:
+    def tell(applied: Applied) -> None:
+        first(applied)
+        second(applied)
+
+    return tell
 
 
 async def _linked(redis_url: str, metrics: Metrics, stack: AsyncExitStack) -> Link:

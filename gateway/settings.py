@@ -253,6 +253,8 @@ class Settings(BaseSettings):
     management_rate_limit_per_minute: int = Field(default=6_000, ge=0, le=1_000_000)
     body_bytes_max: int = Field(default=32 * 2**20, ge=1024, le=2**30)
 
+    webhooks_allow_private: bool = False
+
     markup_bps: BasisPoints = 0
     on_disconnect: OnDisconnect = "cancel"
     on_disconnect_hidden_reasoning: OnDisconnect = "drain"

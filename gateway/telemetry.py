@@ -141,6 +141,12 @@ class Metrics:
         self.redis_failures = self._counter(
             "redis_failures", "What Redis was asked, or would have been, and did not answer in time.", ["use"]
         )
+        self.outbox_lag_seconds = self._gauge(
+            "outbox_lag_seconds", "How old the oldest event was that a process last found untold.", mode="livemax"
+        )
+        self.webhook_attempts = Children(
+            self._counter("webhook_attempts", "Attempts to deliver a webhook, by how they ended.", ["outcome"])
+        )
         self.cache_looks = self._counter(
             "cache_looks", "Looks into a cache: hit, or miss when the database was read.", ["cache", "result"]
         )
@@ -202,6 +208,14 @@ class Metrics:
                 self.swept(what).inc(count)
         if swept.failures:
             self.sweep_failures.inc(len(swept.failures))
+
+    def count_delivery(self, outcome: str) -> None:
+        """Count one attempt to deliver a webhook."""
+        self.webhook_attempts(outcome).inc()
+
+    def note_outbox_lag(self, age_us: int) -> None:
+        """Note how old the oldest event was that a round of the outbox found; 0 when there was none."""
+        self.outbox_lag_seconds.set(age_us / 1_000_000)
 
     def cache(self, name: str) -> Callable[[bool], None]:
         """What a cache of that name calls with each look-up: whether it had the answer."""

@@ -18,6 +18,7 @@ from gateway.api import (
     customers,
     customers_by_name,
     docs,
+    events,
     funding,
     health,
     keys,
@@ -34,6 +35,7 @@ from gateway.api import (
     topup,
     usage,
     usage_queries,
+    webhook_endpoints,
 )
 from gateway.api.access import SECURITY
 from gateway.api.frame import REFUSAL, REQUEST_ID, Frame
@@ -65,6 +67,8 @@ RESOURCES: Final = (
     credits,
     customers,
     customers_by_name,
+    events,
+    webhook_endpoints,
     apps,
     keys,
     tenants,

@@ -131,16 +131,16 @@ class CustomerView(View):
     external_id: str
     livemode: bool = Field(description="Live data, or the sandbox's.")
     metadata: dict[str, Any]
-    settings: CustomerSettings = CustomerSettings()
-    version: int = Field(default=1, description="Rises with every change; the ETag.")
+    settings: CustomerSettings
+    version: int = Field(description="Rises with every change; the ETag.")
     created_at: Time
 
 
-def customer_view(customer: CustomerInfo, principal: Principal) -> CustomerView:
+def customer_view(customer: CustomerInfo, *, mode: str) -> CustomerView:
     return CustomerView(
         id=customer.id,
         external_id=customer.external_id,
-        livemode=principal.mode == "live",
+        livemode=mode == "live",
         metadata=customer.metadata,
         settings=CustomerSettings(**customer.settings),
         version=customer.version,
@@ -166,7 +166,7 @@ async def create_customer(
             principal.tenant_id, principal.mode, body.external_id, change, transactions=transactions
         )
         response.status_code = 201 if created else 200
-        return customer_view(customer, principal)
+        return customer_view(customer, mode=principal.mode)
 
     key = key_of(request, body, "customers.create")
     view = await once(request, response, services, principal, key=key, act=act, view=CustomerView)
@@ -190,7 +190,7 @@ async def list_customers(
     )
     more = len(found) > limit
     return Page(
-        data=[customer_view(customer, principal) for customer in found[:limit]],
+        data=[customer_view(customer, mode=principal.mode) for customer in found[:limit]],
         has_more=more,
         next_cursor=found[limit - 1].id if more else None,
     )
@@ -201,7 +201,7 @@ async def get_customer(customer: CustomerPath, response: Response, principal: Re
     """One customer."""
     found = await services.customers.find(principal.tenant_id, principal.mode, customer)
     etag(response, found.version)
-    return customer_view(found, principal)
+    return customer_view(found, mode=principal.mode)
 
 
 @router.patch("/customers/{customer:path}")
@@ -229,7 +229,7 @@ async def change_customer(
     if body.external_id is not None:  # Nothing else of a customer is remembered.
         services.changes.announce()
     etag(response, changed.version)
-    return customer_view(changed, principal)
+    return customer_view(changed, mode=principal.mode)
 
 
 @router.delete("/customers/{customer:path}", status_code=204)

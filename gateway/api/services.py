@@ -1,8 +1,8 @@
 """What the endpoints work with. `gateway/app.py` puts it together; an endpoint takes it as `Here`."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
@@ -17,6 +17,8 @@ from gateway.billing.reservations import Reservations
 from gateway.billing.usage import Metering
 from gateway.billing.usage_queries import UsageQueries
 from gateway.database import Database
+from gateway.events.event import StoredEvent
+from gateway.events.webhooks import Webhooks
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
@@ -29,6 +31,8 @@ from gateway.settings import Settings
 from gateway.shared.changes import Changes
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
+
+EventViews = Callable[[StoredEvent], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ class Services:
     new_id: Callable[[str], str]
     readiness: Readiness
     usage_queries: UsageQueries
+    webhooks: Webhooks
+    event_view: EventViews
 
 
 def services_of(request: Request) -> Services:

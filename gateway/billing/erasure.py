@@ -1,8 +1,9 @@
 """Forgetting a person: their name, their metadata, what was asked and answered. The journal keeps numbers.
 
 How it works. First nobody finds the customer any more, and what the gateway's own tables say of them is gone. Then
-their metadata leaves the sums of usage, and the ledger erases what its rows say. Last their name is given back: whoever comes with it next is somebody new. Until then
-the row has the name, so that an erasure that was cut short is found by it, and done again from the beginning.
+their metadata leaves the sums of usage, and the ledger erases what its rows say. Last their name is given back: whoever
+comes with it next is somebody new. Until then the row has the name, so that an erasure that was cut short is found by
+it, and done again from the beginning.
 """
 
 from collections.abc import Callable

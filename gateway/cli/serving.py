@@ -84,6 +84,7 @@ def _demo_settings(stack: ExitStack, *, host: str | None, port: int | None) -> "
         "test_upstream": SIMULATED,
         "rate_limit_per_minute": 0,
         "management_rate_limit_per_minute": 0,
+        "webhooks_allow_private": True,
     }
     if not os.environ.get("FAREBOX_DATABASE_URL"):
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="farebox-demo-")))

@@ -20,6 +20,7 @@ from gateway.tables.identity import (
 )
 from gateway.tables.packs import PACK_DURATION_S_MAX, Pack
 from gateway.tables.rollups import UsageByCustomer, UsageByMetadata, UsageRollup
+from gateway.tables.webhooks import URL_LENGTH_MAX, OutboxLease, WebhookDelivery, WebhookEndpoint, WebhookLane
 
 __all__ = [
     "AMOUNT_MAX",
@@ -28,6 +29,7 @@ __all__ = [
     "METRIC_KEY_LENGTH_MAX",
     "NAME_LENGTH_MAX",
     "PACK_DURATION_S_MAX",
+    "URL_LENGTH_MAX",
     "ApiKey",
     "App",
     "AssetVersion",
@@ -35,9 +37,13 @@ __all__ = [
     "Customer",
     "KeptAnswer",
     "MeteringRule",
+    "OutboxLease",
     "Pack",
     "Tenant",
     "UsageByCustomer",
     "UsageByMetadata",
     "UsageRollup",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+    "WebhookLane",
 ]

@@ -245,15 +245,26 @@ class LedgerResponseRow(SQLModel, table=True):
 
 
 class LedgerEventRow(SQLModel, table=True):
-    """The outbox: *sequence* counts a wallet's events without gaps. Without *delivered_at_us* it is yet to be sent."""
+    """The outbox: *sequence* counts a wallet's events without gaps. Without *delivered_at_us* it is yet to be told."""
 
     __tablename__ = "ledger_event"
     __table_args__ = (
         Index(
             "ix_ledger_event_pending",
+            "tenant",
+            "mode",
             "at_us",
             sqlite_where=text("delivered_at_us IS NULL"),
             postgresql_where=text("delivered_at_us IS NULL"),
+        ),
+        Index("ix_ledger_event_id", "tenant", "mode", "id"),
+        Index(
+            "ix_ledger_event_rare",
+            "tenant",
+            "mode",
+            "id",
+            sqlite_where=text("type <> 'usage.recorded'"),
+            postgresql_where=text("type <> 'usage.recorded'"),
         ),
     )
 

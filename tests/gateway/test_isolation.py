@@ -4,6 +4,8 @@ Each route is asked twice, with what the other tenant has and with what nobody h
 that not even the existence of a thing shows. A route that is not in `attempts` fails the walk.
 """
 
+import asyncio
+import contextlib
 import io
 import json
 import logging
@@ -33,8 +35,8 @@ OURS: Final = ("live", "test", "owner", "sandbox-owner", "reader", "admin")
 """The names of all keys of the tenant who asks."""
 
 PUBLIC: Final = ("/openapi.json", "/docs")
-SOME_ID: Final = re.compile(r"\b[a-z]{2,5}_[0-9a-z]{26}\b")
-TOKEN: Final = re.compile(r"fb_(?:live|test|admin)_\w+")
+SOME_ID: Final = re.compile(r"\b[a-z]{2,5}_[0-9a-z]{26}(?:\d\d)?\b")
+TOKEN: Final = re.compile(r"fb_(?:live|test|admin)_\w+|whsec_[\w+/=]+")
 COMPLETION: Final = re.compile(r"chatcmpl-\w+")
 LAST4: Final = re.compile(r'"last4":"\w+"')
 NUMBER: Final = re.compile(r"\d+")
@@ -55,6 +57,8 @@ class Things:
     user: str
     request: str
     block: str
+    endpoint: str
+    event: str
     reservation: str
     pack: str
     metric: str
@@ -80,6 +84,8 @@ PREFIXES: Final = {
     "customer": "cus",
     "request": "req",
     "block": "blk",
+    "endpoint": "whk",
+    "event": "evt",
     "reservation": "rsv",
     "pack": "pck",
     "metric": "mtr",
@@ -201,6 +207,33 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
         "PATCH /v1/tenants/{tenant}/config": [
             Attempt(f"/v1/tenants/{things.tenant}/config", {"default_grant": {"credits": 1000}})
         ],
+        "GET /v1/events": [
+            *(Attempt(f"/v1/events?customer_id={person}") for person in people),
+            Attempt(f"/v1/events?type=credit.granted&cursor={things.event}", same=False),
+        ],
+        "GET /v1/events/{event_id}": [Attempt(f"/v1/events/{things.event}")],
+        "POST /v1/events/{event_id}/redeliver": [
+            Attempt(f"/v1/events/{things.event}/redeliver", {}, once),
+            Attempt(f"/v1/events/{things.event}/redeliver", {"endpoint": things.endpoint}),
+        ],
+        "GET /v1/webhook-endpoints": [
+            Attempt("/v1/webhook-endpoints"),
+            Attempt(f"/v1/webhook-endpoints?cursor={things.endpoint}", same=False),
+        ],
+        "POST /v1/webhook-endpoints": [Attempt("/v1/webhook-endpoints", {"url": "https://ours.invalid/"}, once)],
+        "GET /v1/webhook-endpoints/{endpoint_id}": [Attempt(f"/v1/webhook-endpoints/{things.endpoint}")],
+        "PATCH /v1/webhook-endpoints/{endpoint_id}": [
+            Attempt(f"/v1/webhook-endpoints/{things.endpoint}", {"url": "https://taken.invalid/"}),
+            Attempt(f"/v1/webhook-endpoints/{things.endpoint}", {"status": "disabled"}, {"If-Match": '"1"'}),
+        ],
+        "DELETE /v1/webhook-endpoints/{endpoint_id}": [Attempt(f"/v1/webhook-endpoints/{things.endpoint}")],
+        "POST /v1/webhook-endpoints/{endpoint_id}/rotate-secret": [
+            Attempt(f"/v1/webhook-endpoints/{things.endpoint}/rotate-secret", {}, once)
+        ],
+        "GET /v1/webhook-endpoints/{endpoint_id}/deliveries": [
+            Attempt(f"/v1/webhook-endpoints/{things.endpoint}/deliveries"),
+            Attempt(f"/v1/webhook-endpoints/{things.endpoint}/deliveries?cursor={things.event}"),
+        ],
         "GET /v1/apps": [Attempt("/v1/apps"), Attempt(f"/v1/apps?tenant={things.tenant}")],
         "POST /v1/apps": [Attempt("/v1/apps", {"name": "Another"}, once)],
         "PATCH /v1/apps/{app_id}": [Attempt(f"/v1/apps/{things.app}", {"name": "Taken", "markup_bps": 9_999})],
@@ -279,6 +312,8 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
         made = await office.post(
             "/v1/customers", {"external_id": user, "metadata": {"note": f"{name}-note"}}, key=label, once=once
         )
+        hook = {"url": f"https://{name}-receiver.invalid/", "description": f"{name}-hook"}
+        endpoint = await office.post("/v1/webhook-endpoints", hook, key=label, once=once)
         grant = {
             "customer_id": user,
             "credits": 5_000_000,
@@ -295,6 +330,7 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             "POST", "/v1/chat/completions", CHAT, key=label, once=once, headers={"X-Quota-User": user}
         )
         assert answer.status_code == 200, answer.text
+        (event, *_) = (await office.get(f"/v1/events?customer_id={user}", key=label))["data"]
         held = await office.post("/v1/reservations", {"customer_id": user, "credits": 1000}, key=label, once=once)
         pack = await office.post("/v1/packs", {**PACK, "key": user}, key=label, once=once)
         await office.post(f"/v1/customers/{user}/packs", {"pack": user}, key=label, once=once)
@@ -310,6 +346,8 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             user=user,
             request=answer.headers["x-request-id"],
             block=block["ledger_id"],
+            endpoint=endpoint["id"],
+            event=event["id"],
             reservation=held["id"],
             pack=pack["id"],
             metric=metric["id"],
@@ -357,7 +395,27 @@ async def neighbours(office: Office) -> tuple[Office, dict[str, Things]]:
         await office.post("/v1/topup/grant", {"customer_id": "alice", "credits": 5_000_000}, key=key)
         assert (await office.chat(key=key)).status_code == 200
         await office.post("/v1/packs", {**PACK, "key": "our-pack"}, key=key)
+    await stand_still(office)
     return office, theirs
+
+
+async def stand_still(office: Office) -> None:
+    """Wait until every event has its deliveries, and then deliver no more: nothing changes but what is asked for."""
+    url = office.gateway.services.settings.database_url
+    deadline = asyncio.get_running_loop().time() + 20
+    while pending_events(url):
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.005)
+    await office.gateway.services.webhooks.stop()
+
+
+def pending_events(database_url: str) -> int:
+    query = "SELECT count(*) FROM ledger_event WHERE delivered_at_us IS NULL"
+    if database_url.startswith("sqlite:"):
+        with contextlib.closing(sqlite3.connect(database_url.removeprefix("sqlite:///"))) as file:
+            return int(file.execute(query).fetchone()[0])
+    with psycopg.connect(database_url.replace("farebox_login@", "postgres@")) as server:
+        return int(server.execute(query).fetchone()[0])  # type: ignore[index]
 
 
 async def test_no_route_shows_or_moves_anything_of_another_tenant(

@@ -20,18 +20,21 @@ A, B = "ten_a", "ten_b"
 MODES: Final = ("live", "test")
 TABLES: Final = sorted(SQLModel.metadata.tables)
 JOURNAL: Final = ("ledger_command", "ledger_transfer")
-IDS: Final = {"tenant", "mode", "reservation", "wallet", "operation", "key"}
+IDS: Final = {"tenant", "mode", "reservation", "wallet", "operation", "key", "endpoint"}
 
 VALUES: Final[dict[str, dict[str, Any]]] = {
     "api_keys": {"secret_hash": b"x" * 32},
     "apps": {"billing_mode": "user_pays", "on_disconnect": "drain"},
     "billable_metrics": {"overage_policy": "block"},
     "ledger_block": {"consumed": 0, "reserved": 0, "expired": 0, "revoked": 0, "live": True},
+    "ledger_event": {"delivered_at_us": None},
     "ledger_reservation": {"state": "open"},
     "ledger_transfer": {"credit": "clearing"},
     "ledger_usage": {"markup": 0},
     "packs": {"credits": 1},
     "tenants": {"is_first": False},
+    "webhook_deliveries": {"state": "pending"},
+    "webhook_endpoints": {"status": "enabled"},
 }
 """What the constraints of a table ask for, beyond a value of the column's type."""
 
@@ -186,7 +189,9 @@ def test_look_ups_return_ids_and_nobody_else_may_call_them(
         "farebox_due_reservations(bigint,bigint)": "farebox_due_reservations(9, 100)",
         "farebox_due_wallets(bigint,bigint)": "farebox_due_wallets(9, 100)",
         "farebox_due_responses(bigint,bigint)": "farebox_due_responses(9, 100)",
+        "farebox_due_lanes(bigint,bigint,bigint)": "farebox_due_lanes(9, 10, 100)",
         "farebox_ledger_scopes()": "farebox_ledger_scopes()",
+        "farebox_pending_events()": "farebox_pending_events()",
         "farebox_tenant_of_key(text)": f"farebox_tenant_of_key('id of {B} live')",
         "farebox_tenants()": "farebox_tenants()",
         "farebox_unfolded_scope(text,text)": f"farebox_unfolded_scope('{A}', 'test')",
