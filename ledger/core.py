@@ -25,9 +25,11 @@ from ledger.commands import (
     Release,
     Reserve,
     Revoke,
+    SetLimit,
     SetOverdraft,
 )
 from ledger.granting import expire, freeze, grant, revoke, set_overdraft
+from ledger.limits import set_limit
 from ledger.model import ReservationRef, WalletRef
 from ledger.outcomes import (
     Applied,
@@ -96,4 +98,5 @@ _DECISIONS: dict[type[AnyCommand], Callable[[State, Any, int], Outcome]] = {
     Expire: expire,
     Freeze: freeze,
     SetOverdraft: set_overdraft,
+    SetLimit: set_limit,
 }
