@@ -3,12 +3,12 @@
 `{"error": {"message", "type", "code", "param", "request_id", …facts}}`. SDKs of OpenAI choose their exception by the
 status and show the message; the types are those that OpenAI documents, where it has one:
 
-    400 404 405 409 413 422   invalid_request_error     the request must change
-    401                       authentication_error
-    402                       insufficient_quota        OpenAI's word for «out of credit»; not its 429, which SDKs retry
-    403                       permission_error
-    429                       rate_limit_error
-    5xx                       api_error                 the request was right
+    400 404 405 409 412 413 422   invalid_request_error     the request must change
+    401                           authentication_error
+    402                           insufficient_quota        OpenAI's word for «out of credit»; not its 429, which SDKs retry
+    403                           permission_error
+    429                           rate_limit_error
+    5xx                           api_error                 the request was right
 
 502 and 504 have charged nothing, unless their message says so. A 503 that comes after the work was done has: the
 settlement waits on local disk until the ledger is back.
@@ -41,6 +41,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "request_in_progress": Kind(409, "invalid_request_error"),
     "request_already_completed": Kind(409, "invalid_request_error"),
     "reservation_settled": Kind(409, "invalid_request_error"),
+    "version_mismatch": Kind(412, "invalid_request_error"),
     "request_too_large": Kind(413, "invalid_request_error"),
     "idempotency_key_reused": Kind(422, "invalid_request_error"),
     "rate_limit_exceeded": Kind(429, "rate_limit_error"),
@@ -197,6 +198,16 @@ def request_already_completed(receipt: str) -> ApiError:
 
 def reservation_settled(state: str) -> ApiError:
     return ApiError("reservation_settled", f"The reservation is {state} already.", facts={"state": state})
+
+
+def version_mismatch(version: int) -> ApiError:
+    """412. *version* is what it is now."""
+    return ApiError(
+        "version_mismatch",
+        f"It has changed meanwhile and is at version {version}. Read it again, then repeat the change.",
+        param="If-Match",
+        facts={"version": version},
+    )
 
 
 def request_too_large(bytes_max: int) -> ApiError:

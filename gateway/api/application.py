@@ -56,6 +56,7 @@ REFUSED: Final[Mapping[int, str]] = {
     403: "The key may not do this",
     404: "There is no such thing, or it is another tenant's",
     405: "Another method is needed",
+    412: "`If-Match` names another version than the present one",
     413: "The body is too large",
     422: "The idempotency key was used for another request",
     429: "Too many requests",

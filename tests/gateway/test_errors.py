@@ -23,6 +23,7 @@ PUBLIC_TABLE = [
     (409, errors.request_in_progress(), "request_in_progress"),
     (409, errors.request_already_completed("req_1"), "request_already_completed"),
     (409, errors.reservation_settled("committed"), "reservation_settled"),
+    (412, errors.version_mismatch(3), "version_mismatch"),
     (413, errors.request_too_large(10), "request_too_large"),
     (422, errors.idempotency_key_reused(), "idempotency_key_reused"),
     (429, errors.rate_limit_exceeded(limit=100, retry_after_s=7), "rate_limit_exceeded"),
