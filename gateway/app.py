@@ -19,6 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.application import create_api
 from gateway.api.services import Services
+from gateway.billing.budget_book import BudgetBook
+from gateway.billing.budgets import Budgets
 from gateway.billing.charging import Charging
 from gateway.clock import now_us
 from gateway.database import Database
@@ -265,7 +267,9 @@ async def running_parts(
         stack.push_async_callback(ledger.close)
         principals = Principals(database, now_us=now_us, looked_up=metrics.cache("principals"))
         customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
-        changes = Changes(principals.invalidate, url=settings.redis_url, link=link)
+        budget_book = BudgetBook(database, now_us=now_us)
+        budgets = Budgets(budget_book, ledger, now_us=now_us)
+        changes = Changes(principals.invalidate, budgets.invalidate, url=settings.redis_url, link=link)
         changes.start()
         stack.push_async_callback(changes.stop)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
@@ -276,7 +280,7 @@ async def running_parts(
         router = Router(settings, upstreams, price_book(settings))
         quoter = Quoter(settings, PromptCounter())
 
-        charging = Charging(ledger)
+        charging = Charging(ledger, budgets=budgets)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -327,6 +331,8 @@ async def running_parts(
             models=ServedModels(settings, now_us),
             quoter=quoter,
             charging=charging,
+            budgets=budgets,
+            budget_book=budget_book,
             proxy=chat,
             metrics=metrics,
             now_us=now_us,

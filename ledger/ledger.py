@@ -178,6 +178,10 @@ class Ledger:
         found = await _reading(self._wallet(ref))
         return 0 if found is None else sum(block.free for block in payable(found.blocks, NO_TAGS, now_us))
 
+    async def block(self, ref: WalletRef, block_id: str) -> Block | None:
+        """One block of a wallet, whether anything is left in it or not."""
+        return await _reading(self._store.block(ref, block_id))
+
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await _reading(self._store.reservation(ref))
 

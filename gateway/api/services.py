@@ -7,6 +7,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
+from gateway.billing.budget_book import BudgetBook
+from gateway.billing.budgets import Budgets
 from gateway.billing.charging import Charging
 from gateway.database import Database
 from gateway.identity.customers import Customers
@@ -37,6 +39,8 @@ class Services:
     models: ServedModels
     quoter: Quoter
     charging: Charging
+    budgets: Budgets
+    budget_book: BudgetBook
     proxy: ASGIApp
     metrics: Metrics
     now_us: Callable[[], int]

@@ -5,6 +5,7 @@ then keeps a tenant together, and row-level security has its columns. The one ex
 unique by itself, because the key is what tells the tenant. All times are microseconds since the epoch, UTC.
 """
 
+from gateway.tables.budgets import Budget
 from gateway.tables.identity import (
     AMOUNT_MAX,
     EXTERNAL_ID_LENGTH_MAX,
@@ -26,6 +27,7 @@ __all__ = [
     "ApiKey",
     "App",
     "AssetVersion",
+    "Budget",
     "Customer",
     "KeptAnswer",
     "Tenant",

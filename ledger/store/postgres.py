@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final, TypeVar
 
 from ledger.commands import AnyCommand, StoredResponse
-from ledger.model import Reservation, ReservationRef, Scope, WalletRef
+from ledger.model import Block, Reservation, ReservationRef, Scope, WalletRef
 from ledger.outcomes import Outcome, UsageRecorded
 from ledger.store import postgres_reads as reads
 from ledger.store.postgres_batch import BATCH_S, BATCHES_AT_ONCE, Batches
@@ -105,6 +105,9 @@ class PostgresStore:
 
     async def wallet_version(self, ref: WalletRef) -> int | None:
         return await self._read(lambda connection: reads.wallet_version(connection, ref))
+
+    async def block(self, ref: WalletRef, block_id: str) -> Block | None:
+        return await self._read(lambda connection: reads.block(connection, ref, block_id))
 
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await self._read(lambda connection: reads.reservation(connection, ref))

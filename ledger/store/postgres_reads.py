@@ -37,6 +37,7 @@ def _select(table: str, rest: str) -> str:
 
 
 _WALLET = "SELECT farebox_wallet_v1($1, $2, $3, $4)"
+_BLOCK = _select("ledger_block", "WHERE tenant = $1 AND mode = $2 AND wallet = $3 AND id = $4")
 _RESERVATION = "SELECT body FROM ledger_reservation WHERE tenant = $1 AND mode = $2 AND reservation = $3"
 _RESERVATIONS_OF_REQUEST = "SELECT body FROM ledger_reservation WHERE tenant = $1 AND mode = $2 AND request_id = $3"
 _USAGE_OF_REQUEST = _select(
@@ -99,6 +100,11 @@ async def wallet(connection: Connection, ref: WalletRef) -> WalletBlocks | None:
 async def wallet_version(connection: Connection, ref: WalletRef) -> int | None:
     found = await connection.fetchval(_WALLET, *ref, False)
     return None if found is None else int(_decode_found(found).wallet["version"])
+
+
+async def block(connection: Connection, ref: WalletRef, block_id: str) -> Block | None:
+    rows = await _named(connection, ref.scope, _BLOCK, *ref, block_id)
+    return block_from(rows[0]) if rows else None
 
 
 async def reservation(connection: Connection, ref: ReservationRef) -> Reservation | None:

@@ -129,6 +129,10 @@ class Store(Protocol):
         """The wallet's version: it rises with every change of the wallet, its blocks or what they hold for others."""
         ...
 
+    async def block(self, ref: WalletRef, block_id: str) -> Block | None:
+        """A block of the wallet, whether anything is left in it or not."""
+        ...
+
     async def reservation(self, ref: ReservationRef) -> Reservation | None: ...
 
     async def reservation_of_request(self, scope: Scope, request_id: str) -> Reservation | None:

@@ -17,7 +17,7 @@ from typing import TypeVar
 from sqlalchemy.engine import make_url
 
 from ledger.commands import AnyCommand, StoredResponse
-from ledger.model import Reservation, ReservationRef, Scope, WalletRef
+from ledger.model import Block, Reservation, ReservationRef, Scope, WalletRef
 from ledger.outcomes import Outcome, UsageRecorded
 from ledger.store import sqlite_reads as reads
 from ledger.store.protocol import (
@@ -120,6 +120,9 @@ class SqliteStore:
 
     async def wallet_version(self, ref: WalletRef) -> int | None:
         return await self._read(lambda connection: reads.wallet_version(connection, ref))
+
+    async def block(self, ref: WalletRef, block_id: str) -> Block | None:
+        return await self._read(lambda connection: reads.block(connection, ref, block_id))
 
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await self._read(lambda connection: reads.reservation(connection, ref))

@@ -35,6 +35,7 @@ def _select(table: str, rest: str) -> str:
 _WALLET = _select("ledger_wallet", "WHERE tenant = ? AND mode = ? AND wallet = ?")
 _WALLET_VERSION = "SELECT version FROM ledger_wallet WHERE tenant = ? AND mode = ? AND wallet = ?"
 _LIVE_BLOCKS = _select("ledger_block", "WHERE tenant = ? AND mode = ? AND wallet = ? AND live ORDER BY sequence")
+_BLOCK = _select("ledger_block", "WHERE tenant = ? AND mode = ? AND wallet = ? AND id = ?")
 _RESERVATION = "SELECT body FROM ledger_reservation WHERE tenant = ? AND mode = ? AND reservation = ?"
 _RESERVATIONS_OF_REQUEST = "SELECT body FROM ledger_reservation WHERE tenant = ? AND mode = ? AND request_id = ?"
 _USAGE_OF_REQUEST = _select(
@@ -84,6 +85,11 @@ def wallet(connection: sqlite3.Connection, ref: WalletRef) -> WalletBlocks | Non
 def wallet_version(connection: sqlite3.Connection, ref: WalletRef) -> int | None:
     row = connection.execute(_WALLET_VERSION, ref).fetchone()
     return None if row is None else int(row[0])
+
+
+def block(connection: sqlite3.Connection, ref: WalletRef, block_id: str) -> Block | None:
+    row = connection.execute(_BLOCK, (*ref, block_id)).fetchone()
+    return None if row is None else block_from(row)
 
 
 def reservation(connection: sqlite3.Connection, ref: ReservationRef) -> Reservation | None:

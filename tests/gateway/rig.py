@@ -16,6 +16,8 @@ import httpx
 import uvicorn
 from sqlalchemy import text
 
+from gateway.billing.budget_book import BudgetBook
+from gateway.billing.budgets import Budgets
 from gateway.billing.charging import Charging
 from gateway.clock import now_us
 from gateway.database import NOBODY, Database
@@ -457,7 +459,7 @@ async def running(
         router=Router(settings, served, price_book(settings)),
         quoter=Quoter(settings, PromptCounter()),
         ledger=ledger,
-        charging=Charging(ledger),
+        charging=Charging(ledger, budgets=Budgets(BudgetBook(database), ledger, now_us=clock.now_us)),
         live=live,
         journal=journal,
         shield=shield,

@@ -36,6 +36,7 @@ COMPLETION: Final = re.compile(r"chatcmpl-\w+")
 LAST4: Final = re.compile(r'"last4":"\w+"')
 NUMBER: Final = re.compile(r"\d+")
 CHAT: Final = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hello!"}]}
+MONTHLY: Final = {"credits": 4_000_000, "period": {"every": "month"}, "name": "theirs-budget"}
 EMPTY: Final[set[str]] = set()
 """Tables that nothing writes to yet."""
 
@@ -51,6 +52,7 @@ class Things:
     user: str
     request: str
     block: str
+    budget: str
     idempotency_key: str
 
     @property
@@ -64,7 +66,15 @@ def nobodys() -> Things:
     return Things(**ids, user="nobodys-user", idempotency_key="nobodys-key")
 
 
-PREFIXES: Final = {"tenant": "ten", "app": "app", "key": "key", "customer": "cus", "request": "req", "block": "blk"}
+PREFIXES: Final = {
+    "tenant": "ten",
+    "app": "app",
+    "key": "key",
+    "customer": "cus",
+    "request": "req",
+    "block": "blk",
+    "budget": "bud",
+}
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,22 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             Attempt("/v1/keys", {"app_id": things.app, "mode": mode, "name": "Taken"}, once) for mode in MODES
         ],
         "POST /v1/keys/{key_id}/revoke": [Attempt(f"/v1/keys/{things.key}/revoke", headers=once)],
+        "GET /v1/budgets": [Attempt("/v1/budgets"), Attempt(f"/v1/budgets?cursor={things.budget}", same=False)],
+        "POST /v1/budgets": [
+            *(
+                Attempt("/v1/budgets", {"subject": {"type": kind, "id": thing}, **MONTHLY}, once)
+                for kind, thing in (
+                    ("tenant", things.tenant),
+                    ("app", things.app),
+                    ("key", things.key),
+                    ("customer", things.customer),
+                    ("customer", things.user),
+                )
+            ),
+        ],
+        "GET /v1/budgets/{budget_id}": [Attempt(f"/v1/budgets/{things.budget}")],
+        "PATCH /v1/budgets/{budget_id}": [Attempt(f"/v1/budgets/{things.budget}", {"credits": 0})],
+        "POST /v1/budgets/{budget_id}/archive": [Attempt(f"/v1/budgets/{things.budget}/archive", headers=once)],
         "GET /health/live": [Attempt("/health/live")],
         "GET /health/ready": [Attempt("/health/ready")],
         "GET /metrics": [Attempt("/metrics", same=False)],
@@ -165,6 +191,9 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
         block = await office.post("/v1/topup/grant", grant, key=label, once=once)
         await office.post("/v1/funding/pool", {"credits": 1_000_000}, key=label, once=once)
         await office.post("/v1/funding/grant", {"customer_id": user, "amount": "0.5"}, key=label, once=once)
+        budget = await office.post(
+            "/v1/budgets", {"subject": {"type": "customer", "id": user}, **MONTHLY}, key=label, once=once
+        )
         answer = await office.ask(
             "POST", "/v1/chat/completions", CHAT, key=label, once=once, headers={"X-Quota-User": user}
         )
@@ -177,6 +206,7 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             user=user,
             request=answer.headers["x-request-id"],
             block=block["ledger_id"],
+            budget=budget["id"],
             idempotency_key=once,
         )
     return settled
