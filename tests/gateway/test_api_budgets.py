@@ -106,10 +106,8 @@ async def test_an_answer_is_clamped_to_what_a_budget_leaves(funded: Office):
 
 
 async def test_a_stream_ends_where_the_budget_does(funded: Office):
-    """The simulated upstream says back what it was told, which takes more than the first slice."""
     await budget(funded, {"type": "customer", "id": "alice"}, 40)
-    long = [{"role": "user", "content": "word " * 1_500}]
-    stream = await funded.chat("alice", stream=True, messages=long)
+    stream = await funded.chat("alice", stream=True, simulate={"tokens": 2_000})
     assert stream.status_code == 200, stream.text
     assert '"code":"budget_exceeded"' in stream.text.replace(" ", "")
     assert '"finish_reason":"length"' in stream.text.replace(" ", "")

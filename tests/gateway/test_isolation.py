@@ -36,7 +36,7 @@ COMPLETION: Final = re.compile(r"chatcmpl-\w+")
 LAST4: Final = re.compile(r'"last4":"\w+"')
 NUMBER: Final = re.compile(r"\d+")
 CHAT: Final = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hello!"}]}
-MONTHLY: Final = {"credits": 4_000_000, "period": {"every": "month"}, "name": "theirs-budget"}
+MONTHLY: Final = {"credits": 4_000_000, "period": {"every": "month"}}
 EMPTY: Final[set[str]] = set()
 """Tables that nothing writes to yet."""
 
@@ -192,7 +192,10 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
         await office.post("/v1/funding/pool", {"credits": 1_000_000}, key=label, once=once)
         await office.post("/v1/funding/grant", {"customer_id": user, "amount": "0.5"}, key=label, once=once)
         budget = await office.post(
-            "/v1/budgets", {"subject": {"type": "customer", "id": user}, **MONTHLY}, key=label, once=once
+            "/v1/budgets",
+            {"subject": {"type": "customer", "id": user}, "name": f"{name}-budget", **MONTHLY},
+            key=label,
+            once=once,
         )
         answer = await office.ask(
             "POST", "/v1/chat/completions", CHAT, key=label, once=once, headers={"X-Quota-User": user}
