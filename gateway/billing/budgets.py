@@ -144,7 +144,10 @@ class Budgets:
         Raises:
             LedgerUnavailable: nobody can say, so nothing is asked of the ledger.
         """
-        shared = await self._lease(_Name(scope, None))
+        name = _Name(scope, None)
+        shared = self._known.get(name)
+        if shared is None or self._monotonic_s() >= shared.until_s:
+            shared = await self._lease(name)
         if not shared.budgets and not shared.of_customers:
             return ()
         budgets = shared.budgets
