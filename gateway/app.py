@@ -21,7 +21,12 @@ from gateway.api.application import create_api
 from gateway.api.services import Services
 from gateway.billing.budget_book import BudgetBook
 from gateway.billing.budgets import Budgets
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.metrics import BillableMetrics
+from gateway.billing.refunds import Refunds
+from gateway.billing.reservations import Reservations
+from gateway.billing.usage import Metering
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
@@ -269,7 +274,9 @@ async def running_parts(
         customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
         budget_book = BudgetBook(database, now_us=now_us)
         budgets = Budgets(budget_book, ledger, now_us=now_us)
-        changes = Changes(principals.invalidate, budgets.invalidate, url=settings.redis_url, link=link)
+        catalog, billables = Catalog(database), BillableMetrics(database, now_us=now_us)
+        caches = (principals.invalidate, catalog.invalidate, budgets.invalidate)
+        changes = Changes(*caches, url=settings.redis_url, link=link)
         changes.start()
         stack.push_async_callback(changes.stop)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
@@ -278,7 +285,7 @@ async def running_parts(
         for upstream in upstreams.values():
             stack.push_async_callback(upstream.close)
         router = Router(settings, upstreams, price_book(settings))
-        quoter = Quoter(settings, PromptCounter())
+        quoter = Quoter(settings, PromptCounter(), catalog)
 
         charging = Charging(ledger, budgets=budgets)
         live, shield = LiveHolds(ledger), Shield()
@@ -333,6 +340,11 @@ async def running_parts(
             charging=charging,
             budgets=budgets,
             budget_book=budget_book,
+            refunds=Refunds(ledger, new_id=new_id),
+            reservations=Reservations(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
+            catalog=catalog,
+            billables=billables,
+            metering=Metering(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             proxy=chat,
             metrics=metrics,
             now_us=now_us,

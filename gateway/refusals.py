@@ -7,6 +7,8 @@ from typing import Final
 
 from gateway.api.wire import time_text_or_none
 from gateway.billing.budgets import BudgetExceeded
+from gateway.billing.catalog import MetricNotFound, MetricNotPriced
+from gateway.billing.reservations import TaskNotFound
 from gateway.database import DatabaseUnavailable
 from gateway.errors import (
     ApiError,
@@ -36,12 +38,23 @@ from ledger.errors import (
     WalletFrozen,
 )
 
+
+def _no_metric(message: str) -> ApiError:
+    advice = "Set one up with POST /v1/billable-metrics and POST /v1/metering-rules."
+    return ApiError("not_found", f"{message} {advice}", param="billable_metric_key")
+
+
 REFUSALS: Final = ErrorTable(
     {
         DatabaseUnavailable: lambda error: ledger_unavailable(),
         LedgerUnavailable: lambda error: ledger_unavailable(),
         KeyReused: lambda error: idempotency_key_reused(),
         ReservationSettled: lambda error: reservation_settled(error.state.value if error.state else "settled"),
+        MetricNotFound: lambda error: _no_metric(f"There is no billable metric {error.key[:64]!r}."),
+        MetricNotPriced: lambda error: _no_metric(
+            f"The billable metric {error.key[:64]!r} has no metering rule in force."
+        ),
+        TaskNotFound: lambda error: not_found(f"reservation {error.reservation_id[:64]}"),
         NotFound: lambda error: not_found("such wallet, block or reservation"),
         AlreadyExists: lambda error: invalid_request("It exists already: take a new id."),
         AssetMismatch: lambda error: invalid_request("The wallet holds another asset than the tenant's credits."),

@@ -21,10 +21,16 @@ from gateway.api import (
     funding,
     health,
     keys,
+    metrics,
     models,
     quote,
+    refunds,
     requests,
+    reservations,
+    revocations,
+    rules,
     topup,
+    usage,
 )
 from gateway.api.access import SECURITY
 from gateway.api.frame import REFUSAL, REQUEST_ID, Frame
@@ -42,7 +48,25 @@ with `X-Idempotent-Replayed: true`.
 """
 
 
-RESOURCES: Final = (chat, quote, models, requests, topup, funding, credits, customers, apps, keys, budgets)
+RESOURCES: Final = (
+    chat,
+    quote,
+    models,
+    requests,
+    refunds,
+    reservations,
+    topup,
+    funding,
+    revocations,
+    credits,
+    customers,
+    apps,
+    keys,
+    metrics,
+    rules,
+    usage,
+    budgets,
+)
 PLAIN: Final = (health, docs)
 """They need no key."""
 
@@ -70,6 +94,7 @@ REFUSED: Final[Mapping[int, str]] = {
     403: "The key may not do this",
     404: "There is no such thing, or it is another tenant's",
     405: "Another method is needed",
+    409: "It is there already, settled already, or under way",
     412: "`If-Match` names another version than the present one",
     413: "The body is too large",
     422: "The idempotency key was used for another request",

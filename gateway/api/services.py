@@ -9,7 +9,12 @@ from starlette.types import ASGIApp
 
 from gateway.billing.budget_book import BudgetBook
 from gateway.billing.budgets import Budgets
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.metrics import BillableMetrics
+from gateway.billing.refunds import Refunds
+from gateway.billing.reservations import Reservations
+from gateway.billing.usage import Metering
 from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
@@ -41,6 +46,11 @@ class Services:
     charging: Charging
     budgets: Budgets
     budget_book: BudgetBook
+    refunds: Refunds
+    reservations: Reservations
+    catalog: Catalog
+    billables: BillableMetrics
+    metering: Metering
     proxy: ASGIApp
     metrics: Metrics
     now_us: Callable[[], int]

@@ -12,6 +12,7 @@ import msgspec
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from gateway.errors import invalid_request
+from pricing.metering import MICROS_PER_UNIT, UNITS_MAX, microunits
 from pricing.money import Asset, parse_decimal
 
 METADATA_BYTES_MAX: Final = 16 * 1024
@@ -88,6 +89,21 @@ def units_of_millis(millicredits: int, asset: Asset, *, param: str) -> int:
         raise invalid_request(f"{param}: {error}.", param=param) from None
 
 
+def units_of_credits(credits: str, asset: Asset, *, param: str) -> int:
+    """Decimal credits in the asset's smallest unit, exactly.
+
+    Raises:
+        ApiError: 400 naming *param* for what the asset cannot hold, and for nothing at all.
+    """
+    try:
+        units = asset.parse(credits)
+    except ValueError as error:
+        raise invalid_request(f"{param}: {error}.", param=param) from None
+    if units == 0:
+        raise invalid_request(f"{param} must be more than nothing.", param=param)
+    return units
+
+
 def units_of_usd(usd: Decimal, asset: Asset, *, param: str) -> int:
     """A number of dollars in the asset's smallest unit, exactly.
 
@@ -101,6 +117,17 @@ def units_of_usd(usd: Decimal, asset: Asset, *, param: str) -> int:
     if units == 0:
         raise invalid_request(f"{param} must be more than nothing.", param=param)
     return units
+
+
+def shown_units(micros: int) -> float | int:
+    """A quantity in millionths, as the JSON number that has its exact digits: a double tells all that there can be."""
+    whole, part = divmod(micros, MICROS_PER_UNIT)
+    return micros / MICROS_PER_UNIT if part else whole
+
+
+def _quantity(value: Decimal) -> Decimal:
+    """Units of a metric. However they were written, they are the same number in the same form."""
+    return Decimal(microunits(value)) / MICROS_PER_UNIT
 
 
 def _exact_number(value: Any) -> Any:
@@ -166,6 +193,7 @@ ExactDecimal = Annotated[
     BeforeValidator(_exact_number),
     Field(json_schema_extra={"type": "number"}, allow_inf_nan=False, ge=0),
 ]
+Units = Annotated[ExactDecimal, AfterValidator(_quantity), Field(le=UNITS_MAX)]
 FutureTime = Annotated[
     AwareDatetime,
     BeforeValidator(_written_out),

@@ -6,6 +6,7 @@ unique by itself, because the key is what tells the tenant. All times are micros
 """
 
 from gateway.tables.budgets import Budget
+from gateway.tables.catalog import METRIC_KEY_LENGTH_MAX, BillableMetric, MeteringRule
 from gateway.tables.identity import (
     AMOUNT_MAX,
     EXTERNAL_ID_LENGTH_MAX,
@@ -23,12 +24,15 @@ __all__ = [
     "AMOUNT_MAX",
     "EXTERNAL_ID_LENGTH_MAX",
     "MARKUP_BPS_MAX",
+    "METRIC_KEY_LENGTH_MAX",
     "NAME_LENGTH_MAX",
     "ApiKey",
     "App",
     "AssetVersion",
+    "BillableMetric",
     "Budget",
     "Customer",
     "KeptAnswer",
+    "MeteringRule",
     "Tenant",
 ]

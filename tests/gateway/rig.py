@@ -18,7 +18,9 @@ from sqlalchemy import text
 
 from gateway.billing.budget_book import BudgetBook
 from gateway.billing.budgets import Budgets
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.metrics import BillableMetrics
 from gateway.clock import now_us
 from gateway.database import NOBODY, Database
 from gateway.identity.customers import Customers
@@ -237,6 +239,7 @@ class Rig:
     store: FragileStore
     tenants: Tenants
     customers: Customers
+    billables: BillableMetrics
     proxy: ChatProxy
     live: LiveHolds
     journal: SettlementJournal
@@ -336,7 +339,7 @@ class Rig:
         await self._grant(app_wallet(self.tenant, mode, self.app), mode, credits, {})
 
     async def _grant(self, wallet: Any, mode: str, credits: str, options: dict[str, Any]) -> None:
-        given = {"funding": Funding.PAID, **options}
+        given = {"funding": Funding.PAID, "operator_paid": True, **options}
         await self.ledger.execute(
             Grant(
                 id=new_id("cmd"),
@@ -457,7 +460,7 @@ async def running(
         customers=customers,
         rate_limit=ProcessRateLimit(),
         router=Router(settings, served, price_book(settings)),
-        quoter=Quoter(settings, PromptCounter()),
+        quoter=Quoter(settings, PromptCounter(), Catalog(database)),
         ledger=ledger,
         charging=Charging(ledger, budgets=Budgets(BudgetBook(database), ledger, now_us=clock.now_us)),
         live=live,
@@ -492,6 +495,7 @@ async def running(
             store=store,
             tenants=tenants,
             customers=customers,
+            billables=BillableMetrics(database),
             proxy=proxy,
             live=live,
             journal=journal,

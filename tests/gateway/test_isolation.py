@@ -53,6 +53,10 @@ class Things:
     request: str
     block: str
     budget: str
+    reservation: str
+    metric: str
+    metric_key: str
+    rule: str
     idempotency_key: str
 
     @property
@@ -63,7 +67,7 @@ class Things:
 def nobodys() -> Things:
     """Of the same form as somebody's, and nobody has them."""
     ids = {name: new_id(prefix) for name, prefix in PREFIXES.items()}
-    return Things(**ids, user="nobodys-user", idempotency_key="nobodys-key")
+    return Things(**ids, user="nobodys-user", metric_key="nobodys-metric", idempotency_key="nobodys-key")
 
 
 PREFIXES: Final = {
@@ -74,6 +78,9 @@ PREFIXES: Final = {
     "request": "req",
     "block": "blk",
     "budget": "bud",
+    "reservation": "rsv",
+    "metric": "mtr",
+    "rule": "rul",
 }
 
 
@@ -92,6 +99,7 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
     once = {"Idempotency-Key": things.idempotency_key}
     names = [{"customer_id": things.customer}, {"customer_id": things.user}]
     people = (things.customer, things.user)
+    metrics, price = (things.metric, things.metric_key), {"cost_type": "flat", "credit_cost": 7}
     chat = [Attempt("/v1/chat/completions", CHAT, {"X-Quota-User": user, **once}) for user in people]
     chat += [
         Attempt("/v1/chat/completions", {**CHAT, "user": things.user}, once),
@@ -111,6 +119,30 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             *(Attempt(f"/v1/requests/{thing}") for thing in (things.request, things.block)),
             *(Attempt(f"/v1/requests/{things.request}?mode={mode}") for mode in MODES),
         ],
+        "POST /v1/requests/{request_id}/refund": [
+            *(Attempt(f"/v1/requests/{thing}/refund", {}, once) for thing in (things.request, things.block)),
+            Attempt(f"/v1/requests/{things.request}/refund", {"credits": 1}),
+        ],
+        "POST /v1/customers/{customer}/credits/{block_id}/revoke": [
+            *(Attempt(f"/v1/customers/{person}/credits/{things.block}/revoke", {}, once) for person in people),
+            Attempt(f"/v1/customers/alice/credits/{things.block}/revoke", {"clawback": True}),
+        ],
+        **{
+            f"POST /v1/{verb}": [
+                Attempt(f"/v1/{verb}", {**name, "credits": 10, "metadata": {"job": things.reservation}}, once)
+                for name in names
+            ]
+            for verb in ("reservations", "reserve")
+        },
+        "GET /v1/reservations/{reservation_id}": [
+            Attempt(f"/v1/reservations/{thing}") for thing in (things.reservation, things.request)
+        ],
+        **{
+            f"POST /v1/reservations/{{reservation_id}}/{verb}": [
+                Attempt(f"/v1/reservations/{things.reservation}/{verb}", body, headers) for headers in ({}, once)
+            ]
+            for verb, body in (("commit", {"credits": 1}), ("release", None), ("extend", {"ttl_seconds": 60}))
+        },
         "POST /v1/topup/grant": [
             *(Attempt("/v1/topup/grant", {**name, "credits": 1000}, once) for name in names),
             Attempt("/v1/topup/grant", {"end_user_id": things.user, "credits": 1, "apps": [things.app]}),
@@ -159,6 +191,40 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
         "GET /v1/budgets/{budget_id}": [Attempt(f"/v1/budgets/{things.budget}")],
         "PATCH /v1/budgets/{budget_id}": [Attempt(f"/v1/budgets/{things.budget}", {"credits": 0})],
         "POST /v1/budgets/{budget_id}/archive": [Attempt(f"/v1/budgets/{things.budget}/archive", headers=once)],
+        "POST /v1/billable-metrics": [
+            Attempt("/v1/billable-metrics", {"key": things.metric}),
+            Attempt("/v1/billable-metrics", {"key": things.metric_key, "name": "Taken"}, once),
+        ],
+        "GET /v1/billable-metrics": [
+            Attempt("/v1/billable-metrics", same=False),
+            Attempt(f"/v1/billable-metrics?cursor={things.metric}", same=False),
+        ],
+        # After the one before, the first tenant has a metric of that key, too: only the id is the other's alone.
+        "GET /v1/billable-metrics/{metric}": [Attempt(f"/v1/billable-metrics/{name}") for name in metrics],
+        "PATCH /v1/billable-metrics/{metric}": [
+            Attempt(f"/v1/billable-metrics/{name}", {"name": "Taken"}) for name in metrics
+        ],
+        "POST /v1/metering-rules": [
+            Attempt("/v1/metering-rules", {"billable_metric_key": name, **price}, once) for name in metrics
+        ],
+        "GET /v1/metering-rules": [
+            Attempt(f"/v1/metering-rules?billable_metric_key={things.metric}"),
+            Attempt(f"/v1/metering-rules?cursor={things.rule}", same=False),
+        ],
+        "GET /v1/metering-rules/{rule_id}": [Attempt(f"/v1/metering-rules/{things.rule}")],
+        "PATCH /v1/metering-rules/{rule_id}": [Attempt(f"/v1/metering-rules/{things.rule}", {"credit_cost": 1})],
+        "POST /v1/metering-rules/{rule_id}/archive": [Attempt(f"/v1/metering-rules/{things.rule}/archive")],
+        "POST /v1/usage": [
+            *(Attempt("/v1/usage", {**name, "billable_metric_key": things.metric_key}, once) for name in names),
+            Attempt("/v1/usage", {**names[1], "feature_key": things.metric}),
+        ],
+        "POST /v1/usage/batch": [
+            Attempt("/v1/usage/batch", {"events": [{**name, "feature_key": things.metric_key} for name in names]}),
+            Attempt("/v1/usage/batch", {"events": [{**names[1], "feature_key": things.metric_key}]}, once),
+        ],
+        "POST /v1/billable-metrics/{metric}/archive": [
+            Attempt(f"/v1/billable-metrics/{name}/archive") for name in metrics
+        ],
         "GET /health/live": [Attempt("/health/live")],
         "GET /health/ready": [Attempt("/health/ready")],
         "GET /metrics": [Attempt("/metrics", same=False)],
@@ -189,6 +255,9 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             "expires_at": "2096-01-01T00:00:00Z",
         }
         block = await office.post("/v1/topup/grant", grant, key=label, once=once)
+        metric = await office.post("/v1/billable-metrics", {"key": f"{name}-metric"}, key=label, once=once)
+        price = {"billable_metric_key": f"{name}-metric", "cost_type": "flat", "credit_cost": 1000}
+        rule = await office.post("/v1/metering-rules", price, key=label, once=once)
         await office.post("/v1/funding/pool", {"credits": 1_000_000}, key=label, once=once)
         await office.post("/v1/funding/grant", {"customer_id": user, "amount": "0.5"}, key=label, once=once)
         budget = await office.post(
@@ -201,6 +270,7 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             "POST", "/v1/chat/completions", CHAT, key=label, once=once, headers={"X-Quota-User": user}
         )
         assert answer.status_code == 200, answer.text
+        held = await office.post("/v1/reservations", {"customer_id": user, "credits": 1000}, key=label, once=once)
         settled[mode] = Things(
             tenant=tenant.id,
             app=app.id,
@@ -210,6 +280,10 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             request=answer.headers["x-request-id"],
             block=block["ledger_id"],
             budget=budget["id"],
+            reservation=held["id"],
+            metric=metric["id"],
+            metric_key=f"{name}-metric",
+            rule=rule["id"],
             idempotency_key=once,
         )
     return settled

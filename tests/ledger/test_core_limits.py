@@ -267,3 +267,13 @@ def test_a_limits_credits_are_booked_from_its_account_in_its_scope():
     assert (filled.credit, filled.amount, filled.block, filled.reference) == ("wallet:day", 100, "day_0", "r1")
     assert case.state.wallets.keys() == {wallet_ref("w1")}
     assert Funding.LIMIT == "limit"
+
+
+def test_an_overage_is_owed_within_the_limit_alone():
+    check("""
+        grant   w1 b1 10
+        debit   w1 r1 60 overage limits=day:50:0..90  -> limit_reached needed=60 available=50 limit=day
+        debit   w1 r1 40 overage limits=day:50:0..90  -> committed
+        block   day day_0 consumed=40
+        wallet  w1 receivable=30
+    """)
