@@ -364,3 +364,23 @@ async def test_it_is_told_also_when_nothing_is_left(funded: Office):
     for _ in range(2):
         assert await services.budgets.remaining(scope, spender) == 0
     assert (await shown(funded, made))["spent_decimal"] != "0"
+
+
+async def test_metered_usage_and_tasks_are_under_it_too(funded: Office):
+    await funded.post("/v1/billable-metrics", {"key": "page"})
+    price = {"billable_metric_key": "page", "cost_type": "per_unit", "unit_cost": 1_000}
+    await funded.post("/v1/metering-rules", price)
+    made = await budget(funded, {"type": "customer", "id": "alice"}, 5_000)
+    event = {"customer_id": "alice", "billable_metric_key": "page"}
+    task = {"customer_id": "alice", "billable_metric_key": "page", "estimated_units": 3}
+    assert (await funded.ask("POST", "/v1/usage", {**event, "units": 2})).status_code == 202
+    held = await funded.post("/v1/reservations", task)
+    for path, body in (("/v1/usage", {**event, "units": 1}), ("/v1/reservations", task)):
+        refused = await funded.ask("POST", path, body)
+        assert refused.status_code == 402, refused.text
+        error = refused.json()["error"]
+        assert (error["code"], error["budget"], error["available"]) == ("budget_exceeded", made["id"], 0)
+    now = await shown(funded, made)
+    assert (now["spent"], now["reserved"], now["remaining"]) == (2_000, 3_000, 0)
+    await funded.post(f"/v1/reservations/{held['id']}/release")
+    assert (await shown(funded, made))["remaining"] == 3_000
