@@ -21,6 +21,8 @@ from gateway.api.application import create_api
 from gateway.api.event_view import Rendering, customer_object
 from gateway.api.services import Services
 from gateway.billing.auto_buy import AutoBuy
+from gateway.billing.budget_book import BudgetBook
+from gateway.billing.budgets import Budgets
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.erasure import Erasure
@@ -289,10 +291,11 @@ async def running_parts(
         welcomes = Welcomes(ledger, now_us=now_us, new_id=new_id)
         customers = Customers(database, welcome=welcomes.give, now_us=now_us)
         tenants = Tenants(database, now_us=now_us)
+        budget_book = BudgetBook(database, now_us=now_us)
+        budgets = Budgets(budget_book, ledger, now_us=now_us)
         catalog, billables = Catalog(database), BillableMetrics(database, now_us=now_us)
-        changes = Changes(
-            principals.invalidate, customers.forget, catalog.invalidate, url=settings.redis_url, link=link
-        )
+        caches = (principals.invalidate, customers.forget, catalog.invalidate, budgets.invalidate)
+        changes = Changes(*caches, url=settings.redis_url, link=link)
         changes.start()
         stack.push_async_callback(changes.stop)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
@@ -305,7 +308,7 @@ async def running_parts(
 
         packs = Packs(database, ledger, now_us=now_us)
         auto_buy = AutoBuy(database, ledger, packs)
-        charging = Charging(ledger, auto_buy=auto_buy)
+        charging = Charging(ledger, budgets=budgets, auto_buy=auto_buy)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -361,6 +364,8 @@ async def running_parts(
             models=ServedModels(settings, now_us),
             quoter=quoter,
             charging=charging,
+            budgets=budgets,
+            budget_book=budget_book,
             refunds=Refunds(ledger, new_id=new_id),
             reservations=Reservations(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             packs=packs,

@@ -33,6 +33,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "invalid_request": Kind(400, "invalid_request_error"),
     "invalid_api_key": Kind(401, "authentication_error"),
     "insufficient_credits": Kind(402, "insufficient_quota"),
+    "budget_exceeded": Kind(402, "insufficient_quota"),
     "permission_denied": Kind(403, "permission_error"),
     "not_found": Kind(404, "invalid_request_error"),
     "model_not_found": Kind(404, "invalid_request_error"),
@@ -122,12 +123,7 @@ def insufficient_credits(
 ) -> ApiError:
     """402. *needed* and *available* are in the asset's smallest unit; the client reads millicredits and decimals."""
     needed_decimal, available_decimal = asset.format(needed), asset.format(available)
-    facts: dict[str, Any] = {
-        "needed": asset.to_millis(needed),
-        "needed_decimal": needed_decimal,
-        "available": asset.to_millis(available),
-        "available_decimal": available_decimal,
-    }
+    facts = _lack(needed, available, asset)
     if top_up_url is not None:
         facts["top_up_url"] = top_up_url
     return ApiError(
@@ -135,6 +131,28 @@ def insufficient_credits(
         f"This request needs {needed_decimal} credits and {available_decimal} are available. "
         "Top up, or ask for less (a lower max_tokens, a cheaper model).",
         facts=facts,
+    )
+
+
+def _lack(needed: int, available: int, asset: Denomination) -> dict[str, Any]:
+    return {
+        "needed": asset.to_millis(needed),
+        "needed_decimal": asset.format(needed),
+        "available": asset.to_millis(available),
+        "available_decimal": asset.format(available),
+    }
+
+
+def budget_exceeded(
+    budget_id: str, *, needed: int, available: int, asset: Denomination, resets_at: str | None
+) -> ApiError:
+    """402, not 429: SDKs would ask again at once. *resets_at* is a time in RFC 3339; None is never."""
+    when = "raise it, or ask for less" if resets_at is None else f"wait until {resets_at}, raise it, or ask for less"
+    return ApiError(
+        "budget_exceeded",
+        f"This request needs {asset.format(needed)} credits and the budget {budget_id} leaves "
+        f"{asset.format(available)}: {when}.",
+        facts={"budget": budget_id, **_lack(needed, available, asset), "resets_at": resets_at},
     )
 
 

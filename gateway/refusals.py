@@ -1,10 +1,12 @@
 """What the domain's exceptions become at the edge. The one place that turns them into HTTP.
 
-A lack of credits is not in the table: who asked knows the asset, and what to do about it.
+A lack of credits is not in the table: who asked knows the asset, and what to do about it; see `unaffordable`.
 """
 
 from typing import Final
 
+from gateway.api.wire import time_text_or_none
+from gateway.billing.budgets import BudgetExceeded
 from gateway.billing.catalog import MetricNotFound, MetricNotPriced
 from gateway.billing.packs import PackArchived
 from gateway.billing.reservations import TaskNotFound
@@ -14,6 +16,7 @@ from gateway.errors import (
     ApiError,
     Denomination,
     ErrorTable,
+    budget_exceeded,
     idempotency_key_reused,
     insufficient_credits,
     invalid_request,
@@ -81,4 +84,9 @@ UNAFFORDABLE: Final = (InsufficientCredits, LimitReached, ReceivableOutstanding)
 
 def unaffordable(error: InsufficientCredits | LimitReached | ReceivableOutstanding, asset: Denomination) -> ApiError:
     """402 for one of `UNAFFORDABLE`, in the words of the asset."""
+    if isinstance(error, BudgetExceeded):
+        resets_at = time_text_or_none(error.resets_at_us)
+        return budget_exceeded(
+            error.budget_id, needed=error.needed, available=error.available, asset=asset, resets_at=resets_at
+        )
     return insufficient_credits(needed=error.needed, available=error.available, asset=asset)

@@ -19,11 +19,13 @@ from ledger.commands import (
     Grant,
     Hold,
     Lapse,
+    Limit,
     Purchase,
     Refund,
     Release,
     Reserve,
     Revoke,
+    SetLimit,
 )
 from ledger.core import decide
 from ledger.draft import RETURN_BLOCKS
@@ -76,6 +78,8 @@ def needs(commands: Iterable[AnyCommand]) -> Needs:
         named.commands.add((command.scope, command.id))
         if command.key is not None:
             named.keys.add((command.scope, command.key.operation, command.key.key))
+        for limit in _limits_of(command):
+            named.blocks.update(limit.blocks)
         match command:
             case Hold():
                 named.reservations.add(command.reservation)
@@ -96,6 +100,12 @@ def needs(commands: Iterable[AnyCommand]) -> Needs:
             case _:
                 named.wallets.add(command.wallet)
     return named
+
+
+def _limits_of(command: AnyCommand) -> tuple[Limit, ...]:
+    if isinstance(command, SetLimit):
+        return (command.limit,)
+    return command.limits if isinstance(command, (Hold, Extend)) else ()
 
 
 def reserved_wallets(reservation: Reservation) -> set[WalletRef]:

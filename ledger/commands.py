@@ -109,10 +109,38 @@ class ReserveLeg(msgspec.Struct, frozen=True, gc=False):
     minimum: int
 
 
+class LimitPeriod(msgspec.Struct, frozen=True, gc=False):
+    """When a limit's block serves: at ``start_us <= t < end_us``, for ever without an end. The block is its own."""
+
+    block_id: str
+    start_us: int
+    end_us: int | None = None
+
+
+class Limit(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """A spend limit: in each period *amount* may be spent under it.
+
+    The block of the period that the command falls in is opened with *amount* by the first command that needs it. Who
+    asks does not know the batch's clock, so it names the neighbouring period, too, when that is near. Without
+    *periods* the wallet is as it is filled. An event tells, once a period, when what was used reaches one of
+    *thresholds_bps* of the amount; those of a period are fixed when it is opened.
+    """
+
+    wallet: WalletRef
+    amount: int = 0
+    periods: tuple[LimitPeriod, ...] = ()
+    thresholds_bps: tuple[int, ...] = ()
+
+    @property
+    def blocks(self) -> list[tuple[WalletRef, str]]:
+        """The blocks that it names. They count even when nothing is left in them."""
+        return [(self.wallet, period.block_id) for period in self.periods]
+
+
 class Hold(Command, frozen=True, kw_only=True):
     """What a reservation and a debit have in common.
 
-    The first leg is the payer's, a second one bears what a product action's price leaves uncovered. Every *limit*
+    The first leg is the payer's, a second one bears what a product action's price leaves uncovered. Every limit
     must afford what the first leg holds. *unfunded* is the tenant's line that bounds what may be burnt from credits
     that the operator was not paid for, an agreed overdraft among them; None leaves it unbounded. *developer* names
     the account that markup is payable to.
@@ -121,7 +149,7 @@ class Hold(Command, frozen=True, kw_only=True):
     reservation: ReservationRef
     asset: str
     legs: tuple[ReserveLeg, ...]
-    limits: tuple[WalletRef, ...] = ()
+    limits: tuple[Limit, ...] = ()
     unfunded: WalletRef | None = None
     developer: str | None = None
     tags: Tags = Tags()
@@ -130,7 +158,7 @@ class Hold(Command, frozen=True, kw_only=True):
     def wallets(self) -> list[WalletRef]:
         """Every wallet that it names."""
         named = [ref for leg in self.legs for ref in leg.wallets]
-        named += self.limits
+        named += [limit.wallet for limit in self.limits]
         if self.unfunded is not None:
             named.append(self.unfunded)
         return named
@@ -154,12 +182,14 @@ class Reserve(Hold, frozen=True, kw_only=True, tag="reserve"):
 class Extend(Command, frozen=True, kw_only=True, tag="extend"):
     """Hold more on the first leg, live longer, or both. *amount* 0 is a heartbeat.
 
-    *amount* is in addition to what is held; less is taken, but not under *minimum*, when it is short.
+    *amount* is in addition to what is held; less is taken, but not under *minimum*, when it is short. *limits* are
+    those of the reservation, as they are by now: a new period may have begun. Others are passed over.
     """
 
     reservation: ReservationRef
     amount: int = 0
     minimum: int = 0
+    limits: tuple[Limit, ...] = ()
     ttl_us: int | None = None
     mark: Settlement | None = None
 
@@ -282,6 +312,17 @@ class SetOverdraft(Command, frozen=True, kw_only=True, tag="set_overdraft"):
     limit: int
 
 
+class SetLimit(Command, frozen=True, kw_only=True, tag="set_limit"):
+    """Let the period of *limit* that is now have its amount, though never less than is used and reserved of it."""
+
+    limit: Limit
+    asset: str
+
+    @property
+    def wallet(self) -> WalletRef:
+        return self.limit.wallet
+
+
 AnyCommand = (
     Grant
     | Purchase
@@ -296,4 +337,5 @@ AnyCommand = (
     | Expire
     | Freeze
     | SetOverdraft
+    | SetLimit
 )

@@ -26,9 +26,11 @@ from ledger.commands import (
     Release,
     Reserve,
     Revoke,
+    SetLimit,
     SetOverdraft,
 )
 from ledger.granting import expire, freeze, grant, revoke, set_overdraft
+from ledger.limits import set_limit
 from ledger.model import ReservationRef, WalletRef
 from ledger.outcomes import (
     Applied,
@@ -99,4 +101,5 @@ _DECISIONS: dict[type[AnyCommand], Callable[[State, Any, int], Outcome]] = {
     Expire: expire,
     Freeze: freeze,
     SetOverdraft: set_overdraft,
+    SetLimit: set_limit,
 }

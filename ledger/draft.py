@@ -41,8 +41,9 @@ FUNDING_ACCOUNT = {
     Funding.EXTERNAL: Account.EXTERNAL,
     Funding.PROMOTIONAL: Account.PROMO,
     Funding.PLAN: Account.PLAN,
+    Funding.LIMIT: Account.LIMIT,
 }
-"""Where a grant of this kind comes from. A developer's grant has none: it comes out of a pool, which is a wallet."""
+"""Where a block of this kind comes from. A developer's grant has none: it comes out of a pool, which is a wallet."""
 
 
 class Source(msgspec.Struct, frozen=True, gc=False):
@@ -98,6 +99,10 @@ class Draft:
         """The block as it was before this draft, or as this draft opened it."""
         return self._blocks_opened.get((ref, block_id)) or self.state.blocks[ref][block_id]
 
+    def find_block(self, ref: WalletRef, block_id: str) -> Block | None:
+        """As `block`, where it may be missing."""
+        return self._blocks_opened.get((ref, block_id)) or self.state.blocks.get(ref, {}).get(block_id)
+
     def block_after(self, block: Block) -> Block:
         change = self._blocks.get((block.wallet, block.id))
         return block if change is None else changed_block(block, change)
@@ -111,6 +116,9 @@ class Draft:
 
     def payable(self, ref: WalletRef, tags: Tags) -> list[Block]:
         blocks = self.state.blocks.get(ref)
+        if self._blocks_opened:
+            opened = [block for block in self._blocks_opened.values() if block.wallet == ref]
+            return payable([*(blocks or {}).values(), *opened], tags, self.now_us)
         return [] if blocks is None else payable(blocks.values(), tags, self.now_us)
 
     def available(self, ref: WalletRef) -> int:
@@ -286,7 +294,7 @@ class Draft:
     def returns_block(self, wallet: Wallet, *, operator_paid: bool) -> Block:
         """The block of *wallet* that takes what comes back to it, made when it is missing."""
         block_id = RETURN_BLOCKS[operator_paid]
-        known = self._blocks_opened.get((wallet.ref, block_id)) or self.state.blocks.get(wallet.ref, {}).get(block_id)
+        known = self.find_block(wallet.ref, block_id)
         if known is not None:
             return known
         opened = Block(

@@ -38,6 +38,7 @@ RESULTS: Final[dict[str, type[Result]]] = {
     "expire": Expired,
     "freeze": Changed,
     "set_overdraft": Changed,
+    "set_limit": Changed,
 }
 """What a command of each kind answers with when it has changed something."""
 

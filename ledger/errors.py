@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ledger.model import ReservationState
+from ledger.model import ReservationState, WalletRef
 from ledger.outcomes import Reason, Rejected, Result
 
 
@@ -71,7 +71,11 @@ class InsufficientCredits(_Short):
 
 
 class LimitReached(_Short):
-    """A spend limit leaves *available*, and *needed* was asked for."""
+    """A limit leaves *available*, and *needed* was asked for. *limit* is its wallet."""
+
+    def __init__(self, message: str, needed: int, available: int, limit: WalletRef | None) -> None:
+        super().__init__(message, needed, available)
+        self.limit = limit
 
 
 class LedgerUnavailable(LedgerError):
@@ -102,7 +106,7 @@ _ERRORS: dict[Reason, Callable[[Rejected], LedgerError]] = {
         f"{no.needed} needed, {no.available} available", no.needed, no.available
     ),
     Reason.LIMIT_REACHED: lambda no: LimitReached(
-        f"{no.needed} needed, the limit leaves {no.available}", no.needed, no.available
+        f"{no.needed} needed, the limit leaves {no.available}", no.needed, no.available, no.limit
     ),
 }
 

@@ -130,9 +130,9 @@ def _bought(command: Grant) -> bool:
 
 
 def _comes_from_somewhere(command: Grant) -> bool:
-    """A developer's grant needs its pool, and no grant comes out of another tenant's or mode's wallet."""
+    """A developer's grant needs its pool, no grant comes out of another tenant's or mode's wallet, or of a limit."""
     if command.from_wallet is None:
-        return command.funding is not Funding.DEVELOPER_GRANT
+        return command.funding not in (Funding.DEVELOPER_GRANT, Funding.LIMIT)
     return command.from_wallet[:2] == command.scope
 
 
@@ -251,8 +251,10 @@ def expire(state: State, command: Expire, now_us: int) -> Outcome:
             continue
         lapsed[block.id] = block.free
         draft.change_block(block, expired=block.free)
-        draft.spend(Source(wallet, block, block.free), block.free, account=Account.BREAKAGE, reference=None)
-        if block.expired == 0:
+        limit = block.funding is Funding.LIMIT
+        account = Account.LIMIT if limit else Account.BREAKAGE
+        draft.spend(Source(wallet, block, block.free), block.free, account=account, reference=None)
+        if block.expired == 0 and not limit:
             draft.raise_block_event("credit.expired", block, amount=block.free)
     return draft.applied(Expired(blocks=tuple(lapsed), amount=sum(lapsed.values())))
 

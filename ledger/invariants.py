@@ -393,6 +393,8 @@ class Audit:
             if entry.kind == "refund":
                 if to != Account.BREAKAGE:
                     booked[transfer.scope, transfer.credit, transfer.block, transfer.debit] -= transfer.amount
+            elif transfer.debit == Account.LIMIT:
+                pass  # A limit's period begins: nobody paid.
             elif to in _CHARGE_ACCOUNTS or (settles and transfer.credit.startswith(_WALLET_ACCOUNT)):
                 booked[transfer.scope, transfer.debit, transfer.block, transfer.credit] += transfer.amount
         if booked != charged:

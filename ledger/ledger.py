@@ -183,6 +183,10 @@ class Ledger:
         """The block of a plan that the wallet got last, used up or not; None when it never had one."""
         return await _reading(self._store.latest_plan(ref))
 
+    async def block(self, ref: WalletRef, block_id: str) -> Block | None:
+        """One block of a wallet, whether anything is left in it or not."""
+        return await _reading(self._store.block(ref, block_id))
+
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await _reading(self._store.reservation(ref))
 

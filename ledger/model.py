@@ -82,6 +82,8 @@ class Funding(StrEnum):
     PROMOTIONAL = "promotional"
     DEVELOPER_GRANT = "developer_grant"
     PLAN = "plan"
+    LIMIT = "limit"
+    """Not credits: what may be spent under a limit in one of its periods."""
 
 
 class Tags(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):

@@ -240,7 +240,8 @@ class Applied(msgspec.Struct, frozen=True, gc=False):
 class Rejected(msgspec.Struct, frozen=True, gc=False):
     """*needed* and *available* are in the asset's smallest unit, where the reason is a lack of credits.
 
-    *state* is that of the reservation, where the reason is that it is settled or exists already.
+    *state* is that of the reservation, where the reason is that it is settled or exists already. *limit* is the
+    wallet of the limit, or of the tenant's line, that was reached.
     """
 
     reason: Reason
@@ -248,6 +249,7 @@ class Rejected(msgspec.Struct, frozen=True, gc=False):
     available: int = 0
     state: ReservationState | None = None
     result: Result | None = None
+    limit: WalletRef | None = None
 
 
 Outcome = Applied | Rejected

@@ -7,6 +7,7 @@ import msgspec
 
 from ledger.commands import Debit, Extend, Hold, Reserve, ReserveLeg
 from ledger.draft import NO_TAGS, Draft, Source, total
+from ledger.limits import open_period, sensible
 from ledger.model import (
     AMOUNT_MAX,
     LIMIT_LEG,
@@ -82,9 +83,10 @@ def _overage_hold(draft: Draft, command: Debit, request_id: str | None) -> Reser
     payers = [draft.wallet(ref) for leg in held.legs for ref in leg.wallets]
     if any(wallet is not None and wallet.frozen for wallet in payers):
         return Rejected(Reason.WALLET_FROZEN, needed=needed, available=there)
-    left = min([there + draft.available(ref) for ref in held.limits], default=needed)
-    if left < needed:
-        return Rejected(Reason.LIMIT_REACHED, needed=needed, available=left)
+    left = {ref: there + draft.available(ref) for ref in held.limits}
+    tightest = min(left, key=left.__getitem__, default=None)
+    if tightest is not None and left[tightest] < needed:
+        return Rejected(Reason.LIMIT_REACHED, needed=needed, available=left[tightest], limit=tightest)
     return held
 
 
@@ -92,7 +94,7 @@ def _well_formed(command: Hold) -> bool:
     for leg in command.legs:
         if not leg.wallets or not 0 <= leg.minimum <= leg.amount <= AMOUNT_MAX:
             return False
-    return len(command.legs) > 0
+    return len(command.legs) > 0 and all(map(sensible, command.limits))
 
 
 def chargeable(settlement: Settlement, *, legs: int, already: int = 0) -> bool:
@@ -134,7 +136,7 @@ def hold_all(
         created_at_us=draft.now_us,
         expires_at_us=draft.now_us + min(ttl_us, RESERVATION_LIFE_US_MAX),
         legs=legs,
-        limits=_distinct(command.limits),
+        limits=_distinct(tuple([limit.wallet for limit in command.limits])),
         unfunded=command.unfunded,
         developer=command.developer,
         tags=command.tags,
@@ -144,6 +146,8 @@ def hold_all(
         key=None if command.key is None else (command.key.operation, command.key.key),
         metadata=metadata or {},
     )
+    for limit in command.limits:
+        open_period(draft, limit, command.asset, reference=command.reservation.reservation)
     slices: list[Slice] = []
     for number, leg in enumerate(command.legs):
         held = _hold_leg(draft, reservation, number, amount=leg.amount, minimum=leg.minimum)
@@ -176,13 +180,18 @@ def _hold_leg(draft: Draft, reservation: Reservation, leg: int, *, amount: int, 
     limits = reservation.limits if leg == 0 else ()
     unfunded = reservation.unfunded
     wallets = [wallet for wallet in map(draft.wallet, refs) if wallet is not None and _usable(wallet)]
-    wanted = min([amount, *map(draft.available, limits)]) if limits else amount
+    left = {ref: draft.available(ref) for ref in limits}
+    wanted = min(amount, *left.values()) if left else amount
     line = None if unfunded is None else draft.available(unfunded)
     found = _find(draft, wallets, reservation.tags, wanted, line=line)
     held = total(found)
     if held < minimum:
         without_bounds = total(_find(draft, wallets, reservation.tags, minimum, line=None))
-        return _refusal(draft, refs, needed=minimum, available=held, limited=without_bounds >= minimum)
+        if without_bounds >= minimum:
+            # It is the tightest limit that is told of, or else the line.
+            reached = min(left, key=left.__getitem__) if wanted < minimum else unfunded
+            return Rejected(Reason.LIMIT_REACHED, needed=minimum, available=held, limit=reached)
+        return _refusal(draft, refs, needed=minimum, available=held)
     slices = _hold(draft, found, leg=leg)
     for ref in limits:
         slices += _hold_plain(draft, ref, held, leg=LIMIT_LEG)
@@ -235,12 +244,10 @@ def _hold_plain(draft: Draft, ref: WalletRef, amount: int, *, leg: int) -> list[
     return [] if wallet is None else _hold(draft, _find(draft, [wallet], NO_TAGS, amount, line=None), leg=leg)
 
 
-def _refusal(draft: Draft, wallets: tuple[WalletRef, ...], *, needed: int, available: int, limited: bool) -> Rejected:
+def _refusal(draft: Draft, wallets: tuple[WalletRef, ...], *, needed: int, available: int) -> Rejected:
     """Why a leg cannot hold its minimum: the first reason in order of precedence."""
     known = [wallet for wallet in map(draft.wallet, wallets) if wallet is not None]
-    if limited:
-        reason = Reason.LIMIT_REACHED
-    elif any(wallet.frozen for wallet in known):
+    if any(wallet.frozen for wallet in known):
         reason = Reason.WALLET_FROZEN
     elif any(_owes_too_much(wallet) for wallet in known):
         reason = Reason.RECEIVABLE_OUTSTANDING
@@ -250,7 +257,7 @@ def _refusal(draft: Draft, wallets: tuple[WalletRef, ...], *, needed: int, avail
 
 
 def extend(state: State, command: Extend, now_us: int) -> Outcome:
-    if not 0 <= command.minimum <= command.amount <= AMOUNT_MAX:
+    if not 0 <= command.minimum <= command.amount <= AMOUNT_MAX or not all(map(sensible, command.limits)):
         return Rejected(Reason.INVALID_AMOUNT)
     reservation = state.reservations.get(command.reservation)
     if reservation is None:
@@ -262,6 +269,9 @@ def extend(state: State, command: Extend, now_us: int) -> Outcome:
     draft = Draft(state, command, now_us)
     slices = reservation.slices
     if command.amount > 0:
+        for limit in command.limits:
+            if limit.wallet in reservation.limits:
+                open_period(draft, limit, reservation.asset, reference=reservation.ref.reservation)
         more = _hold_leg(draft, reservation, 0, amount=command.amount, minimum=command.minimum)
         if isinstance(more, Rejected):
             return more

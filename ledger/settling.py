@@ -6,6 +6,7 @@ import msgspec
 
 from ledger.commands import Beyond, Commit, Debit, Lapse, Release
 from ledger.draft import NO_TAGS, Draft, Source, total
+from ledger.limits import tell_thresholds
 from ledger.model import (
     LIMIT_LEG,
     UNFUNDED_LEG,
@@ -402,6 +403,9 @@ def _draw(
             amount -= used
     for part in parts:
         draft.spend(part, part.amount, account=Account.LIMIT, reference=reservation.ref.reservation)
+    if leg == LIMIT_LEG:
+        for name in dict.fromkeys(part.block.id for part in parts if part.block is not None):
+            tell_thresholds(draft, draft.block(ref, name))
 
 
 def _record(

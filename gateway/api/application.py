@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from gateway import __version__
 from gateway.api import (
     apps,
+    budgets,
     chat,
     credits,
     customers,
@@ -76,6 +77,7 @@ RESOURCES: Final = (
     rules,
     usage,
     usage_queries,
+    budgets,
 )
 PLAIN: Final = (health, docs)
 """They need no key."""

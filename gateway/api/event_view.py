@@ -16,7 +16,7 @@ from gateway.api.customers import customer_view
 from gateway.api.wire import amounts, time_text
 from gateway.database import Database, of
 from gateway.errors import ApiError
-from gateway.events.event import CUSTOMER_WALLET, StoredEvent, customer_of
+from gateway.events.event import CUSTOMER_WALLET, LIMIT_WALLET, StoredEvent, customer_of
 from gateway.identity.customers import Customers
 from gateway.lru import LRU
 from gateway.tables import AssetVersion, Tenant
@@ -30,15 +30,10 @@ NAMES: Final[Mapping[str, str]] = {
     "reservation": "reservation_id",
     "request_id": "request_id",
     "reference": "reference",
-    "budget": "budget_id",
-    "budget_id": "budget_id",
-    "threshold_bps": "threshold_bps",
-    "period_start_us": "period_start",
-    "period_end_us": "period_end",
-    "metric": "billable_metric_key",
+    "reason": "reason",
+    "cause": "cause",
     "pack": "pack",
-    "block": "block_id",
-    "plan_block_id": "block_id",
+    "threshold_bps": "threshold_bps",
 }
 """What we call a fact, by what the ledger calls it. Those of other types than a text or a number are not told."""
 
@@ -47,12 +42,7 @@ AMOUNTS: Final[Mapping[str, str]] = {
     "charged": "charged",
     "refunded": "refunded",
     "price": "price",
-    "limit": "limit",
-    "used": "used",
-    "consumed": "consumed",
-    "granted": "granted",
-    "overage": "overage",
-    "receivable": "receivable",
+    "owed": "owed",
 }
 
 CustomerObject = Callable[[str, str, str], Awaitable[dict[str, Any] | None]]
@@ -127,13 +117,13 @@ def customer_object(customers: Customers) -> CustomerObject:
 
 def _data(event: StoredEvent, asset: Asset) -> dict[str, Any]:
     data: dict[str, Any] = {}
-    if not event.wallet.startswith(CUSTOMER_WALLET):
+    if event.wallet.startswith(LIMIT_WALLET):
+        data["budget_id"] = event.wallet.removeprefix(LIMIT_WALLET)
+    elif not event.wallet.startswith(CUSTOMER_WALLET):
         data["wallet"] = event.wallet
     for name, value in event.body.items():
         if isinstance(value, int) and not isinstance(value, bool) and name in AMOUNTS:
             data |= amounts(asset, **{AMOUNTS[name]: value})
-        elif name in NAMES and isinstance(value, int) and name.endswith("_us"):
-            data[NAMES[name]] = time_text(value)
         elif name in NAMES and (value is None or isinstance(value, str | int)):
             data[NAMES[name]] = value
     return data

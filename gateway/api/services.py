@@ -7,6 +7,8 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
+from gateway.billing.budget_book import BudgetBook
+from gateway.billing.budgets import Budgets
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.erasure import Erasure
@@ -50,6 +52,8 @@ class Services:
     models: ServedModels
     quoter: Quoter
     charging: Charging
+    budgets: Budgets
+    budget_book: BudgetBook
     refunds: Refunds
     reservations: Reservations
     packs: Packs

@@ -230,17 +230,17 @@ class Reservations:
         task = await self.find(principal, reservation_id)
         amount = task.terms.price(more, principal.asset)
         ref = task.reservation.ref
-        return await self._ledger.execute(
-            Extend(
-                id=self._new_id("cmd"),
-                scope=ref.scope,
-                key=key,
-                reservation=ref,
-                amount=amount,
-                minimum=amount if task.terms.overage_policy == "block" else 0,
-                ttl_us=ttl_us,
-            )
+        command = Extend(
+            id=self._new_id("cmd"),
+            scope=ref.scope,
+            key=key,
+            reservation=ref,
+            amount=amount,
+            minimum=amount if task.terms.overage_policy == "block" else 0,
+            ttl_us=ttl_us,
         )
+        spender = Spender(task.reservation.tags.app, principal.key_id, task.terms.customer_id)
+        return await self._charging.ask(command, spender)
 
 
 def _terms(new: NewTask, priced: PricedMetric | None) -> Terms:

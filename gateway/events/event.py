@@ -34,6 +34,7 @@ TOLD_WALLETS: Final = ("customer:", "app:", "pool:")
 """Whose credits a tenant is told of. The rest is our own bookkeeping: lines, spend limits."""
 
 CUSTOMER_WALLET: Final = "customer:"
+LIMIT_WALLET: Final = "limit:"
 
 
 class StoredEvent(msgspec.Struct, frozen=True):

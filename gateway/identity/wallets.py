@@ -1,7 +1,7 @@
 """Which wallet belongs to whom. A wallet's id follows from its owner, so nobody has to look it up.
 
 All of a tenant's wallets are in the tenant's own scope: the customers', each app's developer's, each app's grant pool,
-and the line that bounds what may be burnt from credits that the operator was not paid for.
+the line that bounds what may be burnt from credits that the operator was not paid for, and what its budgets leave.
 """
 
 from ledger.model import WalletRef
@@ -20,6 +20,11 @@ def app_wallet(tenant_id: str, mode: str, app_id: str) -> WalletRef:
 def pool_wallet(tenant_id: str, mode: str, app_id: str) -> WalletRef:
     """An app's grant pool: what the developer set aside to give to users."""
     return WalletRef(tenant_id, mode, f"pool:{app_id}")
+
+
+def limit_wallet(tenant_id: str, mode: str, budget_id: str) -> WalletRef:
+    """What may still be spent under a budget, `bud_…`."""
+    return WalletRef(tenant_id, mode, f"limit:{budget_id}")
 
 
 def unfunded_wallet(tenant_id: str, mode: str) -> WalletRef:

@@ -13,6 +13,8 @@ from typing import Final, NamedTuple
 import msgspec
 import structlog
 
+from gateway.billing.budgets import BudgetExceeded
+from gateway.billing.charging import Charging, Spender
 from gateway.proxy.journal import SettlementJournal
 from gateway.proxy.reconcile import give_back
 from gateway.proxy.settlement import Action, Ending, UsageSource, settle
@@ -44,6 +46,9 @@ UNLIMITED_TOKENS: Final = 2**62
 DRY: Final = {"code": "insufficient_credits", "message": "The wallet affords no more. Top up to continue."}
 """The reason in the last chunk of a stream that we stop."""
 
+OVER_BUDGET: Final = {"code": "budget_exceeded", "message": "A budget leaves no more. Raise it to continue."}
+"""The same, where the wallet would afford it."""
+
 _NO_MORE: Final = (InsufficientCredits, LimitReached, WalletFrozen, ReceivableOutstanding, ReservationSettled, NotFound)
 
 log = structlog.get_logger(__name__)
@@ -65,6 +70,7 @@ class Hold:
         self,
         *,
         ledger: Ledger,
+        charging: Charging,
         journal: SettlementJournal,
         shield: Shield,
         new_id: Callable[[str], str],
@@ -84,6 +90,7 @@ class Hold:
         self.settled = False
         self.progress: Callable[[], Usage] | None = None
         self._ledger = ledger
+        self._charging = charging
         self._journal = journal
         self._shield = shield
         self._new_id = new_id
@@ -141,7 +148,10 @@ class Hold:
             mark=self._mark(),
         )
         try:
-            extended = (await self._ledger.execute(command)).result
+            extended = (await self._charging.ask(command, self._spender)).result
+        except BudgetExceeded:
+            self.dry = OVER_BUDGET
+            return
         except _NO_MORE:
             return
         assert isinstance(extended, Reserved)
@@ -233,6 +243,10 @@ class Hold:
             await self._journal.keep(command)
         except OSError as error:
             log.error("a settlement could not be written", request_id=self.record.request_id, error=str(error))
+
+    @property
+    def _spender(self) -> Spender:
+        return Spender(self.record.app_id, self.record.key_id or "", self.record.customer_id)
 
     @property
     def _scope(self) -> Scope:

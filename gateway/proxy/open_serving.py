@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
+from gateway.billing.charging import Charging
 from gateway.proxy.hold import Charged, Hold
 from gateway.proxy.journal import SettlementJournal
 from gateway.proxy.quoting import Plan
@@ -103,11 +104,18 @@ class OpenServing:
     """What this process serves while the ledger is away."""
 
     def __init__(
-        self, *, ledger: Ledger, journal: SettlementJournal, shield: Shield, new_id: Callable[[str], str]
+        self,
+        *,
+        ledger: Ledger,
+        charging: Charging,
+        journal: SettlementJournal,
+        shield: Shield,
+        new_id: Callable[[str], str],
     ) -> None:
         self.journal = journal
         self.allowance = Allowance(journal.adopted_charges)
         self._ledger = ledger
+        self._charging = charging
         self._shield = shield
         self._new_id = new_id
         self._answers: dict[KeyName, OpenAnswer] = {}
@@ -191,6 +199,7 @@ class OpenServing:
             limit=limit,
             aside=aside,
             ledger=self._ledger,
+            charging=self._charging,
             journal=self.journal,
             shield=self._shield,
             new_id=self._new_id,

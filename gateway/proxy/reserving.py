@@ -3,7 +3,8 @@ to be served, out of an allowance. A request whose idempotency key has an answer
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import msgspec
@@ -11,7 +12,6 @@ import msgspec
 from gateway.billing.charging import Charging, Spender
 from gateway.errors import (
     idempotency_key_reused,
-    insufficient_credits,
     invalid_request,
     request_already_completed,
     request_in_progress,
@@ -28,12 +28,13 @@ from gateway.proxy.quoting import Plan
 from gateway.proxy.settlement import Ending
 from gateway.proxy.shield import Shield
 from gateway.proxy.whole import replay
+from gateway.refusals import UNAFFORDABLE, unaffordable
 from gateway.settings import Settings
 from ledger.commands import Key, Reserve
-from ledger.errors import InsufficientCredits, LedgerUnavailable, LimitReached, ReceivableOutstanding
+from ledger.errors import LedgerUnavailable
 from ledger.ledger import Ledger
 from ledger.model import ReservationRef, ReservationState, Scope, UsageRecord
-from ledger.outcomes import Applied, Reserved, Settled
+from ledger.outcomes import Reserved, Settled
 from pricing.usage import Usage
 
 OPERATION: Final = "chat"
@@ -44,8 +45,6 @@ KEY_LENGTH_MAX: Final = 255
 WAITING_BYTES_MAX: Final = 512 * 2**20
 """The bodies of all requests that wait for their reservation, together. More are turned away: when the ledger hangs,
 what waits for it must not fill the memory."""
-
-_UNAFFORDABLE: Final = (InsufficientCredits, LimitReached, ReceivableOutstanding)
 
 
 class Reserving:
@@ -68,7 +67,7 @@ class Reserving:
         self._new_id = new_id
         self._ttl_us = int(settings.reservation_life_s * 1_000_000)
         self._waiting_bytes = 0
-        self.open = OpenServing(ledger=ledger, journal=journal, shield=shield, new_id=new_id)
+        self.open = OpenServing(ledger=ledger, charging=charging, journal=journal, shield=shield, new_id=new_id)
 
     async def hold(
         self,
@@ -106,15 +105,18 @@ class Reserving:
             started_at_us=began_us,
         )
         command = self._command(exchange, plan, principal, payer, key=key, record=record)
+        spender = Spender(app_id=principal.app_id, key_id=principal.key_id, customer_id=payer.customer_id)
         try:
-            spender = Spender(app_id=principal.app_id, key_id=principal.key_id, customer_id=payer.customer_id)
-            applied = await self._asked(command, spender, size)
+            with self._waiting(size):
+                # What is served while the ledger is away is charged under the same limits, later.
+                command = await self._charging.limited(command, spender)
+                applied = await self._charging.ask(command, spender)
         except LedgerUnavailable as error:
             return await self._without_ledger(exchange, plan, principal, command, record=record, unavailable=error)
-        except _UNAFFORDABLE as error:
+        except UNAFFORDABLE as error:
             if action is not None and error.needed != action.price:
                 raise subsidy_unaffordable() from None
-            raise insufficient_credits(needed=error.needed, available=error.available, asset=principal.asset) from None
+            raise unaffordable(error, principal.asset) from None
         reserved = applied.result
         assert isinstance(reserved, Reserved | Settled)
         if applied.replayed and reserved.reservation != command.reservation.reservation:
@@ -129,6 +131,7 @@ class Reserving:
             )
         return Hold(
             ledger=self._ledger,
+            charging=self._charging,
             journal=self._journal,
             shield=self._shield,
             new_id=self._new_id,
@@ -169,13 +172,18 @@ class Reserving:
             mark=plan.tariff.settlement(unanswered, died),
         )
 
-    async def _asked(self, command: Reserve, spender: Spender, size: int) -> Applied:
-        """Have the ledger do *command* for a request of so many bytes, within the bound on what waits."""
+    @contextmanager
+    def _waiting(self, size: int) -> Iterator[None]:
+        """A request of so many bytes waits for its reservation, within the bound on what does.
+
+        Raises:
+            LedgerUnavailable: there is no room for it.
+        """
         if self._waiting_bytes + size > WAITING_BYTES_MAX:
             raise LedgerUnavailable(f"requests of {WAITING_BYTES_MAX} bytes wait already")
         self._waiting_bytes += size
         try:
-            return await self._charging.ask(command, spender)
+            yield
         finally:
             self._waiting_bytes -= size
 

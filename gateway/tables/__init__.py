@@ -5,6 +5,7 @@ then keeps a tenant together, and row-level security has its columns. The one ex
 unique by itself, because the key is what tells the tenant. All times are microseconds since the epoch, UTC.
 """
 
+from gateway.tables.budgets import Budget
 from gateway.tables.catalog import METRIC_KEY_LENGTH_MAX, BillableMetric, MeteringRule
 from gateway.tables.identity import (
     AMOUNT_MAX,
@@ -34,6 +35,7 @@ __all__ = [
     "App",
     "AssetVersion",
     "BillableMetric",
+    "Budget",
     "Customer",
     "KeptAnswer",
     "MeteringRule",

@@ -111,6 +111,9 @@ class PostgresStore:
     async def latest_plan(self, ref: WalletRef) -> Block | None:
         return await self._read(lambda connection: reads.latest_plan(connection, ref))
 
+    async def block(self, ref: WalletRef, block_id: str) -> Block | None:
+        return await self._read(lambda connection: reads.block(connection, ref, block_id))
+
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await self._read(lambda connection: reads.reservation(connection, ref))
 

@@ -47,7 +47,7 @@ from ledger.batch import (
 )
 from ledger.commands import AnyCommand, Freeze, Hold, Refund, Revoke
 from ledger.draft import RETURN_BLOCKS
-from ledger.model import Block, Reservation, ReservationRef, ReservationState, Scope, Wallet, WalletRef
+from ledger.model import Block, Funding, Reservation, ReservationRef, ReservationState, Scope, Wallet, WalletRef
 from ledger.outcomes import Applied, Outcome
 from ledger.state import State
 from ledger.store import postgres_rows as rows
@@ -139,8 +139,9 @@ class _MoreToLock(Exception):
 class _Kept:
     """What is known of the database as the last batches left it.
 
-    The blocks of a wallet that is kept are all that are live, and of those for returns also the dead: one that is not
-    here does not exist; *blocks_count* are all of them. *bodies* are the stored texts of the reservations.
+    The blocks of a wallet that is kept are all that are live, of those for returns also the dead, and of a limit's
+    period those that are known. One that is not here does not exist, or is found to when it is made. *blocks_count* are
+    all of them. *bodies* are the stored texts of the reservations.
     """
 
     server: str = ""
@@ -438,7 +439,7 @@ class Batches:
                 continue
             blocks = known.state.blocks.get(ref, {})
             kept.put_wallet(
-                wallet, {block_id: block for block_id, block in blocks.items() if block.live or block_id in _RETURNED}
+                wallet, {block_id: block for block_id, block in blocks.items() if _worth_keeping(block, kept.clock_us)}
             )
         kept.bodies.update(bodies)
         for reservation_ref in named.reservations:
@@ -476,6 +477,11 @@ class Batches:
                         for wallet in changed
                     ]
                 )
+
+
+def _worth_keeping(block: Block, now_us: int) -> bool:
+    """A dead one is when later batches name it."""
+    return block.live or block.id in _RETURNED or (block.funding is Funding.LIMIT and not block.expired_at(now_us))
 
 
 def _scopes(named: Needs, wallets: Iterable[WalletRef]) -> set[Scope]:

@@ -42,6 +42,7 @@ _LATEST_PLAN = _select(
     "ledger_block",
     "WHERE tenant = $1 AND mode = $2 AND wallet = $3 AND funding = 'plan' ORDER BY sequence DESC LIMIT 1",
 )
+_BLOCK = _select("ledger_block", "WHERE tenant = $1 AND mode = $2 AND wallet = $3 AND id = $4")
 _RESERVATION = "SELECT body FROM ledger_reservation WHERE tenant = $1 AND mode = $2 AND reservation = $3"
 _RESERVATIONS_OF_REQUEST = "SELECT body FROM ledger_reservation WHERE tenant = $1 AND mode = $2 AND request_id = $3"
 _USAGE_OF_REQUEST = _select(
@@ -110,6 +111,11 @@ async def wallet_version(connection: Connection, ref: WalletRef) -> int | None:
 
 async def latest_plan(connection: Connection, ref: WalletRef) -> Block | None:
     rows = await _named(connection, ref.scope, _LATEST_PLAN, *ref)
+    return block_from(rows[0]) if rows else None
+
+
+async def block(connection: Connection, ref: WalletRef, block_id: str) -> Block | None:
+    rows = await _named(connection, ref.scope, _BLOCK, *ref, block_id)
     return block_from(rows[0]) if rows else None
 
 

@@ -138,6 +138,9 @@ class Store(Protocol):
 
     async def latest_plan(self, ref: WalletRef) -> Block | None:
         """The block of a plan that the wallet got last, dead or alive."""
+
+    async def block(self, ref: WalletRef, block_id: str) -> Block | None:
+        """A block of the wallet, whether anything is left in it or not."""
         ...
 
     async def reservation(self, ref: ReservationRef) -> Reservation | None: ...

@@ -38,6 +38,7 @@ _LIVE_BLOCKS = _select("ledger_block", "WHERE tenant = ? AND mode = ? AND wallet
 _LATEST_PLAN = _select(
     "ledger_block", "WHERE tenant = ? AND mode = ? AND wallet = ? AND funding = 'plan' ORDER BY sequence DESC LIMIT 1"
 )
+_BLOCK = _select("ledger_block", "WHERE tenant = ? AND mode = ? AND wallet = ? AND id = ?")
 _RESERVATION = "SELECT body FROM ledger_reservation WHERE tenant = ? AND mode = ? AND reservation = ?"
 _RESERVATIONS_OF_REQUEST = "SELECT body FROM ledger_reservation WHERE tenant = ? AND mode = ? AND request_id = ?"
 _USAGE_OF_REQUEST = _select(
@@ -94,6 +95,11 @@ def wallet_version(connection: sqlite3.Connection, ref: WalletRef) -> int | None
 
 def latest_plan(connection: sqlite3.Connection, ref: WalletRef) -> Block | None:
     row = connection.execute(_LATEST_PLAN, ref).fetchone()
+    return None if row is None else block_from(row)
+
+
+def block(connection: sqlite3.Connection, ref: WalletRef, block_id: str) -> Block | None:
+    row = connection.execute(_BLOCK, (*ref, block_id)).fetchone()
     return None if row is None else block_from(row)
 
 

@@ -17,6 +17,8 @@ import uvicorn
 from sqlalchemy import text
 
 from gateway.billing.auto_buy import AutoBuy
+from gateway.billing.budget_book import BudgetBook
+from gateway.billing.budgets import Budgets
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.metrics import BillableMetrics
@@ -464,7 +466,11 @@ async def running(
         router=Router(settings, served, price_book(settings)),
         quoter=Quoter(settings, PromptCounter(), Catalog(database)),
         ledger=ledger,
-        charging=Charging(ledger, auto_buy=AutoBuy(database, ledger, Packs(database, ledger))),
+        charging=Charging(
+            ledger,
+            budgets=Budgets(BudgetBook(database), ledger, now_us=clock.now_us),
+            auto_buy=AutoBuy(database, ledger, Packs(database, ledger)),
+        ),
         live=live,
         journal=journal,
         shield=shield,

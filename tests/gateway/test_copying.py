@@ -81,6 +81,8 @@ async def fill(url: str, seed: random.Random) -> None:
         await office.post("/v1/funding/pool", {"amount": 1}, once="pool")
         await office.post("/v1/packs", {"key": "hour", "name": "Hour", "price": 1, "credits": 2, "metrics": ["chat"]})
         await office.post("/v1/customers/alice/packs", {"pack": "hour"})
+        everybody = {"subject": {"type": "tenant"}, "credits": 90_000, "period": {"every": "month"}, "name": "Grüße"}
+        await office.post("/v1/budgets", everybody, key="owner")
         await office.post("/v1/customers", {"external_id": "bob", "metadata": {"plan": ["é", 1, None]}}, once="bob")
     clock = Clock(us=office.clock.now_us() + LATER_US)
     store = await SqliteStore.open(url, clock=clock)

@@ -15,6 +15,11 @@ PUBLIC_TABLE = [
     (400, errors.invalid_request("Wrong.", param="messages[0]"), "invalid_request"),
     (401, errors.invalid_api_key(), "invalid_api_key"),
     (402, errors.insufficient_credits(needed=2, available=1, asset=CREDIT), "insufficient_credits"),
+    (
+        402,
+        errors.budget_exceeded("bud_1", needed=2, available=1, asset=CREDIT, resets_at="2027-01-01T00:00:00Z"),
+        "budget_exceeded",
+    ),
     (403, errors.permission_denied("No."), "permission_denied"),
     (404, errors.not_found("customer cus_1"), "not_found"),
     (404, errors.model_not_found("gpt-9"), "model_not_found"),
@@ -66,6 +71,14 @@ def test_402_tells_what_is_needed_in_millicredits_and_exactly():
     assert (body["available"], body["available_decimal"]) == (0, "0.000999999")
     assert body["top_up_url"] == "https://example.com/top-up"
     assert "top_up_url" not in errors.insufficient_credits(needed=1, available=0, asset=CREDIT).facts
+
+
+@pytest.mark.parametrize(("resets_at", "told"), [("2027-01-01T00:00:00Z", "wait until 2027"), (None, "raise it")])
+def test_402_tells_which_budget_is_reached_and_when_it_is_filled_again(resets_at: str | None, told: str):
+    error = errors.budget_exceeded("bud_1", needed=2_000_000, available=1_000_000, asset=CREDIT, resets_at=resets_at)
+    body = json.loads(error.to_body("req_1"))["error"]
+    assert (body["budget"], body["needed"], body["available"], body["resets_at"]) == ("bud_1", 2, 1, resets_at)
+    assert told in body["message"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.api.requests import receipt_view
+from gateway.billing.budget_book import Subject
 from gateway.identity.principals import Principal
 from gateway.ids import new_id
 from gateway.proxy.journal_file import SUFFIX, JournalFile
@@ -21,6 +22,7 @@ from ledger.model import ReservationState, Scope
 from ledger.store.protocol import StoreUnavailable
 from pricing.encodings import count_text
 from pricing.money import CREDIT
+from pricing.periods import Recurrence
 from tests.gateway.rig import GatedUpstream, Rig, has, nothing, running
 from tests.gateway.test_journey_ledger_away import COST, TEXT, back, body
 
@@ -48,6 +50,30 @@ async def opened(rig: Rig, allowance: str = "5", *, users: tuple[str, ...] = ("a
 
 def upstream_settings(tmp_path: Path, **settings: Any) -> Settings:
     return Settings(default_upstream="simulated", rate_limit_per_minute=0, journal_dir=tmp_path / "kept", **settings)
+
+
+async def test_what_is_served_without_the_ledger_is_charged_under_its_budgets(tmp_path: Path) -> None:
+    """The budget is known though the ledger is away; work that is done is not refused for it, only counted."""
+    async with running(tmp_path) as rig:
+        await rig.grant("1")
+        budgets = rig.proxy._reserving._charging._budgets
+        scope = Scope(rig.tenant, "live")
+        made = await budgets._book.create(
+            scope,
+            Subject("app", rig.app),
+            amount=CREDIT.parse(str(COST)) - 1,
+            recurrence=Recurrence(unit="month"),
+            thresholds_bps=(),
+            name="",
+        )
+        await opened(rig)
+        assert (await rig.chat(body())).status_code == 200
+        await back(rig)
+        await rig.upkeep.replay()
+        assert Decimal(1) - Decimal(await rig.balance()) == COST
+        assert (await budgets.state(made)).remaining == 0
+        refused = await rig.chat(body())
+        assert (refused.status_code, refused.json()["error"]["budget"]) == (402, made.id)
 
 
 # Served, and charged once.

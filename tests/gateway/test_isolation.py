@@ -42,6 +42,7 @@ LAST4: Final = re.compile(r'"last4":"\w+"')
 NUMBER: Final = re.compile(r"\d+")
 CHAT: Final = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hello!"}]}
 PACK: Final = {"name": "Hour", "price": 0, "credits": 1000, "duration_seconds": 3600}
+MONTHLY: Final = {"credits": 4_000_000, "period": {"every": "month"}}
 EMPTY: Final[set[str]] = set()
 """Tables that nothing writes to yet."""
 
@@ -59,6 +60,7 @@ class Things:
     block: str
     endpoint: str
     event: str
+    budget: str
     reservation: str
     pack: str
     metric: str
@@ -86,6 +88,7 @@ PREFIXES: Final = {
     "block": "blk",
     "endpoint": "whk",
     "event": "evt",
+    "budget": "bud",
     "reservation": "rsv",
     "pack": "pck",
     "metric": "mtr",
@@ -248,6 +251,22 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             *(Attempt(f"/v1/usage?{name}={person}") for name in ("customer_id", "end_user_id") for person in people),
             Attempt(f"/v1/usage?group_by=metadata.{things.user}"),
         ],
+        "GET /v1/budgets": [Attempt("/v1/budgets"), Attempt(f"/v1/budgets?cursor={things.budget}", same=False)],
+        "POST /v1/budgets": [
+            *(
+                Attempt("/v1/budgets", {"subject": {"type": kind, "id": thing}, **MONTHLY}, once)
+                for kind, thing in (
+                    ("tenant", things.tenant),
+                    ("app", things.app),
+                    ("key", things.key),
+                    ("customer", things.customer),
+                    ("customer", things.user),
+                )
+            ),
+        ],
+        "GET /v1/budgets/{budget_id}": [Attempt(f"/v1/budgets/{things.budget}")],
+        "PATCH /v1/budgets/{budget_id}": [Attempt(f"/v1/budgets/{things.budget}", {"credits": 0})],
+        "POST /v1/budgets/{budget_id}/archive": [Attempt(f"/v1/budgets/{things.budget}/archive", headers=once)],
         "POST /v1/billable-metrics": [
             Attempt("/v1/billable-metrics", {"key": things.metric}),
             Attempt("/v1/billable-metrics", {"key": things.metric_key, "name": "Taken"}, once),
@@ -326,6 +345,12 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
         rule = await office.post("/v1/metering-rules", price, key=label, once=once)
         await office.post("/v1/funding/pool", {"credits": 1_000_000}, key=label, once=once)
         await office.post("/v1/funding/grant", {"customer_id": user, "amount": "0.5"}, key=label, once=once)
+        budget = await office.post(
+            "/v1/budgets",
+            {"subject": {"type": "customer", "id": user}, "name": f"{name}-budget", **MONTHLY},
+            key=label,
+            once=once,
+        )
         answer = await office.ask(
             "POST", "/v1/chat/completions", CHAT, key=label, once=once, headers={"X-Quota-User": user}
         )
@@ -348,6 +373,7 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             block=block["ledger_id"],
             endpoint=endpoint["id"],
             event=event["id"],
+            budget=budget["id"],
             reservation=held["id"],
             pack=pack["id"],
             metric=metric["id"],

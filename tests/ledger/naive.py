@@ -5,7 +5,9 @@ core but the commands. Slow, and meant to be read beside the rules: what is free
 what is left and what is pinned.
 """
 
+import copy
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ledger.commands import (
@@ -17,18 +19,20 @@ from ledger.commands import (
     Freeze,
     Grant,
     Lapse,
+    Limit,
     Purchase,
     Refund,
     Release,
     Reserve,
     ReserveLeg,
     Revoke,
+    SetLimit,
     SetOverdraft,
 )
 from ledger.model import Charge, Settlement, Tags, WalletRef
 
 DAY_US = 24 * 3600 * 1_000_000
-FROM = {"paid": "clearing", "external": "external", "promotional": "promo", "plan": "plan"}
+FROM = {"paid": "clearing", "external": "external", "promotional": "promo", "plan": "plan", "limit": "limit"}
 Prediction = dict[str, Any]
 Pin = tuple[int, WalletRef, str | None, int]
 """Leg, wallet, block (or the overdraft), amount."""
@@ -217,7 +221,7 @@ class Naive:
         made = {
             "state": "open",
             "legs": legs,
-            "limits": tuple(dict.fromkeys(command.limits)),
+            "limits": tuple(dict.fromkeys(limit.wallet for limit in command.limits)),
             "line": command.unfunded,
             "tags": command.tags,
             "developer": command.developer,
@@ -235,13 +239,46 @@ class Naive:
             "commits": 0,
         }
         self.reservations[command.reservation] = made
+        undo = self._open_periods(command.limits)
         for number, leg in enumerate(asked or command.legs):
             refused = self._hold_leg(made, number, leg)
             if refused:
                 del self.reservations[command.reservation]
+                undo()
                 return refused
         self._open(legs[0][0])
         return {"word": "reserved", "held": self._held(made)}
+
+    def _open_periods(self, limits: Iterable[Limit]) -> Callable[[], None]:
+        """Fill the limits whose period has begun; what undoes it, for a command that is refused."""
+        before = copy.deepcopy((self.wallets, self.accounts))
+        for limit in limits:
+            for period in limit.periods:
+                now_in_it = period.start_us <= self.now and (period.end_us is None or self.now < period.end_us)
+                if now_in_it and not (limit.wallet in self.wallets and self._block(limit.wallet, period.block_id)):
+                    self._add_block(
+                        self._open(limit.wallet), period.block_id, limit.amount, prio=0, start=period.start_us,
+                        end=period.end_us, apps=(), paid=True, pool=None, funding="limit",
+                    )  # fmt: skip
+                    self._book(limit.wallet, "limit", -limit.amount)
+
+        def undo() -> None:
+            self.wallets, self.accounts = before
+
+        return undo
+
+    def _setlimit(self, command: SetLimit) -> Prediction:
+        limit = command.limit
+        self._open_periods([limit])
+        for period in limit.periods:
+            if period.start_us <= self.now and (period.end_us is None or self.now < period.end_us):
+                block = self._block(limit.wallet, period.block_id)
+                taken = block["used"] + block["revoked"] + self.pinned(limit.wallet, period.block_id)
+                left = max(limit.amount, taken) - block["used"] - block["revoked"]
+                self._book(limit.wallet, "limit", block["left"] - left)
+                block["left"] = left
+                return {"word": "changed"}
+        return _no("not_found")
 
     def _hold_leg(self, made: dict[str, Any], number: int, leg: ReserveLeg) -> Prediction | None:
         """Pin the leg's credits one by one: each credit to the first source that may give it."""
@@ -262,7 +299,9 @@ class Naive:
         held = sum(pin[3] for pin in pins)
         if held < leg.minimum:
             if sum(amount for *_, amount in sources) >= leg.minimum:
-                return _no("limit_reached", needed=leg.minimum, available=held)
+                left = {ref: self._all_free(ref) for ref in made["limits"] if number == 0}
+                tightest = min(left, key=lambda ref: left[ref]) if bound < leg.minimum else made["line"]
+                return _no("limit_reached", needed=leg.minimum, available=held, limit=tightest)
             known = [self.wallets[ref] for ref in wallets if ref in self.wallets]
             if any(wallet["frozen"] for wallet in known):
                 return _no("wallet_frozen", needed=leg.minimum, available=held)
@@ -299,8 +338,10 @@ class Naive:
         if command.amount:
             leg = ReserveLeg(known["legs"][0], command.amount, command.minimum)
             before = len(known["pins"])
+            undo = self._open_periods(limit for limit in command.limits if limit.wallet in known["limits"])
             refused = self._hold_leg(known, 0, leg)
             if refused:
+                undo()
                 assert len(known["pins"]) == before
                 return refused
         if command.ttl_us is not None:
@@ -340,7 +381,9 @@ class Naive:
         payers = [self.wallets[ref] for leg in command.legs for ref in leg.wallets if ref in self.wallets]
         if any(wallet["frozen"] for wallet in payers):
             return "wallet_frozen"
-        short = any(self._all_free(ref) < command.legs[0].amount for ref in command.limits)
+        undo = self._open_periods(command.limits)
+        short = any(self._all_free(limit.wallet) < command.legs[0].amount for limit in command.limits)
+        undo()
         return "limit_reached" if short else None
 
     def _commit(self, command: Commit) -> Prediction:
@@ -622,14 +665,16 @@ class Naive:
     def _expire(self, command: Expire) -> Prediction:
         if command.wallet not in self.wallets:
             return _no("not_found")
-        lapsed = 0
+        lapsed = unspent = 0
         for block in self.wallets[command.wallet]["blocks"]:
             if self._over(block):
                 free = self._free(command.wallet, block)
                 block["left"] -= free
                 block["lapsed"] += free
                 lapsed += free
-        self._book(command.wallet, "breakage", lapsed)
+                unspent += free if block["funding"] == "limit" else 0
+        self._book(command.wallet, "breakage", lapsed - unspent)
+        self._book(command.wallet, "limit", unspent)
         return {"word": "expired", "amount": lapsed}
 
     def _freeze(self, command: Freeze) -> Prediction:
@@ -697,5 +742,5 @@ class Naive:
         self.accounts[ref.tenant, ref.mode, account] += amount
 
 
-def _no(word: str, **facts: int) -> Prediction:
+def _no(word: str, **facts: Any) -> Prediction:
     return {"word": word, "refused": True, **facts}

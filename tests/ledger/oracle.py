@@ -121,7 +121,10 @@ def check_step(state: State, command: AnyCommand, outcome: Applied, now_us: int)
     allowed = {command.scope}
     if isinstance(command, Hold):
         allowed |= {Scope(ref.tenant, ref.mode) for leg in command.legs for ref in leg.wallets}
-        allowed |= {Scope(ref.tenant, ref.mode) for ref in (*command.limits, *filter(None, [command.unfunded]))}
+        allowed |= {
+            Scope(ref.tenant, ref.mode)
+            for ref in (*[limit.wallet for limit in command.limits], *filter(None, [command.unfunded]))
+        }
     reservation = getattr(command, "reservation", None)
     known = state.reservations.get(reservation) if reservation is not None else None
     if isinstance(command, Refund):

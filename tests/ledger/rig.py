@@ -23,12 +23,15 @@ from ledger.commands import (
     Grant,
     Key,
     Lapse,
+    Limit,
+    LimitPeriod,
     Purchase,
     Refund,
     Release,
     Reserve,
     ReserveLeg,
     Revoke,
+    SetLimit,
     SetOverdraft,
     StoredResponse,
 )
@@ -258,6 +261,9 @@ class Say:
         block_id = None if block is None else f"blk_{block}"
         return Freeze(**self._common(more), wallet=wallet(of, self.scope), frozen=frozen, block_id=block_id)
 
+    def limit(self, limit: Limit, **more: Any) -> SetLimit:
+        return SetLimit(**self._common(more), limit=limit, asset="CREDIT")
+
     def overdraft(self, of: str, limit: int, **more: Any) -> SetOverdraft:
         return SetOverdraft(**self._common(more), wallet=wallet(of, self.scope), asset="CREDIT", limit=limit)
 
@@ -364,7 +370,7 @@ class RandomCommands:
             amount,
             minimum=self._random.choice([amount, 0]),
             ttl_us=self._random.randint(1, 90) * SECOND_US,
-            limits=self._random.choice([(), (), (wallet("l"),)]),
+            limits=self._random.choice([(), (), (Limit(wallet("l")),), (self._limit(now_us),)]),
             developer="app_1",
             tags=Tags(app=self._random.choice(["app_1", "app_2"])),
             mark=self._random.choice([None, Settlement((Charge(3, 1),), usage(name))]),
@@ -372,7 +378,17 @@ class RandomCommands:
         )
 
     def _extend(self, now_us: int) -> AnyCommand:
-        return self._say.extend(self._any_reservation(), self._random.randint(0, 50), ttl_us=30 * SECOND_US)
+        limits = self._random.choice([(), (self._limit(now_us),)])
+        amount = self._random.randint(0, 50)
+        return self._say.extend(self._any_reservation(), amount, ttl_us=30 * SECOND_US, limits=limits)
+
+    def _limit(self, now_us: int) -> Limit:
+        """Of ten seconds each, and soon used up."""
+        number = now_us // (10 * SECOND_US)
+        periods = [
+            LimitPeriod(f"p{each}", each * 10 * SECOND_US, (each + 1) * 10 * SECOND_US) for each in (number, number + 1)
+        ]
+        return Limit(wallet("d"), self._random.choice([100, 150]), tuple(periods), (5_000, 10_000))
 
     def _commit(self, now_us: int) -> AnyCommand:
         return self._say.commit(
@@ -391,17 +407,20 @@ class RandomCommands:
     def _debit(self, now_us: int) -> AnyCommand:
         beyond = self._random.choice(["refuse", "receivable", "overage"])
         name = f"{next(self._names):04d}" if self._random.random() < 0.8 else self._any_reservation()
-        return self._say.debit(self._random.choice("abc"), name, self._random.randint(1, 60), beyond=beyond)
+        limits = self._random.choice([(), (self._limit(now_us),)])
+        payer, base = self._random.choice("abc"), self._random.randint(1, 60)
+        return self._say.debit(payer, name, base, beyond=beyond, limits=limits)
 
     def _switch(self, now_us: int) -> AnyCommand:
         owner, block = self._random.choice(self._granted)
         return self._random.choice(
             [
                 self._say.revoke(owner, block, self._random.randint(1, 80), clawback=self._random.random() < 0.5),
-                self._say.expire(self._random.choice("abcl")),
+                self._say.expire(self._random.choice("abcld")),
                 self._say.freeze(owner, self._random.random() < 0.4, block=block),
                 self._say.freeze("c", self._random.random() < 0.4),
                 self._say.overdraft(self._random.choice("bc"), self._random.randint(0, 60)),
+                self._say.limit(self._limit(now_us)),
             ]
         )
 

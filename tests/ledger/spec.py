@@ -7,12 +7,14 @@ be applied. After every step the invariants of ``tests.ledger.oracle`` hold, and
 ``at 40``                                  the time, in microseconds (``90s`` and ``24h`` too)
 ``grant w1 b1 100``                        ``priority= expires= effective= app= metric= model= funding=``
                                            ``unpaid from=pool asset= source= payment= cap=``
- ``purchase w1 p1 20 100``                  a pack of 100 for 20: ``duration= priority= metric= pack= unless_active``
-                                            ``app= pays-metric= asset=``
- ``reserve w1,w2 r1 60..20``                hold 60, at least 20, from w1 then w2. A second leg follows a bar:
-                                            ``w1|dev  60..20|30``. ``ttl= limits=l1,l2 unfunded=line mark=``
-                                            ``request= developer= app= metric= model= max= asset= keystays``
-``extend r1 60..20``                       ``ttl= mark=``. ``heartbeat r1`` extends by nothing
+``purchase w1 p1 20 100``                  a pack of 100 for 20: ``duration= priority= metric= pack= unless_active``
+                                           ``app= pays-metric= asset=``
+``reserve w1,w2 r1 60..20``                hold 60, at least 20, from w1 then w2. A second leg follows a bar:
+                                           ``w1|dev  60..20|30``. ``ttl= limits=l1,l2 unfunded=line mark=``
+                                           ``thresholds=8000,10000`` where a limit is filled each period:
+                                           ``limits=day:100:0..50:50..90`` (amount, periods; ``90..`` has no end)
+                                           ``request= developer= app= metric= model= max= asset= keystays``
+``extend r1 60..20``                       ``ttl= mark= limits=``. ``heartbeat r1`` extends by nothing
 ``commit r1 30+5``                         base and markup; a leg each: ``30+5|10``. ``partial response cost=``
                                            ``units=input:3,output:5``; ``waive`` or ``beyond`` for what is not there
 ``release r1`` · ``lapse r1``
@@ -21,7 +23,7 @@ be applied. After every step the invariants of ``tests.ledger.oracle`` hold, and
                                            event; ``response`` as in commit
 ``refund r1 20`` · ``refund r1``           an amount a leg: ``20|5``; without one, all that is left of the charge
 ``revoke w1 b1 40`` · ``clawback w1 b1 40``   ``reference=``; ``all`` for an amount
-``expire w1`` · ``freeze w1 [b1]`` · ``unfreeze w1 [b1]`` · ``overdraft w1 50``
+``expire w1`` · ``freeze w1 [b1]`` · ``unfreeze w1 [b1]`` · ``overdraft w1 50`` · ``limit day:70:0..50``
 
 ``wallet w1 available=55 reserved=0``      also ``balance receivable overdraft_reserved version frozen``
 ``block w1 b1 remaining=55``               any field of a block
@@ -52,12 +54,15 @@ from ledger.commands import (
     Grant,
     Key,
     Lapse,
+    Limit,
+    LimitPeriod,
     Purchase,
     Refund,
     Release,
     Reserve,
     ReserveLeg,
     Revoke,
+    SetLimit,
     SetOverdraft,
     StoredResponse,
 )
@@ -234,6 +239,10 @@ class _Line:
             )
         return Settlement(charges=tuple(map(_charge, word.split("|"))), usage=usage)
 
+    def limits(self) -> tuple[Limit, ...]:
+        thresholds = tuple(map(int, filter(None, self.option("thresholds").split(","))))
+        return tuple(_limit(text, thresholds) for text in self.option("limits").split(",") if text)
+
     def mark(self) -> Settlement | None:
         return _settlement(self.option("mark")) if "mark" in self.options else None
 
@@ -295,7 +304,7 @@ def _hold(line: _Line, wallets: str, amounts: str) -> dict[str, Any]:
     return {
         "asset": line.option("asset", ASSET),
         "legs": tuple(legs),
-        "limits": tuple(map(wallet_ref, filter(None, line.option("limits").split(",")))),
+        "limits": line.limits(),
         "unfunded": wallet_ref(unfunded) if unfunded else None,
         "developer": line.option("developer") or None,
         "tags": line.tags(),
@@ -326,6 +335,7 @@ def _extend(line: _Line) -> Extend:
         reservation=reservation,
         amount=int(most),
         minimum=int(least or most),
+        limits=line.limits(),
         ttl_us=line.time("ttl"),
         mark=line.mark(),
     )
@@ -408,6 +418,12 @@ def _overdraft(line: _Line) -> SetOverdraft:
     return SetOverdraft(**line.common(wallet.scope), wallet=wallet, asset=asset, limit=int(line.words[1]))
 
 
+def _set_limit(line: _Line) -> SetLimit:
+    limit = _limit(line.words[0], tuple(map(int, filter(None, line.option("thresholds").split(",")))))
+    asset = line.option("asset", ASSET)
+    return SetLimit(**line.common(limit.wallet.scope), limit=limit, asset=asset)
+
+
 _COMMANDS: dict[str, Callable[[_Line], AnyCommand]] = {
     "grant": _grant,
     "purchase": _purchase,
@@ -425,6 +441,7 @@ _COMMANDS: dict[str, Callable[[_Line], AnyCommand]] = {
     "freeze": _freeze,
     "unfreeze": _freeze,
     "overdraft": _overdraft,
+    "limit": _set_limit,
 }
 
 
@@ -544,6 +561,17 @@ def wallet_ref(text: str) -> WalletRef:
 def reservation_ref(text: str) -> ReservationRef:
     name, _, owner = text.partition("@")
     return ReservationRef(*_scope(owner or TENANT), name)
+
+
+def _limit(text: str, thresholds: tuple[int, ...]) -> Limit:
+    """Its blocks are named after their start: ``day_50``."""
+    name, *parts = text.split(":")
+    periods = []
+    for part in parts[1:]:
+        start, _, end = part.partition("..")
+        block_id = f"{name.partition('@')[0]}_{start}"
+        periods.append(LimitPeriod(block_id, _time(start), _time(end) if end else None))
+    return Limit(wallet_ref(name), int(parts[0]) if parts else 0, tuple(periods), thresholds)
 
 
 def _charge(text: str) -> Charge:

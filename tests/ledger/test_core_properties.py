@@ -64,8 +64,18 @@ def holds(draw: st.DrawFn) -> tuple[str, str, str, int]:
 
 
 @st.composite
-def bounds(draw: st.DrawFn, scope: str) -> str:
-    limits = draw(st.sampled_from(["", "", "", f" limits=day{scope}", f" limits=day{scope},month{scope}"]))
+def refilled_limits(draw: st.DrawFn, scope: str, now_us: int) -> str:
+    """A limit with periods of 20 us; who asks may think that it is a little earlier or later."""
+    start = max(0, now_us + draw(st.sampled_from([0, 0, 0, -15, 15]))) // 20 * 20
+    amount = draw(st.sampled_from([60, 60, 60, 90, 0]))
+    return f"quota{scope}:{amount}:{start}..{start + 20}:{start + 20}..{start + 40}"
+
+
+@st.composite
+def bounds(draw: st.DrawFn, scope: str, now_us: int) -> str:
+    refilled = draw(refilled_limits(scope, now_us))
+    fixed = [f"day{scope}", f"day{scope},month{scope}", f"month{scope},{refilled}"]
+    limits = draw(st.sampled_from(["", "", "", *[f" limits={names}" for names in fixed], f" limits={refilled}"]))
     line = draw(st.sampled_from(["", "", f" unfunded=line{scope}"]))
     developer = draw(st.sampled_from(["", " developer=d1"]))
     highest = draw(st.sampled_from(["", "", "", " max=0", " max=1"]))
@@ -218,7 +228,7 @@ class Ledgers(RuleBasedStateMachine):
         scope, wallets, amounts, legs = hold
         number = len(self.reservations) if again else max(0, len(self.reservations) - 1)
         name = f"r{number}{scope}"
-        options = data.draw(bounds(scope))
+        options = data.draw(bounds(scope, self.case.now_us))
         if data.draw(st.booleans()):
             options += f" mark={data.draw(charges(legs))}"
         options += data.draw(st.sampled_from(["", "", " keystays"]))
@@ -232,7 +242,8 @@ class Ledgers(RuleBasedStateMachine):
         name = f"d{len(self.table)}{scope}"
         charge = data.draw(charges(legs))
         beyond = data.draw(st.sampled_from(["", " beyond", " overage tells"]))
-        outcome = self.step(f"debit {wallets} {name} {charge} hold={amounts}{data.draw(bounds(scope))}{key}{beyond}")
+        options = data.draw(bounds(scope, self.case.now_us))
+        outcome = self.step(f"debit {wallets} {name} {charge} hold={amounts}{options}{key}{beyond}")
         if isinstance(outcome, Applied) and not outcome.replayed:
             self.reservations.append((name, legs))
 
@@ -265,7 +276,9 @@ class Ledgers(RuleBasedStateMachine):
         name, legs = self._one_of(data, ReservationState.OPEN)
         least = data.draw(st.sampled_from([most, 0, most // 2]))
         mark = f" mark={data.draw(charges(legs))}" if data.draw(st.booleans()) else ""
-        self.step(f"extend {name} {most}..{least} ttl={ttl}{mark}")
+        _, at, scope = name.partition("@")
+        limit = f" limits={data.draw(refilled_limits(at + scope, self.case.now_us))}" if data.draw(LIKELY) else ""
+        self.step(f"extend {name} {most}..{least} ttl={ttl}{mark}{limit}")
 
     @precondition(lambda self: self.reservations)
     @rule(
@@ -320,6 +333,10 @@ class Ledgers(RuleBasedStateMachine):
     @rule(name=st.sampled_from(["w1", "w2", "dev"]), scope=SCOPES, limit=st.integers(0, 50))
     def set_overdraft(self, name: str, scope: str, limit: int) -> None:
         self.step(f"overdraft {name}{scope} {limit}")
+
+    @rule(data=st.data(), scope=SCOPES)
+    def set_limit(self, data: st.DataObject, scope: str) -> None:
+        self.step(f"limit {data.draw(refilled_limits(scope, self.case.now_us))}")
 
 
 def _name_of(ref: WalletRef) -> str:

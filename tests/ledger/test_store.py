@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from ledger.batch import RESPONSE_LIFE_US, AppliedBefore, CommandRef, fold, kind_of
-from ledger.commands import AnyCommand
+from ledger.commands import AnyCommand, Limit, LimitPeriod
 from ledger.model import UNRESTRICTED, Block, Charge, Funding, Restriction, Settlement, Wallet, WalletRef
 from ledger.outcomes import Applied, Granted, Outcome, Reason, Rejected, Reserved, Revoked, Settled
 from ledger.state import State
@@ -376,6 +376,70 @@ async def test_time_does_not_go_back_for_a_wallet_and_does_not_jump_for_others(
     assert behind is not None
     assert ahead.created_at_us == START_US + 3600 * SECOND_US
     assert behind.created_at_us == START_US
+
+
+# Limits that are filled each period.
+
+
+def daily(amount: int = 100) -> Limit:
+    end_us = START_US + 10 * SECOND_US
+    periods = (LimitPeriod("today", START_US, end_us), LimitPeriod("tomorrow", end_us, end_us + 10 * SECOND_US))
+    return Limit(wallet("day"), amount, periods, (5_000,))
+
+
+async def test_a_limit_that_is_used_up_stays_so_for_every_process(database: Database, say: Say, clock: Clock) -> None:
+    """Its block has nothing left, so a store does not keep it with the wallet: it is looked for by its name."""
+    stores = [await database.open(clock), await database.open(clock)]
+    limited = {"limits": (daily(),)}
+    outcomes = await stores[0].run_batch([say.grant("a", "1", 1_000), say.debit("a", "1", 100, **limited)])
+    assert isinstance(outcomes[1], Applied)
+    for number, store in enumerate([*stores, *stores], start=2):
+        (refused,) = await store.run_batch([say.debit("a", str(number), 1, **limited)])
+        assert reason_of(refused) is Reason.LIMIT_REACHED
+        assert isinstance(refused, Rejected)
+        assert refused.limit == wallet("day")
+    block = await stores[1].block(wallet("day"), "today")
+    assert block is not None
+    assert (block.granted, block.consumed, block.live, block.funding) == (100, 100, False, Funding.LIMIT)
+    assert await stores[1].block(wallet("day"), "tomorrow") is None
+    assert await stores[1].block(wallet("nobody"), "today") is None
+    clock.us = START_US + 10 * SECOND_US
+    (again,) = await stores[1].run_batch([say.debit("a", "9", 60, **limited)])
+    assert isinstance(again, Applied)
+    (more,) = await stores[0].run_batch([say.debit("a", "10", 60, **limited)])
+    assert reason_of(more) is Reason.LIMIT_REACHED
+    assert (await verify(stores[0])).violations == ()
+    for store in stores:
+        await store.close()
+
+
+async def test_two_processes_open_one_period(database: Database, say: Say, clock: Clock) -> None:
+    """Both think that they are the first. Together they use no more than there is."""
+    stores = [await database.open(clock), await database.open(clock)]
+    await stores[0].run_batch([say.grant("a", "1", 1_000), say.grant("b", "2", 1_000)])
+    commands = [[say.debit(payer, f"{payer}{number}", 30, limits=(daily(),))] for number in range(4) for payer in "ab"]
+    outcomes = await asyncio.gather(*(stores[number % 2].run_batch(each) for number, each in enumerate(commands)))
+    assert sum(isinstance(outcome, Applied) for (outcome,) in outcomes) == 3
+    block = await stores[0].block(wallet("day"), "today")
+    assert block is not None
+    assert (block.granted, block.consumed) == (100, 90)
+    assert (await verify(stores[1])).violations == ()
+    for store in stores:
+        await store.close()
+
+
+async def test_an_amount_is_changed_for_every_process(database: Database, say: Say, clock: Clock) -> None:
+    stores = [await database.open(clock), await database.open(clock)]
+    await stores[0].run_batch([say.grant("a", "1", 1_000), say.debit("a", "1", 90, limits=(daily(),))])
+    await stores[1].run_batch([say.limit(daily(150))])
+    (fits,) = await stores[0].run_batch([say.debit("a", "2", 50, limits=(daily(),))])
+    assert isinstance(fits, Applied)
+    await stores[1].run_batch([say.limit(daily(10))])
+    (refused,) = await stores[0].run_batch([say.debit("a", "3", 1, limits=(daily(),))])
+    assert reason_of(refused) is Reason.LIMIT_REACHED
+    assert (await verify(stores[0])).violations == ()
+    for store in stores:
+        await store.close()
 
 
 # Reads.
