@@ -18,8 +18,12 @@ import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.application import create_api
+from gateway.api.entitlements import Answer, Checks, route_of
+from gateway.api.frame import Frame
 from gateway.api.services import Services
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.entitlements import Entitlements
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
@@ -45,13 +49,15 @@ from gateway.refusals import REFUSALS
 from gateway.settings import SIMULATED, Settings
 from gateway.shared.balances import Balances
 from gateway.shared.changes import Changes
+from gateway.shared.leases import Leases
 from gateway.shared.link import Link
 from gateway.shared.rate_limit import SharedRateLimit
-from gateway.shared.wallets import SharedWallets
+from gateway.shared.wallets import SharedWallets, holders_key
 from gateway.stores import SQLITE, OpenStore, open_store
 from gateway.telemetry import PROXIED, Metrics
 from ledger.ledger import Ledger
 from ledger.store.protocol import SchemaMissing, StoreUnavailable
+from ledger.store.sqlite import SqliteStore
 from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
 
 CHAT_PATH: Final = PROXIED
@@ -77,6 +83,8 @@ class Parts:
 
     services: Services
     chat: ChatProxy
+    checks: Checks
+    framed_checks: ASGIApp
     api: ASGIApp
     begin_trace: BeginTrace | None
 
@@ -150,6 +158,16 @@ class Gateway:
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
 
+    def answer_at_once(self, scope: Scope) -> Answer | None:
+        """The answer to a request that needs nobody else: a check whose facts are all at hand. Else None."""
+        parts = self._parts
+        if parts is None or self._stopping or not route_of(scope):
+            return None
+        try:
+            return parts.checks.at_once(scope)
+        except Exception:
+            return None  # Asked again in order, it breaks where it is logged and answered.
+
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = self._parts
         if parts is None or (self._stopping and not scope["path"].startswith("/health/")):
@@ -164,6 +182,9 @@ class Gateway:
                 user = path[len(USERS_PATH) : -len(USER_CHAT_SUFFIX)]
                 await self._counted(parts, scope, receive, send, user)
                 return
+        if route_of(scope):
+            await parts.framed_checks(scope, receive, send)
+            return
         await parts.api(scope, receive, send)
 
     async def _counted(self, parts: Parts, scope: Scope, receive: Receive, send: Send, user: str | None) -> None:
@@ -250,8 +271,9 @@ async def running_parts(
         link = None if settings.redis_url is None else await _linked(settings.redis_url, metrics, stack)
         shared = None
         if link is not None and not settings.database_url.startswith(SQLITE):
-            shared = SharedWallets(link, now_us=now_us)
+            shared = SharedWallets(link, now_us=now_us, leases=await _leases(link, stack))
         store = await open_store(settings.database_url, clock=now_us, watcher=shared)
+        balances = Balances(store, metrics, shared=shared, prompt=store if isinstance(store, SqliteStore) else None)
         ledger = await Ledger.open(
             store,
             clock=now_us,
@@ -260,11 +282,13 @@ async def running_parts(
             wait_s=settings.ledger_timeout_s,
             applied=metrics.count_applied,
             observed=metrics.count_batch,
-            read_wallet=Balances(store, metrics, shared=shared).wallet,
+            read_wallet=balances.wallet,
+            kept_wallet=balances.kept,
         )
         stack.push_async_callback(ledger.close)
         principals = Principals(database, now_us=now_us, looked_up=metrics.cache("principals"))
         customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
+        catalog = Catalog(database)
         changes = Changes(principals.invalidate, url=settings.redis_url, link=link)
         changes.start()
         stack.push_async_callback(changes.stop)
@@ -327,6 +351,8 @@ async def running_parts(
             models=ServedModels(settings, now_us),
             quoter=quoter,
             charging=charging,
+            catalog=catalog,
+            entitlements=Entitlements(ledger=ledger, catalog=catalog, customers=customers, now_us=now_us),
             proxy=chat,
             metrics=metrics,
             now_us=now_us,
@@ -346,7 +372,15 @@ async def running_parts(
             tracing = open_tracing(settings.otlp_endpoint)
             stack.push_async_callback(tracing.close)
             begin_trace = tracing.begin
-        yield Parts(services=services, chat=chat, api=create_api(services), begin_trace=begin_trace)
+        checks = Checks(services)
+        yield Parts(
+            services=services,
+            chat=chat,
+            checks=checks,
+            framed_checks=Frame(checks, metrics=metrics, new_id=new_id),
+            api=create_api(services),
+            begin_trace=begin_trace,
+        )
 
 
 def configured_upstreams(settings: Settings) -> dict[str, Upstream]:
@@ -370,6 +404,13 @@ async def _linked(redis_url: str, metrics: Metrics, stack: AsyncExitStack) -> Li
     await link.start()
     stack.push_async_callback(link.stop)
     return link
+
+
+async def _leases(link: Link, stack: AsyncExitStack) -> Leases:
+    leases = Leases(link, holders_key=holders_key)
+    leases.start()
+    stack.push_async_callback(leases.stop)
+    return leases
 
 
 async def _counting_together(link: Link, stack: AsyncExitStack) -> RateLimit:

@@ -11,7 +11,21 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from gateway import __version__
-from gateway.api import apps, chat, credits, customers, docs, funding, health, keys, models, quote, requests, topup
+from gateway.api import (
+    apps,
+    chat,
+    credits,
+    customers,
+    docs,
+    entitlements,
+    funding,
+    health,
+    keys,
+    models,
+    quote,
+    requests,
+    topup,
+)
 from gateway.api.access import SECURITY
 from gateway.api.frame import REFUSAL, REQUEST_ID, Frame
 from gateway.api.services import Services
@@ -28,7 +42,7 @@ with `X-Idempotent-Replayed: true`.
 """
 
 
-RESOURCES: Final = (chat, quote, models, requests, topup, funding, credits, customers, apps, keys)
+RESOURCES: Final = (chat, quote, models, requests, topup, funding, entitlements, credits, customers, apps, keys)
 PLAIN: Final = (health, docs)
 """They need no key."""
 

@@ -7,7 +7,9 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.entitlements import Entitlements
 from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
@@ -37,6 +39,8 @@ class Services:
     models: ServedModels
     quoter: Quoter
     charging: Charging
+    catalog: Catalog
+    entitlements: Entitlements
     proxy: ASGIApp
     metrics: Metrics
     now_us: Callable[[], int]

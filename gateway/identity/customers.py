@@ -79,6 +79,8 @@ class Customers:
         self._now_us = now_us
         self._new_id = new_id
         self._ids: LRU[CustomerName, str] = LRU(customers_max)
+        self._there: LRU[CustomerName, bool] = LRU(customers_max)
+        """Ids of ours that are known to be this tenant's, in place of the external id."""
         self._under_way: dict[CustomerName, asyncio.Task[str]] = {}
 
     async def resolve(self, tenant_id: str, mode: str, external_id: str, *, param: str = "user") -> str:
@@ -111,8 +113,18 @@ class Customers:
             ApiError: 404 for an id of ours that is not there; otherwise as `resolve`.
         """
         if reference.startswith(CUSTOMER_PREFIX):
-            return (await self.get(tenant_id, mode, reference)).id
+            if not self._there.get(CustomerName(tenant_id, mode, reference)):
+                await self.get(tenant_id, mode, reference)
+                self._there.put(CustomerName(tenant_id, mode, reference), True)
+            return reference
         return await self.resolve(tenant_id, mode, reference, param=param)
+
+    def known(self, tenant_id: str, mode: str, reference: str, *, external: bool = False) -> str | None:
+        """What `named` would answer without asking anybody, or `resolve` if the name is *external*."""
+        name = CustomerName(tenant_id, mode, reference)
+        if external or not reference.startswith(CUSTOMER_PREFIX):
+            return self._ids.get(name)
+        return reference if self._there.get(name) else None
 
     async def find(self, tenant_id: str, mode: str, reference: str) -> CustomerInfo:
         """The customer that *reference* names, by our id or the tenant's; looking creates nobody.

@@ -6,6 +6,7 @@ makes a new one after `LEASE_S`, so no request ever waits for a connection.
 """
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class Link:
     """
 
     def __init__(self, url: str, metrics: Metrics, *, timeout_s: float = TIMEOUT_S, lease_s: float = LEASE_S) -> None:
-        self._url = url
+        self.url = url
         self._metrics = metrics
         self.timeout_s = timeout_s
         self._lease_s = lease_s
@@ -64,11 +65,17 @@ class Link:
         self._keeper: asyncio.Task[None] | None = None
         self._connected: list[Callable[[], None]] = []
         self._reason = "not asked yet"
+        self._lost_at_s = -math.inf
         metrics.redis_up.set(0)
 
     @property
     def up(self) -> bool:
         return self._wire is not None
+
+    @property
+    def lost_s(self) -> float:
+        """How long ago the link was lost, of one that is not up."""
+        return asyncio.get_running_loop().time() - self._lost_at_s
 
     def describe(self) -> str:
         """`ok`, or what is wrong, in words for the operator."""
@@ -158,7 +165,7 @@ class Link:
     async def _connect(self) -> None:
         await self._closed()
         self._cut.clear()
-        wire = Wire(self._url, self._break)
+        wire = Wire(self.url, self._break)
         try:
             async with asyncio.timeout(max(CONNECT_TIMEOUT_S, self.timeout_s)):
                 await wire.open()
@@ -181,6 +188,7 @@ class Link:
         wire, self._wire = self._wire, None
         if wire is None:
             return
+        self._lost_at_s = asyncio.get_running_loop().time()
         self._metrics.redis_up.set(0)
         if not quietly:
             self._note(error)
