@@ -24,6 +24,8 @@ from gateway.api.services import Services
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.entitlements import Entitlements
+from gateway.billing.metrics import BillableMetrics
+from gateway.billing.usage import Metering
 from gateway.clock import now_us
 from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
@@ -288,8 +290,8 @@ async def running_parts(
         stack.push_async_callback(ledger.close)
         principals = Principals(database, now_us=now_us, looked_up=metrics.cache("principals"))
         customers, tenants = Customers(database, now_us=now_us), Tenants(database, now_us=now_us)
-        catalog = Catalog(database)
-        changes = Changes(principals.invalidate, url=settings.redis_url, link=link)
+        catalog, billables = Catalog(database), BillableMetrics(database, now_us=now_us)
+        changes = Changes(principals.invalidate, catalog.invalidate, url=settings.redis_url, link=link)
         changes.start()
         stack.push_async_callback(changes.stop)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
@@ -353,6 +355,8 @@ async def running_parts(
             charging=charging,
             catalog=catalog,
             entitlements=Entitlements(ledger=ledger, catalog=catalog, customers=customers, now_us=now_us),
+            billables=billables,
+            metering=Metering(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             proxy=chat,
             metrics=metrics,
             now_us=now_us,

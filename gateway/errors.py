@@ -38,6 +38,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "model_not_found": Kind(404, "invalid_request_error"),
     "model_not_priced": Kind(404, "invalid_request_error"),
     "method_not_allowed": Kind(405, "invalid_request_error"),
+    "already_exists": Kind(409, "invalid_request_error"),
     "request_in_progress": Kind(409, "invalid_request_error"),
     "request_already_completed": Kind(409, "invalid_request_error"),
     "reservation_settled": Kind(409, "invalid_request_error"),
@@ -91,18 +92,13 @@ class ApiError(Exception):
 
     def to_body(self, request_id: str) -> bytes:
         """The envelope as JSON."""
-        return msgspec.json.encode(
-            {
-                "error": {
-                    "message": self.message,
-                    "type": self.type,
-                    "code": self.code,
-                    "param": self.param,
-                    "request_id": request_id,
-                    **self.facts,
-                }
-            }
-        )
+        named = {**self.inner, "request_id": request_id}
+        return msgspec.json.encode({"error": {**named, **self.facts}})
+
+    @property
+    def inner(self) -> dict[str, Any]:
+        """What the envelope says of the refusal itself, before its facts."""
+        return {"message": self.message, "type": self.type, "code": self.code, "param": self.param}
 
 
 class Denomination(Protocol):
@@ -177,6 +173,11 @@ def model_not_priced(model: str) -> ApiError:
 
 def method_not_allowed(allowed: str) -> ApiError:
     return ApiError("method_not_allowed", f"Use {allowed} here.", headers=(("Allow", allowed),))
+
+
+def already_exists(what: str, *, param: str) -> ApiError:
+    """409. *what* names it: `metric with the key …`; *param* is where its name was sent."""
+    return ApiError("already_exists", f"There is a {what} already.", param=param)
 
 
 def request_in_progress() -> ApiError:

@@ -5,10 +5,14 @@ A lack of credits is not in the table: who asked knows the asset, and what to do
 
 from typing import Final
 
+from gateway.billing.catalog import MetricNotFound, MetricNotPriced
 from gateway.database import DatabaseUnavailable
 from gateway.errors import (
+    ApiError,
+    Denomination,
     ErrorTable,
     idempotency_key_reused,
+    insufficient_credits,
     invalid_request,
     ledger_unavailable,
     not_found,
@@ -18,14 +22,23 @@ from gateway.errors import (
 from ledger.errors import (
     AlreadyExists,
     AssetMismatch,
+    InsufficientCredits,
     InvalidAmount,
     KeyReused,
     LedgerUnavailable,
+    LimitReached,
     NotFound,
+    ReceivableOutstanding,
     ReservationSettled,
     TooManyBlocks,
     WalletFrozen,
 )
+
+
+def _no_metric(message: str) -> ApiError:
+    advice = "Set one up with POST /v1/billable-metrics and POST /v1/metering-rules."
+    return ApiError("not_found", f"{message} {advice}", param="billable_metric_key")
+
 
 REFUSALS: Final = ErrorTable(
     {
@@ -33,6 +46,10 @@ REFUSALS: Final = ErrorTable(
         LedgerUnavailable: lambda error: ledger_unavailable(),
         KeyReused: lambda error: idempotency_key_reused(),
         ReservationSettled: lambda error: reservation_settled(error.state.value if error.state else "settled"),
+        MetricNotFound: lambda error: _no_metric(f"There is no billable metric {error.key[:64]!r}."),
+        MetricNotPriced: lambda error: _no_metric(
+            f"The billable metric {error.key[:64]!r} has no metering rule in force."
+        ),
         NotFound: lambda error: not_found("such wallet, block or reservation"),
         AlreadyExists: lambda error: invalid_request("It exists already: take a new id."),
         AssetMismatch: lambda error: invalid_request("The wallet holds another asset than the tenant's credits."),
@@ -45,3 +62,11 @@ REFUSALS: Final = ErrorTable(
         ),
     }
 )
+
+UNAFFORDABLE: Final = (InsufficientCredits, LimitReached, ReceivableOutstanding)
+"""What is refused for lack of credits, or of what a limit leaves."""
+
+
+def unaffordable(error: InsufficientCredits | LimitReached | ReceivableOutstanding, asset: Denomination) -> ApiError:
+    """402 for one of `UNAFFORDABLE`, in the words of the asset."""
+    return insufficient_credits(needed=error.needed, available=error.available, asset=asset)

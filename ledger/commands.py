@@ -164,11 +164,14 @@ class Debit(Hold, frozen=True, kw_only=True, tag="debit"):
     With *beyond* ``refuse`` it is refused when the legs' minimums are not there. With ``receivable`` it tells of work
     that was done without asking: it is never refused for lack of funds, and what neither blocks nor an agreed overdraft
     cover is owed by each leg's first wallet. It then also settles a reservation of the same request that is there
-    already, because nobody knew whether it had been made.
+    already, because nobody knew whether it had been made. With ``overage`` a lack of credits is owed in the same way,
+    but it was asked for: a wallet that is frozen and a limit that does not afford it refuse it. *tells_overage* raises
+    an event where something is owed.
     """
 
     settlement: Settlement
-    beyond: Literal["refuse", "receivable"] = "refuse"
+    beyond: Literal["refuse", "receivable", "overage"] = "refuse"
+    tells_overage: bool = False
     response: StoredResponse | None = None
 
 

@@ -210,7 +210,7 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The facts behind a charge, written in its transaction.
 
     ``units`` maps a unit to a quantity, ``provider_cost_nanos`` is in nano-dollars, ``source`` is how the units are
-    known: ``provider``, ``counted`` or ``partial``.
+    known: ``provider``, ``counted`` or ``partial``, or ``reported`` where the tenant's app says so.
     """
 
     request_id: str
@@ -296,8 +296,8 @@ class Reservation(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     ``reserved`` is the most that the paying legs held, ``balance`` that of the first leg's first wallet when it was
     last charged or settled. ``settled_by`` is the command that settled it: repeating that one is a replay. ``key``
     names the idempotency key that a release frees again. ``owed`` is what each leg's first wallet was left owing
-    without an agreement, for work that was done while the ledger was away. ``refunds`` is what was given back of
-    ``payments`` since, under the same names; ``charged`` and ``payments`` stay what they were.
+    beyond an agreed overdraft, for work that was done while the ledger was away or for an overage. ``refunds`` is what
+    was given back of ``payments`` since, under the same names; ``charged`` and ``payments`` stay what they were.
     """
 
     ref: ReservationRef

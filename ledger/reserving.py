@@ -65,7 +65,25 @@ def debit_hold(draft: Draft, command: Debit) -> Reservation | Rejected:
         # Nothing is asked for, so nothing is refused: the charge takes what there is.
         nothing = tuple([ReserveLeg(leg.wallets, 0, 0) for leg in command.legs])
         command = msgspec.structs.replace(command, legs=nothing)
+    if command.beyond == "overage":
+        return _overage_hold(draft, command, request_id)
     return hold_all(draft, command, ttl_us=0, request_id=request_id)
+
+
+def _overage_hold(draft: Draft, command: Debit, request_id: str | None) -> Reservation | Rejected:
+    """What there is of a debit, the rest of which will be owed: only credits may be short."""
+    legs = tuple([ReserveLeg(leg.wallets, leg.amount, 0) for leg in command.legs])
+    held = hold_all(draft, msgspec.structs.replace(command, legs=legs), ttl_us=0, request_id=request_id)
+    if isinstance(held, Rejected):
+        return held
+    needed, there = legs[0].amount, held.held_by_leg[0]
+    payers = [draft.wallet(ref) for leg in held.legs for ref in leg.wallets]
+    if any(wallet is not None and wallet.frozen for wallet in payers):
+        return Rejected(Reason.WALLET_FROZEN, needed=needed, available=there)
+    left = min([there + draft.available(ref) for ref in held.limits], default=needed)
+    if left < needed:
+        return Rejected(Reason.LIMIT_REACHED, needed=needed, available=left)
+    return held
 
 
 def _well_formed(command: Hold) -> bool:

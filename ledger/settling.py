@@ -79,11 +79,11 @@ def debit(state: State, command: Debit, now_us: int) -> Outcome:
     if known is not None and known.settled_by == command.id:
         return Applied(result=settled(known), replayed=True)
     draft = Draft(state, command, now_us)
-    beyond = command.beyond == "receivable"
+    beyond = command.beyond != "refuse"
     settlement = command.settlement
     late = False
     reservation: Reservation | Rejected
-    if known is not None and beyond and _of_same_request(known, command):
+    if known is not None and command.beyond == "receivable" and _of_same_request(known, command):
         if not may_charge(known, settlement):
             return Rejected(Reason.INVALID_AMOUNT)
         if _over(known):
@@ -96,6 +96,10 @@ def debit(state: State, command: Debit, now_us: int) -> Outcome:
         if isinstance(reservation, Rejected):
             return reservation
     after = _settle(draft, reservation, settlement, ReservationState.COMMITTED, beyond=beyond)
+    owed = sum(after.owed)
+    if command.tells_overage and owed > 0:
+        body = {"reservation": after.ref.reservation, "request_id": after.request_id, "owed": owed}
+        draft.raise_event(after.legs[0].wallets[0], "usage.overage", body)
     answers = None
     if command.response is not None and command.key is not None:
         answers = (command.key.operation, command.key.key)

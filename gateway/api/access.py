@@ -69,6 +69,7 @@ def _allowed(scope: KeyScope) -> Any:
 
 Reader = Annotated[Principal, _allowed(KeyScope.CREDITS_READ)]
 Writer = Annotated[Principal, _allowed(KeyScope.CREDITS_WRITE)]
+CatalogWriter = Annotated[Principal, _allowed(KeyScope.CATALOG_WRITE)]
 Proxier = Annotated[Principal, _allowed(KeyScope.PROXY)]
 Administrator = Annotated[Principal, _allowed(KeyScope.ADMIN)]
 

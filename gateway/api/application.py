@@ -21,10 +21,13 @@ from gateway.api import (
     funding,
     health,
     keys,
+    metrics,
     models,
     quote,
     requests,
+    rules,
     topup,
+    usage,
 )
 from gateway.api.access import SECURITY
 from gateway.api.frame import REFUSAL, REQUEST_ID, Frame
@@ -42,7 +45,22 @@ with `X-Idempotent-Replayed: true`.
 """
 
 
-RESOURCES: Final = (chat, quote, models, requests, topup, funding, entitlements, credits, customers, apps, keys)
+RESOURCES: Final = (
+    chat,
+    quote,
+    models,
+    requests,
+    topup,
+    funding,
+    entitlements,
+    credits,
+    customers,
+    apps,
+    keys,
+    metrics,
+    rules,
+    usage,
+)
 PLAIN: Final = (health, docs)
 """They need no key."""
 

@@ -56,6 +56,11 @@ class NamesCustomer(Body):
             raise ValueError("name the customer once: customer_id, end_user_id or external_user_id")
         return self
 
+    @property
+    def customer_named(self) -> str:
+        """The customer, as they are named."""
+        return self.customer_id or self.end_user_id or self.external_user_id or ""
+
     async def customer(self, services: Services, principal: Principal) -> str:
         """Our id of the customer, who is created if you name them for the first time.
 

@@ -47,7 +47,15 @@ def key_of(request: Request, body: Body | None, operation: str, *, about: str = 
         return None
     if len(set(sent)) > 1:
         raise invalid_request("The request carries two different idempotency keys.", param="idempotency_key")
-    key = sent[0]
+    return key_named(sent[0], body, operation, about=about)
+
+
+def key_named(key: str, body: Body | None, operation: str, *, about: str = "") -> Key:
+    """The idempotency key *key* of what *body* asks for.
+
+    Raises:
+        ApiError: 400 for a malformed key.
+    """
     if not 1 <= len(key) <= KEY_LENGTH_MAX or not (key.isascii() and key.isprintable()) or key != key.strip():
         raise invalid_request(
             f"An idempotency key has 1 to {KEY_LENGTH_MAX} printable ASCII characters.", param="idempotency_key"

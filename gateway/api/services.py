@@ -10,6 +10,8 @@ from starlette.types import ASGIApp
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.entitlements import Entitlements
+from gateway.billing.metrics import BillableMetrics
+from gateway.billing.usage import Metering
 from gateway.database import Database
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
@@ -41,6 +43,8 @@ class Services:
     charging: Charging
     catalog: Catalog
     entitlements: Entitlements
+    billables: BillableMetrics
+    metering: Metering
     proxy: ASGIApp
     metrics: Metrics
     now_us: Callable[[], int]

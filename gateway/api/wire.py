@@ -12,6 +12,7 @@ import msgspec
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from gateway.errors import invalid_request
+from pricing.metering import MICROS_PER_UNIT, UNITS_MAX, microunits
 from pricing.money import Asset, parse_decimal
 
 METADATA_BYTES_MAX: Final = 16 * 1024
@@ -103,6 +104,17 @@ def units_of_usd(usd: Decimal, asset: Asset, *, param: str) -> int:
     return units
 
 
+def shown_units(micros: int) -> float | int:
+    """A quantity in millionths, as the JSON number that has its exact digits: a double tells all that there can be."""
+    whole, part = divmod(micros, MICROS_PER_UNIT)
+    return micros / MICROS_PER_UNIT if part else whole
+
+
+def _quantity(value: Decimal) -> Decimal:
+    """Units of a metric. However they were written, they are the same number in the same form."""
+    return Decimal(microunits(value)) / MICROS_PER_UNIT
+
+
 def _exact_number(value: Any) -> Any:
     """A decimal as a JSON number or a string. It never was a binary float: see `gateway/api/route.py`."""
     if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
@@ -166,6 +178,7 @@ ExactDecimal = Annotated[
     BeforeValidator(_exact_number),
     Field(json_schema_extra={"type": "number"}, allow_inf_nan=False, ge=0),
 ]
+Units = Annotated[ExactDecimal, AfterValidator(_quantity), Field(le=UNITS_MAX)]
 FutureTime = Annotated[
     AwareDatetime,
     BeforeValidator(_written_out),

@@ -1,4 +1,4 @@
-"""Word among processes that keys, apps or tenants have changed, so that nobody trusts what it cached of them.
+"""Word among processes that keys, apps, tenants or prices have changed, so that nobody trusts what it cached of them.
 
 A message says nothing but that: what is cached is small, and read again when it is next needed. One that is lost costs
 no more than the lease that every cached answer has anyway.
@@ -24,11 +24,11 @@ class Changes:
     """Without a *link* it tells this process alone.
 
     Args:
-        forget: drops what this process has cached; called for every change, anywhere.
+        forget: each drops what this process has cached; called for every change, anywhere.
     """
 
     def __init__(
-        self, forget: Callable[[], None], *, url: str | None = None, link: Link | None = None, retry_s: float = LEASE_S
+        self, *forget: Callable[[], None], url: str | None = None, link: Link | None = None, retry_s: float = LEASE_S
     ) -> None:
         self._forget = forget
         self._url = url
@@ -49,9 +49,13 @@ class Changes:
 
     def announce(self) -> None:
         """Something has changed, and is committed. It returns at once."""
-        self._forget()
+        self._forget_all()
         with suppress(RedisAway):
             _publish(self._link)
+
+    def _forget_all(self) -> None:
+        for forget in self._forget:
+            forget()
 
     async def _listen(self, url: str) -> None:
         while True:
@@ -75,7 +79,7 @@ class Changes:
                 if message is None:
                     continue
                 # Subscribed: what was said before went unheard. Or a message.
-                self._forget()
+                self._forget_all()
                 self.heard.set()
 
 
