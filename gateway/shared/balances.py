@@ -96,7 +96,7 @@ class Balances:
         copy = shared.copy(ref)
         if copy is None:
             return None
-        if shared.wears_off(copy) and ref not in self._under_way:
+        if shared.wears_off(copy) and ref not in self._under_way and ref not in self._next:
             self._next_look(ref)
         self._hit()
         return copy.value
@@ -137,7 +137,7 @@ class Balances:
         return value
 
     async def _look_shared(self, shared: SharedWallets, ref: WalletRef) -> WalletBlocks | None:
-        look = await shared.look(ref)
+        look = await shared.look(ref, renewing=shared.copy(ref) is not None)
         if look.found is not None:
             self._hit()
             return look.found

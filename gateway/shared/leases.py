@@ -12,6 +12,7 @@ link may send a script again after later ones, where Redis did not know it.
 """
 
 import asyncio
+import random
 import secrets
 import time
 from collections import Counter
@@ -30,11 +31,14 @@ from gateway.shared.wire import CONNECT_TIMEOUT_S, RedisAway, Script
 from ledger.model import WalletRef
 from ledger.store.protocol import WalletBlocks
 
-LEASE_S: Final = 0.5
+LEASE_S: Final = 1.0
 """How long a copy may be served after it was asked for: as long a holder that hangs can delay a change."""
 
-HOLDER_LIFE_S: Final = 2.5
+HOLDER_LIFE_S: Final = 5.0
 """How long who signed as a holder is told of changes, by Redis's clock: so long that no step of that clock matters."""
+
+RENEWED: Final = (0.2, 0.5)
+"""Which part of a lease is left when a copy in use is renewed."""
 
 COPIES_MAX: Final = 10_000
 
@@ -63,8 +67,11 @@ class Ask:
 
 
 class Copy(NamedTuple):
+    """*renew_s*: from when on it had better be asked for again, so that a wallet in steady use is never waited for."""
+
     value: WalletBlocks
     until_s: float
+    renew_s: float
 
 
 class _Waited:
@@ -135,8 +142,7 @@ class Leases:
         return copy if copy is not None and self._monotonic_s() < copy.until_s else None
 
     def wears_off(self, copy: Copy) -> bool:
-        """Whether it is time to ask again, so that a wallet in steady use is never waited for."""
-        return copy.until_s - self._monotonic_s() < self._lease_s / 2
+        return self._monotonic_s() >= copy.renew_s
 
     def ask(self, ref: WalletRef) -> Ask:
         """Before a question is sent; `answer` must follow."""
@@ -157,10 +163,12 @@ class Leases:
 
     def _keep(self, ask: Ask, value: WalletBlocks, life_s: float) -> None:
         kept = self._copies.get(ask.ref)
-        until_s = ask.asked_s + min(self._lease_s, life_s)
         if kept is not None and kept.value.wallet.version > value.wallet.version:
             return
-        self._copies.put(ask.ref, Copy(value, until_s))
+        until_s = ask.asked_s + min(self._lease_s, life_s)
+        # Not all at once that came at once.
+        renew_s = until_s - self._lease_s * random.uniform(*RENEWED)  # noqa: S311  (spreads the load)
+        self._copies.put(ask.ref, Copy(value, until_s, renew_s))
 
     def let_go(self, ref: WalletRef) -> None:
         """The wallet is about to change: what we have of it, and what is on its way, is void."""

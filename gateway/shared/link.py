@@ -37,6 +37,9 @@ LEASE_S: Final = 1.0
 GRACE_S: Final = 0.005
 """After a time limit the loop may read on for so long: what came while we were busy did come in time."""
 
+GRACE_TURNS: Final = 20
+"""... and so many turns of the loop, however long they take: from the socket to who asked a reply needs several."""
+
 WAITING_MAX: Final = 10_000
 """Most commands without a reply. More are turned away."""
 
@@ -127,7 +130,15 @@ class Link:
 
     def _look_late(self) -> None:
         """The oldest command may be late: let the loop read what is there already, then judge."""
-        self._timer = asyncio.get_running_loop().call_later(GRACE_S, self._judge)
+        self._timer = asyncio.get_running_loop().call_later(GRACE_S, self._read_on, GRACE_TURNS)
+
+    def _read_on(self, turns: int) -> None:
+        self._let_go()
+        loop = asyncio.get_running_loop()
+        if not turns or not self._waiting:
+            self._judge()
+        elif self._timer is not None:
+            self._timer = loop.call_later(0, self._read_on, turns - 1)
 
     def _judge(self) -> None:
         loop = asyncio.get_running_loop()

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from gateway.shared.leases import CHANNEL, HOLDER_LIFE_S, LEASE_S, Ask, Copy, Leases
+from gateway.shared.leases import CHANNEL, HOLDER_LIFE_S, LEASE_S, RENEWED, Ask, Copy, Leases
 from gateway.shared.link import Link
 from gateway.shared.wire import RedisAway, Script
 from ledger.model import WalletRef
@@ -74,14 +74,15 @@ ticket. Also tells whether anybody looked lately, and who is told of it.
 LOOK: Final = Script(
     f"""{_NOW}
 local kept = redis.call('HMGET', KEYS[2], 'version', 'value')
-if kept[1] and tonumber(kept[1]) >= tonumber(redis.call('GET', KEYS[1]) or '0') then
+local left = redis.call('PTTL', KEYS[2])
+if kept[1] and left >= tonumber(ARGV[2]) and tonumber(kept[1]) >= tonumber(redis.call('GET', KEYS[1]) or '0') then
     {_SIGN.format(signature="ARGV[1]")}
-    return {{now, kept[2], redis.call('PTTL', KEYS[2])}}
+    return {{now, kept[2], left}}
 end
 return {{now}}
 """
 )
-"""ARGV: our signature."""
+"""ARGV: our signature, and how long the value must at least live on."""
 
 PUT: Final = Script(
     f"""{_NOW}
@@ -89,7 +90,8 @@ local version, from, life = tonumber(ARGV[1]), tonumber(ARGV[3]), tonumber(ARGV[
 local left = from + life - now
 if left <= 0 or from > now then return 0 end
 if version < tonumber(redis.call('GET', KEYS[1]) or '0') then return 0 end
-if version <= tonumber(redis.call('HGET', KEYS[2], 'version') or '-1') then return 0 end
+local kept = tonumber(redis.call('HGET', KEYS[2], 'version') or '-1')
+if version < kept or version == kept and left <= redis.call('PTTL', KEYS[2]) then return 0 end
 redis.call('HSET', KEYS[2], 'version', ARGV[1], 'value', ARGV[2])
 redis.call('PEXPIRE', KEYS[2], left)
 {_SIGN.format(signature="ARGV[5]")}
@@ -180,20 +182,25 @@ class SharedWallets:
     def wears_off(self, copy: Copy) -> bool:
         return self._leases is not None and self._leases.wears_off(copy)
 
-    async def look(self, ref: WalletRef) -> Look:
-        """Raises RedisAway."""
+    async def look(self, ref: WalletRef, *, renewing: bool = False) -> Look:
+        """What may be served; a value that goes soon is none for who is *renewing* what they have.
+
+        Raises:
+            RedisAway
+        """
+        life_ms = round(VALUE_LIFE_S * RENEWED[1] * 1000) if renewing else 0
         if self._leases is None:
-            return (await self._look(ref, ""))[0]
+            return (await self._look(ref, "", life_ms))[0]
         ask, found, left_ms = self._leases.ask(ref), None, 0
         signature = self._leases.signature
         try:
-            (found, at_ms), left_ms = await self._look(ref, signature)
+            (found, at_ms), left_ms = await self._look(ref, signature, life_ms)
         finally:
             self._leases.answer(ask, found if signature else None, life_s=left_ms / 1000)
         return Look(found, at_ms)
 
-    async def _look(self, ref: WalletRef, signature: str) -> tuple[Look, int]:
-        at_ms, *value = await self._link.ask("balance", LOOK, _all_keys(ref), signature)
+    async def _look(self, ref: WalletRef, signature: str, life_ms: int) -> tuple[Look, int]:
+        at_ms, *value = await self._link.ask("balance", LOOK, _all_keys(ref), signature, life_ms)
         if not value:
             return Look(None, at_ms), 0
         try:

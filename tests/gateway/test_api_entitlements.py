@@ -210,12 +210,12 @@ async def test_what_is_refused(office: Office):
     )
     office.keys["writer"] = made.token
     good = "/v1/customers/alice/entitlements/chat_message"
-    check = "/v1/entitlements/check"
+    check, external = "/v1/entitlements/check", "/v1/customer-by-external-id"
     for path, status, code, param in (
         ("/v1/customers/alice/entitlements/none", 404, "not_found", "billable_metric_key"),
         ("/v1/customers/alice/entitlements/unpriced", 404, "not_found", "billable_metric_key"),
         (f"/v1/customers/{new_id('cus')}/entitlements/chat_message", 404, "not_found", None),
-        (f"/v1/customer-by-external-id/{new_id('cus')}/entitlements/chat_message", 400, "invalid_request", "external_id"),
+        (f"{external}/{new_id('cus')}/entitlements/chat_message", 400, "invalid_request", "external_id"),
         ("/v1/customers/%20alice/entitlements/chat_message", 400, "invalid_request", "customer"),
         ("/v1/customers/%00/entitlements/chat_message", 400, "invalid_request", None),
         (f"{good}?units=-1", 400, "invalid_request", "units"),
