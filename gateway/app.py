@@ -300,7 +300,7 @@ async def running_parts(
         for upstream in upstreams.values():
             stack.push_async_callback(upstream.close)
         router = Router(settings, upstreams, price_book(settings))
-        quoter = Quoter(settings, PromptCounter())
+        quoter = Quoter(settings, PromptCounter(), catalog)
 
         charging = Charging(ledger)
         live, shield = LiveHolds(ledger), Shield()

@@ -12,7 +12,6 @@ from gateway.api.wire import Credits, Millicredits, View, amounts
 from gateway.proxy.exchange import only_value
 from gateway.proxy.payer import resolve_payer
 from gateway.proxy.request import parse_chat
-from ledger.model import Tags
 
 router = APIRouter(prefix="/v1", tags=["proxy"])
 
@@ -56,10 +55,10 @@ async def quote(request: Request, principal: Proxier, services: Here) -> QuoteVi
     chat = parse_chat(body)
     user, action = (_header(request, name) for name in (services.settings.user_header, "X-Quota-Action"))
     payer = await resolve_payer(principal, services.customers, header=user, path=None)
-    route = services.router.route(chat.model, mode=principal.mode, at_us=services.now_us())
-    plan = await services.quoter.plan(chat, route, principal=principal, payer=payer, action=action)
-    fixed = plan.tariff.action
-    tags = Tags(app=principal.app_id, model=chat.model)
+    at_us = services.now_us()
+    route = services.router.route(chat.model, mode=principal.mode, at_us=at_us)
+    plan = await services.quoter.plan(chat, route, principal=principal, payer=payer, at_us=at_us, action=action)
+    fixed, tags = plan.tariff.action, plan.tags(principal.app_id)
     wallets = [
         await wallet_now(services.ledger, wallet, principal.asset, tags, unfunded=payer.unfunded)
         for wallet in payer.wallets

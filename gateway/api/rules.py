@@ -54,6 +54,7 @@ SIZE_MAX: Final = 30
 """The order of magnitude of a number that is looked at closer."""
 
 CostType = Literal["flat", "per_unit", "graduated", "volume", "package"]
+AnyCostType = Literal["flat", "per_unit", "graduated", "volume", "tiered", "package"]
 Millis = Annotated[ExactDecimal | None, Field(description="Millicredits, with fractions if need be.")]
 Exact = Annotated[ExactDecimal | None, Field(description="The same in credits. Give either of the two.")]
 
@@ -179,7 +180,7 @@ class NewRule(PriceBody):
     )
 
     billable_metric_key: MetricKey
-    cost_type: CostType | Literal["tiered"] = Field(
+    cost_type: AnyCostType = Field(
         description="`flat`: every event costs the same. `per_unit`. `graduated`: each tier's units cost that tier's "
         "rate. `volume`: all units cost the rate of the tier that their number falls into. `package`: one that is "
         "begun is paid in full. Tiers and packages begin anew with each event."
@@ -189,7 +190,7 @@ class NewRule(PriceBody):
 class RuleChange(PriceBody):
     model_config = ConfigDict(json_schema_extra={"examples": [{"unit_cost": 1200}]})
 
-    cost_type: CostType | Literal["tiered"] | None = Field(default=None, description="Default: that of the rule.")
+    cost_type: AnyCostType | None = Field(default=None, description="Default: that of the rule.")
 
 
 class TierView(View):
@@ -365,17 +366,19 @@ def _effective_from(body: PriceBody, services: Services) -> int | None:
 
 
 def _price(body: Any, name: str, place: str = "") -> int | None:
-    """A price in pico-credits, from its field in millicredits or from its twin in credits; None where neither is."""
+    """A price in pico-credits, from its field in millicredits or from its twin in credits; None where neither is.
+
+    Both may be given as an answer shows them: then the millicredits are the exact twin, rounded down.
+    """
     millis, credits = getattr(body, name), getattr(body, f"{name}_decimal")
     where = f"{place}.{name}" if place else name
-    found = {
-        _picos(value, scale, where)
-        for value, scale in ((millis, PICOS_PER_MILLICREDIT), (credits, PICOS_PER_CREDIT))
-        if value is not None
-    }
-    if len(found) > 1:
+    rounded = None if millis is None else _picos(millis, PICOS_PER_MILLICREDIT, where)
+    exact = None if credits is None else _picos(credits, PICOS_PER_CREDIT, f"{where}_decimal")
+    if exact is None or rounded is None:
+        return rounded if exact is None else exact
+    if rounded not in (exact, exact - exact % PICOS_PER_MILLICREDIT):
         raise invalid_request(f"{where} and its twin {where}_decimal differ.", param=where)
-    return found.pop() if found else None
+    return exact
 
 
 def _picos(value: Decimal, scale: int, param: str) -> int:

@@ -124,6 +124,7 @@ class ChatProxy:
             self._router.route(request.model, mode=principal.mode, at_us=began_us),
             principal=principal,
             payer=payer,
+            at_us=began_us,
             action=exchange.header("X-Quota-Action"),
             clamping=exchange.header("X-Quota-Clamping") != "off",
             max_cost=exchange.header("X-Quota-Max-Cost"),

@@ -6,11 +6,13 @@ lowered to what it affords, unless the client refuses that.
 """
 
 import asyncio
+from decimal import Decimal
 from functools import partial
 from typing import Final
 
 import msgspec
 
+from gateway.billing.catalog import Catalog, MetricNotFound, MetricNotPriced
 from gateway.errors import ApiError, invalid_request
 from gateway.identity.principals import Principal
 from gateway.proxy.payer import Payer
@@ -19,13 +21,18 @@ from gateway.proxy.routing import Candidate, Route
 from gateway.proxy.tariff import Action, Tariff
 from gateway.settings import Settings
 from ledger.commands import ReserveLeg
+from ledger.model import Tags
 from pricing.charge import Charge, ChargeTooLarge
+from pricing.metering import cost
 from pricing.quote import Quote, affordable_ceiling, dearest, expected_output, prompt_with_margin, worst_charge
 from pricing.tokens import PromptCounter, RequestInvalid, needs_thread
 from pricing.usage import Usage
 
 PROMPT_PARTS: Final = ("tools", "functions", "response_format")
 """Fields beside the messages that count as prompt."""
+
+ONE: Final = Decimal(1)
+"""An action is one unit of its metric."""
 
 OUTPUT_TOKENS_LEAST: Final = 16
 """An answer is not clamped to fewer tokens than this: the request is refused instead."""
@@ -56,6 +63,13 @@ class Plan(msgspec.Struct, frozen=True):
     legs: tuple[ReserveLeg, ...]
     expected: Usage
 
+    def tags(self, app_id: str | None) -> Tags:
+        """What the charge is for, as blocks can be restricted by it."""
+        metric = None if self.tariff.action is None else self.tariff.action.metric
+        if metric is None:
+            return Tags(app=app_id, model=self.request.model)
+        return msgspec.structs.replace(metric.tags(app_id), model=self.request.model)
+
     def clamped(self, budget: int) -> int | None:
         """The output limit of each choice that *budget* affords, None where it affords the worst case."""
         if self.extends or budget >= sum(leg.amount for leg in self.legs):
@@ -77,9 +91,10 @@ class Plan(msgspec.Struct, frozen=True):
 class Quoter:
     """Turns requests into plans."""
 
-    def __init__(self, settings: Settings, counter: PromptCounter) -> None:
+    def __init__(self, settings: Settings, counter: PromptCounter, catalog: Catalog) -> None:
         self._settings = settings
         self._counter = counter
+        self._catalog = catalog
         self._actions = {action.key: action.credits for action in settings.actions}
 
     async def plan(
@@ -89,15 +104,20 @@ class Quoter:
         *,
         principal: Principal,
         payer: Payer,
+        at_us: int,
         action: str | None = None,
         clamping: bool = True,
         max_cost: str | None = None,
     ) -> Plan:
         """Quote *request*.
 
+        Args:
+            at_us: the time at whose prices it is charged.
+
         Raises:
             ApiError: 400 where the request cannot be counted or priced, names an action that there is not, or could
                 cost more than *max_cost*, decimal credits.
+            DatabaseUnavailable: nobody can say what the action costs.
         """
         prompt_tokens = await self._count(request, route)
         ceiling = request.output_tokens_max or route.output_ceiling(prompt_tokens)
@@ -119,7 +139,7 @@ class Quoter:
             card=card,
             markup_bps=payer.markup_bps,
             asset=principal.asset,
-            action=self._action(action, principal),
+            action=None if action is None else await self._action(action, principal, at_us),
         )
         extends = request.stream and clamping and tariff.action is None
         extends = extends and not (route.hidden_reasoning or request.audio)
@@ -157,12 +177,20 @@ class Quoter:
         except RequestInvalid as error:
             raise invalid_request(str(error), param=error.param) from None
 
-    def _action(self, key: str | None, principal: Principal) -> Action | None:
-        if key is None:
-            return None
-        if key not in self._actions:
-            raise invalid_request(f"There is no product action {key[:64]!r}.", param="X-Quota-Action")
-        return Action(key=key, price=principal.asset.parse(self._actions[key]))
+    async def _action(self, key: str, principal: Principal, at_us: int) -> Action:
+        """The product action *key*: the tenant's metric of that name, or else the installation's."""
+        asset, tenant, mode = principal.asset, principal.tenant_id, principal.mode
+        served_in_outage = principal.open_allowance > 0
+        try:
+            metric = await self._catalog.priced(tenant, mode, key, at_us=at_us, through_outage=served_in_outage)
+        except MetricNotPriced:
+            message = f"The product action {key[:64]!r} has no metering rule in force."
+            raise invalid_request(message, param="X-Quota-Action") from None
+        except MetricNotFound:
+            if key not in self._actions:
+                raise invalid_request(f"There is no product action {key[:64]!r}.", param="X-Quota-Action") from None
+            return Action(key=key, price=asset.parse(self._actions[key]))
+        return Action(key=key, price=cost(metric.rule, ONE, asset), metric=metric)
 
     def _legs(self, plan: Plan, payer: Payer, *, clamping: bool) -> tuple[ReserveLeg, ...]:
         """What to reserve: an amount, and the least that the request is served with."""

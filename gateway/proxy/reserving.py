@@ -32,7 +32,7 @@ from gateway.settings import Settings
 from ledger.commands import Key, Reserve
 from ledger.errors import InsufficientCredits, LedgerUnavailable, LimitReached, ReceivableOutstanding
 from ledger.ledger import Ledger
-from ledger.model import ReservationRef, ReservationState, Scope, Tags, UsageRecord
+from ledger.model import ReservationRef, ReservationState, Scope, UsageRecord
 from ledger.outcomes import Applied, Reserved, Settled
 from pricing.usage import Usage
 
@@ -93,13 +93,15 @@ class Reserving:
         scope = Scope(principal.tenant_id, principal.mode)
         if key is not None and await self._answer_open(exchange, principal, scope, key):
             return None
+        action = plan.tariff.action
         record = UsageRecord(
             request_id=exchange.request_id,
             app_id=principal.app_id,
             key_id=principal.key_id,
             customer_id=payer.customer_id,
             model=plan.request.model,
-            action=plan.tariff.action.key if plan.tariff.action else None,
+            action=None if action is None else action.key,
+            metric=None if action is None or action.metric is None else action.metric.metric.key,
             upstream=plan.candidate.upstream.name,
             started_at_us=began_us,
         )
@@ -110,7 +112,7 @@ class Reserving:
         except LedgerUnavailable as error:
             return await self._without_ledger(exchange, plan, principal, command, record=record, unavailable=error)
         except _UNAFFORDABLE as error:
-            if plan.tariff.action is not None and error.needed != plan.tariff.action.price:
+            if action is not None and error.needed != action.price:
                 raise subsidy_unaffordable() from None
             raise insufficient_credits(needed=error.needed, available=error.available, asset=principal.asset) from None
         reserved = applied.result
@@ -162,7 +164,7 @@ class Reserving:
             ttl_us=self._ttl_us,
             unfunded=payer.unfunded,
             developer=principal.app_id,
-            tags=Tags(app=principal.app_id, model=plan.request.model),
+            tags=plan.tags(principal.app_id),
             request_id=exchange.request_id,
             mark=plan.tariff.settlement(unanswered, died),
         )

@@ -5,6 +5,7 @@
 
 import msgspec
 
+from gateway.billing.catalog import PricedMetric
 from ledger.model import Charge, Settlement, UsageRecord
 from pricing.book import RateCard
 from pricing.charge import Charge as Priced
@@ -15,10 +16,14 @@ from pricing.usage import Usage
 
 
 class Action(msgspec.Struct, frozen=True):
-    """A product action: *price* in the asset's smallest unit, whatever the tokens."""
+    """A product action: *price* in the asset's smallest unit, whatever the tokens.
+
+    *metric* is the tenant's own, whose metering rule says the price; None where the settings say it.
+    """
 
     key: str
     price: int
+    metric: PricedMetric | None = None
 
 
 class Tariff(msgspec.Struct, frozen=True):
@@ -38,6 +43,11 @@ class Tariff(msgspec.Struct, frozen=True):
         if self.action is None:
             return (charge(usage, self.card, markup_bps=self.markup_bps, asset=self.asset),)
         return action_charge(self.action.price, usage, self.card, asset=self.asset)
+
+    @property
+    def _price_version(self) -> str:
+        metric = None if self.action is None else self.action.metric
+        return self.card.version if metric is None else metric.price_version
 
     def total(self, usage: Usage) -> int:
         """What *usage* costs, all legs together."""
@@ -80,6 +90,6 @@ class Tariff(msgspec.Struct, frozen=True):
             record,
             units=usage.as_dict(),
             provider_cost_nanos=legs[0].provider_cost_nanos,
-            price_version=self.card.version,
+            price_version=self._price_version,
         )
         return Settlement(charges=tuple(Charge(base=leg.base, markup=leg.markup) for leg in legs), usage=filled)

@@ -16,7 +16,9 @@ import httpx
 import uvicorn
 from sqlalchemy import text
 
+from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.metrics import BillableMetrics
 from gateway.clock import now_us
 from gateway.database import NOBODY, Database
 from gateway.identity.customers import Customers
@@ -235,6 +237,7 @@ class Rig:
     store: FragileStore
     tenants: Tenants
     customers: Customers
+    billables: BillableMetrics
     proxy: ChatProxy
     live: LiveHolds
     journal: SettlementJournal
@@ -455,7 +458,7 @@ async def running(
         customers=customers,
         rate_limit=ProcessRateLimit(),
         router=Router(settings, served, price_book(settings)),
-        quoter=Quoter(settings, PromptCounter()),
+        quoter=Quoter(settings, PromptCounter(), Catalog(database)),
         ledger=ledger,
         charging=Charging(ledger),
         live=live,
@@ -490,6 +493,7 @@ async def running(
             store=store,
             tenants=tenants,
             customers=customers,
+            billables=BillableMetrics(database),
             proxy=proxy,
             live=live,
             journal=journal,

@@ -20,6 +20,7 @@ PUBLIC_TABLE = [
     (404, errors.model_not_found("gpt-9"), "model_not_found"),
     (404, errors.model_not_priced("gpt-9"), "model_not_priced"),
     (405, errors.method_not_allowed("POST"), "method_not_allowed"),
+    (409, errors.already_exists("metric with the key chat", param="key"), "already_exists"),
     (409, errors.request_in_progress(), "request_in_progress"),
     (409, errors.request_already_completed("req_1"), "request_already_completed"),
     (409, errors.reservation_settled("committed"), "reservation_settled"),

@@ -51,6 +51,9 @@ class Things:
     user: str
     request: str
     block: str
+    metric: str
+    metric_key: str
+    rule: str
     idempotency_key: str
 
     @property
@@ -61,10 +64,19 @@ class Things:
 def nobodys() -> Things:
     """Of the same form as somebody's, and nobody has them."""
     ids = {name: new_id(prefix) for name, prefix in PREFIXES.items()}
-    return Things(**ids, user="nobodys-user", idempotency_key="nobodys-key")
+    return Things(**ids, user="nobodys-user", metric_key="nobodys-metric", idempotency_key="nobodys-key")
 
 
-PREFIXES: Final = {"tenant": "ten", "app": "app", "key": "key", "customer": "cus", "request": "req", "block": "blk"}
+PREFIXES: Final = {
+    "tenant": "ten",
+    "app": "app",
+    "key": "key",
+    "customer": "cus",
+    "request": "req",
+    "block": "blk",
+    "metric": "mtr",
+    "rule": "rul",
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,7 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
     once = {"Idempotency-Key": things.idempotency_key}
     names = [{"customer_id": things.customer}, {"customer_id": things.user}]
     people = (things.customer, things.user)
+    metrics, price = (things.metric, things.metric_key), {"cost_type": "flat", "credit_cost": 7}
     chat = [Attempt("/v1/chat/completions", CHAT, {"X-Quota-User": user, **once}) for user in people]
     chat += [
         Attempt("/v1/chat/completions", {**CHAT, "user": things.user}, once),
@@ -133,6 +146,40 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             Attempt("/v1/keys", {"app_id": things.app, "mode": mode, "name": "Taken"}, once) for mode in MODES
         ],
         "POST /v1/keys/{key_id}/revoke": [Attempt(f"/v1/keys/{things.key}/revoke", headers=once)],
+        "POST /v1/billable-metrics": [
+            Attempt("/v1/billable-metrics", {"key": things.metric}),
+            Attempt("/v1/billable-metrics", {"key": things.metric_key, "name": "Taken"}, once),
+        ],
+        "GET /v1/billable-metrics": [
+            Attempt("/v1/billable-metrics", same=False),
+            Attempt(f"/v1/billable-metrics?cursor={things.metric}", same=False),
+        ],
+        # After the one before, the first tenant has a metric of that key, too: only the id is the other's alone.
+        "GET /v1/billable-metrics/{metric}": [Attempt(f"/v1/billable-metrics/{name}") for name in metrics],
+        "PATCH /v1/billable-metrics/{metric}": [
+            Attempt(f"/v1/billable-metrics/{name}", {"name": "Taken"}) for name in metrics
+        ],
+        "POST /v1/metering-rules": [
+            Attempt("/v1/metering-rules", {"billable_metric_key": name, **price}, once) for name in metrics
+        ],
+        "GET /v1/metering-rules": [
+            Attempt(f"/v1/metering-rules?billable_metric_key={things.metric}"),
+            Attempt(f"/v1/metering-rules?cursor={things.rule}", same=False),
+        ],
+        "GET /v1/metering-rules/{rule_id}": [Attempt(f"/v1/metering-rules/{things.rule}")],
+        "PATCH /v1/metering-rules/{rule_id}": [Attempt(f"/v1/metering-rules/{things.rule}", {"credit_cost": 1})],
+        "POST /v1/metering-rules/{rule_id}/archive": [Attempt(f"/v1/metering-rules/{things.rule}/archive")],
+        "POST /v1/usage": [
+            *(Attempt("/v1/usage", {**name, "billable_metric_key": things.metric_key}, once) for name in names),
+            Attempt("/v1/usage", {**names[1], "feature_key": things.metric}),
+        ],
+        "POST /v1/usage/batch": [
+            Attempt("/v1/usage/batch", {"events": [{**name, "feature_key": things.metric_key} for name in names]}),
+            Attempt("/v1/usage/batch", {"events": [{**names[1], "feature_key": things.metric_key}]}, once),
+        ],
+        "POST /v1/billable-metrics/{metric}/archive": [
+            Attempt(f"/v1/billable-metrics/{name}/archive") for name in metrics
+        ],
         "GET /health/live": [Attempt("/health/live")],
         "GET /health/ready": [Attempt("/health/ready")],
         "GET /metrics": [Attempt("/metrics", same=False)],
@@ -163,6 +210,9 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             "expires_at": "2096-01-01T00:00:00Z",
         }
         block = await office.post("/v1/topup/grant", grant, key=label, once=once)
+        metric = await office.post("/v1/billable-metrics", {"key": f"{name}-metric"}, key=label, once=once)
+        price = {"billable_metric_key": f"{name}-metric", "cost_type": "flat", "credit_cost": 1000}
+        rule = await office.post("/v1/metering-rules", price, key=label, once=once)
         await office.post("/v1/funding/pool", {"credits": 1_000_000}, key=label, once=once)
         await office.post("/v1/funding/grant", {"customer_id": user, "amount": "0.5"}, key=label, once=once)
         answer = await office.ask(
@@ -177,6 +227,9 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             user=user,
             request=answer.headers["x-request-id"],
             block=block["ledger_id"],
+            metric=metric["id"],
+            metric_key=f"{name}-metric",
+            rule=rule["id"],
             idempotency_key=once,
         )
     return settled

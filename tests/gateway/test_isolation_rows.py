@@ -25,6 +25,7 @@ IDS: Final = {"tenant", "mode", "reservation", "wallet", "operation", "key"}
 VALUES: Final[dict[str, dict[str, Any]]] = {
     "api_keys": {"secret_hash": b"x" * 32},
     "apps": {"billing_mode": "user_pays", "on_disconnect": "drain"},
+    "billable_metrics": {"overage_policy": "block"},
     "ledger_block": {"consumed": 0, "reserved": 0, "expired": 0, "revoked": 0, "live": True},
     "ledger_reservation": {"state": "open"},
     "ledger_transfer": {"credit": "clearing"},

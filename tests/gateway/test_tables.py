@@ -14,8 +14,8 @@ from sqlmodel import SQLModel
 from gateway.database import Database, of
 from gateway.tables import ApiKey, App, AssetVersion, Customer, Tenant
 
-OURS = ["tenants", "assets", "apps", "api_keys", "customers"]
-WITH_MODE = ["api_keys", "customers"]
+OURS = ["tenants", "assets", "apps", "api_keys", "customers", "billable_metrics", "metering_rules"]
+WITH_MODE = ["api_keys", "customers", "billable_metrics", "metering_rules"]
 
 
 def table(name: str) -> Table:

@@ -254,13 +254,25 @@ class Naive:
             settlement = self._missing(known, command.settlement) if late else command.settlement
             self._charge(command.reservation, settlement, final=True, beyond=True)
             return self._end(known, "committed")
+        overage = command.beyond == "overage"
+        if overage and (word := self._bars_overage(command)):
+            return _no(word)
         asked = [(leg.wallets, 0, 0) if beyond else (leg.wallets, leg.amount, leg.minimum) for leg in command.legs]
+        if overage:
+            asked = [(leg.wallets, leg.amount, 0) for leg in command.legs]
         answer = self._hold(command, request, [ReserveLeg(*leg) for leg in asked])
         if answer.get("refused"):
             return answer
         made = self.reservations[command.reservation]
-        self._charge(command.reservation, command.settlement, final=True, beyond=beyond)
+        self._charge(command.reservation, command.settlement, final=True, beyond=beyond or overage)
         return self._end(made, "committed")
+
+    def _bars_overage(self, command: Debit) -> str | None:
+        payers = [self.wallets[ref] for leg in command.legs for ref in leg.wallets if ref in self.wallets]
+        if any(wallet["frozen"] for wallet in payers):
+            return "wallet_frozen"
+        short = any(self._all_free(ref) < command.legs[0].amount for ref in command.limits)
+        return "limit_reached" if short else None
 
     def _commit(self, command: Commit) -> Prediction:
         known = self.reservations.get(command.reservation)

@@ -356,7 +356,7 @@ class RandomCommands:
         return self._random.choice([self._say.release, self._say.lapse])(name)
 
     def _debit(self, now_us: int) -> AnyCommand:
-        beyond = self._random.choice(["refuse", "receivable"])
+        beyond = self._random.choice(["refuse", "receivable", "overage"])
         name = f"{next(self._names):04d}" if self._random.random() < 0.8 else self._any_reservation()
         return self._say.debit(self._random.choice("abc"), name, self._random.randint(1, 60), beyond=beyond)
 

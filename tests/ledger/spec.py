@@ -15,7 +15,8 @@ be applied. After every step the invariants of ``tests.ledger.oracle`` hold, and
                                            ``units=input:3,output:5``
 ``release r1`` · ``lapse r1``
 ``debit w1 r1 30+5``                       ``hold=60..20`` where it is not the charge itself; ``beyond`` owes what
-                                           is not there, ``response`` as in commit
+                                           is not there, ``overage`` too, within limits, and ``tells`` raises an
+                                           event; ``response`` as in commit
 ``refund r1 20`` · ``refund r1``           an amount a leg: ``20|5``; without one, all that is left of the charge
 ``revoke w1 b1 40`` · ``clawback w1 b1 40``   ``reference=``
 ``expire w1`` · ``freeze w1 [b1]`` · ``unfreeze w1 [b1]`` · ``overdraft w1 50``
@@ -325,6 +326,7 @@ def _refund(line: _Line) -> Refund:
 
 def _debit(line: _Line) -> Debit:
     beyond, response = line.flag("beyond"), line.flag("response")
+    overage, tells = line.flag("overage"), line.flag("tells")
     wallets, name, charges = line.words
     reservation = reservation_ref(name)
     settlement = line.settlement(charges)
@@ -334,7 +336,8 @@ def _debit(line: _Line) -> Debit:
         **_hold(line, wallets, amounts),
         reservation=reservation,
         settlement=settlement,
-        beyond="receivable" if beyond else "refuse",
+        beyond="receivable" if beyond else "overage" if overage else "refuse",
+        tells_overage=tells,
         response=_ANSWER if response else None,
     )
 

@@ -217,7 +217,7 @@ class Ledgers(RuleBasedStateMachine):
         scope, wallets, amounts, legs = hold
         name = f"d{len(self.table)}{scope}"
         charge = data.draw(charges(legs))
-        beyond = data.draw(st.sampled_from(["", " beyond"]))
+        beyond = data.draw(st.sampled_from(["", " beyond", " overage tells"]))
         outcome = self.step(f"debit {wallets} {name} {charge} hold={amounts}{data.draw(bounds(scope))}{key}{beyond}")
         if isinstance(outcome, Applied) and not outcome.replayed:
             self.reservations.append((name, legs))

@@ -285,3 +285,52 @@ def test_repeating_it_is_one_charge():
         debit     w1 r1 99 beyond request=q1            -> reservation_settled
         wallet    w1 available=40
     """)
+
+
+# Overage: work that was asked for, and may be owed.
+
+
+def test_an_overage_takes_what_there_is_and_owes_the_rest():
+    check("""
+        grant     w1 b1 30
+        overdraft w1 5
+        debit     w1 r1 50 overage tells request=q1  -> committed charged=50+0 shortfall=0 balance=-20
+        reservation r1 owed=15 payments=w1/b1:30+0,w1/overdraft:20+0
+        events    w1 = credit.granted usage.recorded usage.overage
+        debit     w1 r2 10 overage tells request=q2  -> committed balance=-30
+        reservation r2 owed=10
+        debit     new r3 7 overage              -> committed balance=-7
+        grant     w1 b2 100                     -> granted repaid=30
+    """)
+
+
+def test_an_overage_that_is_covered_is_a_charge_like_another():
+    check("""
+        grant     w1 b1 30
+        debit     w1 r1 30 overage tells  -> committed balance=0
+        reservation r1 payments=w1/b1:30+0
+        events    w1 = credit.granted
+    """)
+
+
+def test_an_overage_is_refused_by_a_frozen_wallet_and_by_a_limit():
+    check("""
+        grant     w1 b1 30
+        grant     day l1 40
+        debit     w1 r1 41 overage limits=day  -> limit_reached needed=41 available=40
+        debit     w1 r1 40 overage limits=day  -> committed balance=-10
+        wallet    day available=0
+        debit     w1 r2 1 overage limits=day   -> limit_reached needed=1 available=0
+        freeze    w1
+        debit     w1 r2 1 overage              -> wallet_frozen
+        wallet    w1 receivable=10
+    """)
+
+
+def test_an_overage_touches_no_reservation_that_is_there():
+    check("""
+        grant     w1 b1 30
+        reserve   w1 r1 20 request=q1
+        debit     w1 r1 10 overage request=q1  -> already_exists
+        reservation r1 state=open
+    """)
