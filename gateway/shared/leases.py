@@ -16,9 +16,9 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -74,21 +74,6 @@ class Copy(NamedTuple):
     renew_s: float
 
 
-class _Waited:
-    """Who has not let go of a wallet yet; holders may speak before it is known who they are."""
-
-    __slots__ = ("all_gone", "expected", "gone")
-
-    def __init__(self) -> None:
-        self.gone: set[str] = set()
-        self.expected: Set[str] | None = None
-        self.all_gone = asyncio.Event()
-
-    def look(self) -> None:
-        if self.expected is not None and self.expected <= self.gone:
-            self.all_gone.set()
-
-
 class Leases:
     """The copies of one process.
 
@@ -113,7 +98,10 @@ class Leases:
         self._asks: dict[WalletRef, set[Ask]] = {}
         self._unsure: Counter[WalletRef] = Counter()
         self._coming: LRU[WalletRef, Ask] = LRU(copies_max)
-        self._waited: dict[int, _Waited] = {}
+        self._gone: dict[int, set[str]] = {}
+        """By ticket, who has let go; holders may speak before it is known here who they are."""
+
+        self._news = asyncio.Event()
         self._tickets = 0
         self._listening: asyncio.Task[None] | None = None
         self.process = secrets.token_hex(6)
@@ -196,12 +184,11 @@ class Leases:
         if ask is not None and not ask.void:
             self._keep(ask, value, life_s)
 
-    def unsure_until(self, reply: "asyncio.Future[Any]", ref: WalletRef) -> None:
-        """Until *reply* is there, what is asked for brings no copy."""
+    def unsure(self, ref: WalletRef) -> None:
+        """Until `sure` follows, what is asked for brings no copy."""
         self._unsure[ref] += 1
-        reply.add_done_callback(lambda _: self._sure(ref))
 
-    def _sure(self, ref: WalletRef) -> None:
+    def sure(self, ref: WalletRef) -> None:
         self._unsure[ref] -= 1
         if not self._unsure[ref]:
             del self._unsure[ref]
@@ -209,28 +196,22 @@ class Leases:
     # Telling.
 
     def ticket(self) -> int:
-        """By which the holders of a wallet will say that they have let go of it; `acknowledged` must follow."""
+        """By which the holders of a wallet will say that they have let go of it; `forget` must follow."""
         self._tickets += 1
-        self._waited[self._tickets] = _Waited()
+        self._gone[self._tickets] = set()
         return self._tickets
+
+    def forget(self, tickets: Iterable[int]) -> None:
+        for ticket in tickets:
+            self._gone.pop(ticket, None)
 
     async def acknowledged(self, holders: Mapping[int, Set[str]]) -> None:
         """Wait until all *holders* of each ticket have let go, or their leases are over, which began before now."""
-        try:
-            for ticket, expected in holders.items():
-                self._waited[ticket].expected = expected
-                self._waited[ticket].look()
-            if any(holders.values()):
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._lease_s):
-                        for ticket in holders:
-                            await self._waited[ticket].all_gone.wait()
-        finally:
-            self.forget(holders)
-
-    def forget(self, tickets: Mapping[int, Any]) -> None:
-        for ticket in tickets:
-            self._waited.pop(ticket, None)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._lease_s):
+                while not all(told <= self._gone[ticket] for ticket, told in holders.items()):
+                    self._news.clear()
+                    await self._news.wait()
 
     # Hearing.
 
@@ -263,10 +244,10 @@ class Leases:
         """`key writer ticket`: that wallet is about to change. `ticket holder`: the holder has let go of it."""
         first, *rest = word.decode().split(" ")
         if len(rest) == 1:
-            waited = self._waited.get(int(first))
-            if waited is not None:
-                waited.gone.add(rest[0])
-                waited.look()
+            gone = self._gone.get(int(first))
+            if gone is not None:
+                gone.add(rest[0])
+                self._news.set()
             return
         writer, ticket = rest
         ref = WalletRef(*first.partition("{")[2].rpartition("}")[0].split("/", 2))
@@ -275,4 +256,5 @@ class Leases:
             answer = f"{ticket} {self.process}"
             keys = (self._holders_key(ref),)
             reply = self._link.ask("balance", RELEASE, keys, self.process, f"{CHANNEL}{writer}", answer)
-            self.unsure_until(reply, ref)
+            self.unsure(ref)
+            reply.add_done_callback(lambda _: self.sure(ref))

@@ -140,22 +140,23 @@ class SharedWallets:
             await asyncio.sleep(max(0.0, LEASE_S - self._link.lost_s))
 
     async def _tell(self, leases: Leases, versions: Sequence[WalletVersion]) -> None:
+        told: list[tuple[int, WalletRef, asyncio.Future[Any]]] = []
         holders: dict[int, frozenset[str]] = {}
         try:
-            told = []
             for ref, version in versions:
                 signature = leases.process if leases.changing(ref) else ""
                 ticket = leases.ticket()
+                leases.unsure(ref)
                 holders[ticket] = frozenset()
-                reply = self._raise(ref, version, leases.process, signature, ticket)
-                leases.unsure_until(reply, ref)
-                told.append((ref, ticket, reply))
-            for ref, ticket, reply in told:
+                told.append((ticket, ref, self._raise(ref, version, leases.process, signature, ticket)))
+            for ticket, ref, reply in told:
                 holders[ticket] = await self._raised(ref, reply)
-        except BaseException:
+            if any(holders.values()):
+                await leases.acknowledged(holders)
+        finally:
             leases.forget(holders)
-            raise
-        await leases.acknowledged(holders)
+            for ref, _ in versions[: len(holders)]:
+                leases.sure(ref)
 
     def _raise(self, ref: WalletRef, version: int, process: str, signature: str, ticket: int) -> "asyncio.Future[Any]":
         return self._link.ask("balance", RAISE, _all_keys(ref), version, process, signature, ticket)
