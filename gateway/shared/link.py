@@ -40,6 +40,9 @@ GRACE_S: Final = 0.005
 GRACE_TURNS: Final = 20
 """... and so many turns of the loop, however long they take: from the socket to who asked a reply needs several."""
 
+STEADY_S: Final = 10.0
+"""A link that was up for less is one that comes and goes."""
+
 WAITING_MAX: Final = 10_000
 """Most commands without a reply. More are turned away."""
 
@@ -52,10 +55,18 @@ class Link:
     """Asks Redis. Every failure is counted by what it was asked for.
 
     Args:
-        timeout_s, lease_s: see `TIMEOUT_S` and `LEASE_S`.
+        timeout_s, lease_s, steady_s: see `TIMEOUT_S`, `LEASE_S` and `STEADY_S`.
     """
 
-    def __init__(self, url: str, metrics: Metrics, *, timeout_s: float = TIMEOUT_S, lease_s: float = LEASE_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        metrics: Metrics,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        lease_s: float = LEASE_S,
+        steady_s: float = STEADY_S,
+    ) -> None:
         self.url = url
         self._metrics = metrics
         self.timeout_s = timeout_s
@@ -68,7 +79,8 @@ class Link:
         self._keeper: asyncio.Task[None] | None = None
         self._connected: list[Callable[[], None]] = []
         self._reason = "not asked yet"
-        self._lost_at_s = -math.inf
+        self._steady_s = steady_s
+        self._made_at_s = self._lost_at_s = -math.inf
         metrics.redis_up.set(0)
 
     @property
@@ -77,7 +89,7 @@ class Link:
 
     @property
     def lost_s(self) -> float:
-        """How long ago the link was lost, of one that is not up."""
+        """How long ago a steady link was lost; of one that comes and goes, the first time counts."""
         return asyncio.get_running_loop().time() - self._lost_at_s
 
     def describe(self) -> str:
@@ -189,6 +201,7 @@ class Link:
                 self._note(error)
             return
         self._wire = wire
+        self._made_at_s = asyncio.get_running_loop().time()
         self._metrics.redis_up.set(1)
         log.info("redis is there")
         for tell in self._connected:
@@ -199,7 +212,9 @@ class Link:
         wire, self._wire = self._wire, None
         if wire is None:
             return
-        self._lost_at_s = asyncio.get_running_loop().time()
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._made_at_s >= self._steady_s:
+            self._lost_at_s = now_s
         self._metrics.redis_up.set(0)
         if not quietly:
             self._note(error)

@@ -135,8 +135,9 @@ class SharedWallets:
             else:
                 await self._tell(self._leases, versions)
         except RedisAway:
-            # The commit goes on: what is cached goes by itself, a value's life later at most. Where Redis is away for
-            # all, nobody gets a new lease, and those from before are over by then.
+            # The commit goes on: what is cached goes by itself, a value's life later at most. Where Redis was lost, by
+            # all at once, it goes on when the leases from before are over. A link that comes and goes is not waited
+            # for each time: it would make every charge slow.
             await asyncio.sleep(max(0.0, LEASE_S - self._link.lost_s))
 
     async def _tell(self, leases: Leases, versions: Sequence[WalletVersion]) -> None:
