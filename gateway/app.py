@@ -163,10 +163,11 @@ class Gateway:
     def answer_at_once(self, scope: Scope) -> Answer | None:
         """The answer to a request that needs nobody else: a check whose facts are all at hand. Else None."""
         parts = self._parts
-        if parts is None or self._stopping or not route_of(scope):
+        route = route_of(scope)
+        if not route or parts is None or self._stopping:
             return None
         try:
-            return parts.checks.at_once(scope)
+            return parts.checks.at_once(scope, route)
         except Exception:
             return None  # Asked again in order, it breaks where it is logged and answered.
 

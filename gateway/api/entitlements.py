@@ -78,8 +78,9 @@ class Checks:
     def __init__(self, services: Services) -> None:
         self._services = services
 
-    def at_once(self, scope: Scope) -> Answer | None:
-        """An answer that needs nobody else; None where somebody must be asked, or there is something to refuse.
+    def at_once(self, scope: Scope, route: str) -> Answer | None:
+        """An answer to a request of *route* that needs nobody else; None where somebody must be asked, or there is
+        something to refuse.
 
         It is counted like any other request.
         """
@@ -92,7 +93,7 @@ class Checks:
         if "mode" in fields:
             return None
         try:
-            named, metric_key = _subject(scope, fields)
+            named, metric_key = _subject(route, scope["path"], fields)
             found = services.entitlements.check_at_once(principal, named, metric_key, _units(fields))
         except (ApiError, UnitsInvalid, ChargeTooLarge):
             return None
@@ -109,7 +110,6 @@ class Checks:
             (b"x-request-id", services.new_id("req").encode()),
             *decision.headers(),
         ]
-        route = route_of(scope)
         services.metrics.requests(route, "GET", "200").inc()
         services.metrics.request_seconds(route).observe(time.perf_counter() - began_s)
         return Answer(body, headers)
@@ -133,7 +133,7 @@ class Checks:
         fields = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
         principal = await caller(Request(scope), self._services, _mode(fields))
         principal.require(KeyScope.CREDITS_READ)
-        named, metric_key = _subject(scope, fields)
+        named, metric_key = _subject(route_of(scope), scope["path"], fields)
         try:
             found = await self._services.entitlements.check(principal, named, metric_key, _units(fields))
         except (UnitsInvalid, ChargeTooLarge) as error:
@@ -177,13 +177,12 @@ def entitlement_fields(found: Entitlement, principal: Principal) -> dict[str, An
     }
 
 
-def _subject(scope: Scope, fields: dict[str, str]) -> tuple[Named, str]:
+def _subject(route: str, path: str, fields: dict[str, str]) -> tuple[Named, str]:
     """Whom and which metric a request names, in its path or its query.
 
     Raises:
         ApiError: 400 for a name that is missing, or stands there twice in other words.
     """
-    route, path = route_of(scope), scope["path"]
     if route == CHECK_PATH:
         customer = _one_of(SYNONYMS, fields, "the customer")
         metric = _one_of(METRIC_NAMES, fields, "the metric")

@@ -131,7 +131,7 @@ class SqliteStore:
         return self._read_at_once(lambda connection: reads.wallet_version(connection, ref))
 
     def wallet_at_once(self, ref: WalletRef) -> WalletBlocks | None:
-        return self._read_at_once(lambda connection: reads.wallet(connection, ref))
+        return self._read_at_once(lambda connection: _at_one_moment(connection, lambda: reads.wallet(connection, ref)))
 
     async def reservation(self, ref: ReservationRef) -> Reservation | None:
         return await self._read(lambda connection: reads.reservation(connection, ref))
@@ -182,11 +182,7 @@ class SqliteStore:
         def read() -> T:
             if self._prompt is None:
                 self._prompt = connect(self._path, timeout_s=0)
-            self._prompt.execute("BEGIN")
-            try:
-                return query(self._prompt)
-            finally:
-                self._prompt.execute("ROLLBACK")
+            return query(self._prompt)
 
         return _translated(read)
 
@@ -198,13 +194,17 @@ class SqliteStore:
             connection = connect(self._path)
             self._connections.append(connection)
         try:
-            connection.execute("BEGIN")
-            try:
-                return query(connection)
-            finally:
-                connection.execute("ROLLBACK")
+            return _at_one_moment(connection, lambda: query(connection))
         finally:
             self._idle.put(connection)
+
+
+def _at_one_moment(connection: sqlite3.Connection, work: Callable[[], T]) -> T:
+    connection.execute("BEGIN")
+    try:
+        return work()
+    finally:
+        connection.execute("ROLLBACK")
 
 
 def _open(path: str, clock: Callable[[], int]) -> BatchConnection:
