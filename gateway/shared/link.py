@@ -37,8 +37,9 @@ LEASE_S: Final = 1.0
 GRACE_S: Final = 0.005
 """After a time limit the loop may read on for so long: what came while we were busy did come in time."""
 
-GRACE_TURNS: Final = 20
-"""... and so many turns of the loop, however long they take: from the socket to who asked a reply needs several."""
+GRACE_TURNS: Final = 40
+"""... and so many turns of the loop, however long they take: a command takes two round trips of
+eight turns each where one is under way."""
 
 STEADY_S: Final = 10.0
 """A link that was up for less is one that comes and goes."""
