@@ -101,6 +101,7 @@ async def measure(
                 block_id=new_id("blk"),
                 amount=PLENTY,
                 funding=Funding.PAID,
+                operator_paid=True,
             )
         )
     waits_us: list[float] = []

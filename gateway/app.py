@@ -25,6 +25,8 @@ from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.entitlements import Entitlements
 from gateway.billing.metrics import BillableMetrics
+from gateway.billing.refunds import Refunds
+from gateway.billing.reservations import Reservations
 from gateway.billing.usage import Metering
 from gateway.clock import now_us
 from gateway.database import Database
@@ -354,6 +356,8 @@ async def running_parts(
             models=ServedModels(settings, now_us),
             quoter=quoter,
             charging=charging,
+            refunds=Refunds(ledger, new_id=new_id),
+            reservations=Reservations(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             catalog=catalog,
             entitlements=Entitlements(ledger=ledger, catalog=catalog, customers=customers, now_us=now_us),
             billables=billables,

@@ -5,7 +5,7 @@ status and show the message; the types are those that OpenAI documents, where it
 
     400 404 405 409 412 413 422   invalid_request_error     the request must change
     401                           authentication_error
-    402                           insufficient_quota        OpenAI's word for «out of credit»; not its 429, which SDKs retry
+    402                           insufficient_quota        OpenAI's for «out of credit»; not its 429, which SDKs retry
     403                           permission_error
     429                           rate_limit_error
     5xx                           api_error                 the request was right

@@ -146,6 +146,7 @@ async def _promote(
             block_id=new_id("blk"),
             amount=amount,
             funding=Funding.PROMOTIONAL,
+            operator_paid=True,
             source=source,
             **more,
         )

@@ -6,6 +6,7 @@ A lack of credits is not in the table: who asked knows the asset, and what to do
 from typing import Final
 
 from gateway.billing.catalog import MetricNotFound, MetricNotPriced
+from gateway.billing.reservations import TaskNotFound
 from gateway.database import DatabaseUnavailable
 from gateway.errors import (
     ApiError,
@@ -50,6 +51,7 @@ REFUSALS: Final = ErrorTable(
         MetricNotPriced: lambda error: _no_metric(
             f"The billable metric {error.key[:64]!r} has no metering rule in force."
         ),
+        TaskNotFound: lambda error: not_found(f"reservation {error.reservation_id[:64]}"),
         NotFound: lambda error: not_found("such wallet, block or reservation"),
         AlreadyExists: lambda error: invalid_request("It exists already: take a new id."),
         AssetMismatch: lambda error: invalid_request("The wallet holds another asset than the tenant's credits."),

@@ -47,6 +47,10 @@ class Grant(Command, frozen=True, kw_only=True, tag="grant"):
     With *from_wallet* the credits come out of that wallet's free blocks, all or nothing, and inherit whether the
     operator was paid for them: a developer's wallet fills its pool like this, and the pool its users' wallets. What
     was paid for and what was not become two blocks, the second with the id *block_id* + ``_2``.
+
+    *operator_paid* tells whether the operator was paid for these credits, or gives them itself. With an
+    *accumulation_cap* >= *amount* the wallet's blocks of the same *source* and *funding* hold no more than that
+    together, this grant included: what is free of the oldest lapses at once. What is reserved of them stays.
     """
 
     wallet: WalletRef
@@ -54,7 +58,7 @@ class Grant(Command, frozen=True, kw_only=True, tag="grant"):
     block_id: str
     amount: int
     funding: Funding
-    operator_paid: bool = True
+    operator_paid: bool
     from_wallet: WalletRef | None = None
     priority: int = 0
     effective_at_us: int | None = None
@@ -63,6 +67,7 @@ class Grant(Command, frozen=True, kw_only=True, tag="grant"):
     restriction: Restriction = UNRESTRICTED
     payment_reference: str | None = None
     metadata: dict[str, Any] = {}
+    accumulation_cap: int | None = None
 
 
 class ReserveLeg(msgspec.Struct, frozen=True, gc=False):
@@ -104,13 +109,15 @@ class Reserve(Hold, frozen=True, kw_only=True, tag="reserve"):
     """Set credits aside for work to come, over all legs and limits, all or nothing.
 
     The reservation's id is the caller's: a retry cannot make a second one. *mark* is what is charged if nobody
-    settles within *ttl_us*.
+    settles within *ttl_us*. With *key_stays* a release without a charge does not free the key for another attempt:
+    a repetition answers with this reservation, whatever has become of it.
     """
 
     ttl_us: int
     request_id: str | None = None
     mark: Settlement | None = None
     metadata: dict[str, Any] = {}
+    key_stays: bool = False
 
 
 class Extend(Command, frozen=True, kw_only=True, tag="extend"):
@@ -134,15 +141,23 @@ class StoredResponse(msgspec.Struct, frozen=True, gc=False):
     body: bytes
 
 
+Beyond = Literal["shortfall", "receivable", "waive"]
+
+
 class Commit(Command, frozen=True, kw_only=True, tag="commit"):
     """Settle a reservation for what the work really cost and free the rest.
 
     Never refused for lack of funds: the cost is already real. *final* False charges and keeps the rest held.
+    *beyond* says whose what is missing is, when neither the reservation nor free blocks nor an agreed overdraft cover
+    the charge: the operator's loss, a debt of each leg's first wallet, or nobody's, because who commits waives it.
+    *tells_overage* raises an event where something is owed.
     """
 
     reservation: ReservationRef
     settlement: Settlement
     final: bool = True
+    beyond: Beyond = "shortfall"
+    tells_overage: bool = False
     response: StoredResponse | None = None
 
 
@@ -185,11 +200,13 @@ class Refund(Command, frozen=True, kw_only=True, tag="refund"):
         payments: as the reservation has them. They name what has to be loaded; if they are others by now, the refund
             is refused.
         amounts: one a leg; None gives back all that is left of the charge.
+        reason: for the event.
     """
 
     reservation: ReservationRef
     payments: tuple[Payment, ...]
     amounts: tuple[int, ...] | None = None
+    reason: str | None = None
 
     @property
     def wallets(self) -> list[WalletRef]:
@@ -200,11 +217,14 @@ class Refund(Command, frozen=True, kw_only=True, tag="refund"):
 
 
 class Revoke(Command, frozen=True, kw_only=True, tag="revoke"):
-    """Take credits back from one block: what is free of it; with *clawback*, what is spent becomes a receivable."""
+    """Take credits back from one block: what is free of it; with *clawback*, what is spent becomes a receivable.
+
+    *amount* None takes back all that was granted.
+    """
 
     wallet: WalletRef
     block_id: str
-    amount: int
+    amount: int | None
     clawback: bool = False
     reference: str | None = None
 

@@ -161,6 +161,10 @@ class Draft:
         self._blocks_opened[block.wallet, block.id] = block
         self.change_wallet(block.wallet, blocks_opened=1)
 
+    def opened(self, ref: WalletRef) -> int:
+        """What is left in the wallet's blocks that this draft opened."""
+        return sum(block.remaining for block in self._blocks_opened.values() if block.wallet == ref)
+
     def next_block_sequence(self, wallet: Wallet) -> int:
         change = self._wallets.get(wallet.ref)
         return wallet.blocks_opened + (0 if change is None else change.blocks_opened) + 1

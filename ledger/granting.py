@@ -72,6 +72,7 @@ def grant(state: State, command: Grant, now_us: int) -> Outcome:
         draft.open_block(block)
         draft.change_wallet(wallet.ref, receivable=-repaid)
         draft.raise_block_event("credit.granted", block)
+    lapsed = _lapse_beyond_cap(draft, command, wallet)
     granted = Granted(
         block_id=command.block_id,
         amount=command.amount,
@@ -79,8 +80,35 @@ def grant(state: State, command: Grant, now_us: int) -> Outcome:
         balance_after=draft.balance(wallet.ref),
         repaid=wallet.receivable - owed,
         at_us=now_us,
+        lapsed=lapsed,
     )
     return draft.applied(granted)
+
+
+def _lapse_beyond_cap(draft: Draft, command: Grant, wallet: Wallet) -> int:
+    """Let what is free of the wallet's oldest blocks of the grant's source lapse, down to its cap; how much that is.
+
+    It counts as revoked: what a block loses to its expiry comes later, and is an event of its own.
+    """
+    if command.accumulation_cap is None:
+        return 0
+    there = draft.state.blocks.get(command.wallet, {}).values()
+    alike = [block for block in there if _capped_with(block, command) and not block.expired_at(draft.now_us)]
+    excess = sum(block.remaining for block in alike) + draft.opened(command.wallet) - command.accumulation_cap
+    lapsed = 0
+    for block in sorted(alike, key=lambda block: block.sequence):
+        part = min(excess - lapsed, block.free)
+        if part > 0:
+            lapsed += part
+            draft.change_block(block, revoked=part)
+            draft.spend(Source(wallet, block, part), part, account=Account.BREAKAGE, reference=command.block_id)
+            draft.raise_block_event("credit.expired", block, amount=part, cause="accumulation_cap")
+    return lapsed
+
+
+def _capped_with(block: Block, command: Grant) -> bool:
+    """Whether a grant's cap counts a block: what was paid for never lapses because a gift has the same name."""
+    return block.source == command.source and block.funding is command.funding
 
 
 def _grantable(state: State, command: Grant, *, effective_at_us: int) -> bool:
@@ -88,6 +116,7 @@ def _grantable(state: State, command: Grant, *, effective_at_us: int) -> bool:
     there = sum(block.remaining for block in state.blocks.get(command.wallet, {}).values())
     return (
         command.amount > 0
+        and (command.accumulation_cap is None or command.amount <= command.accumulation_cap <= AMOUNT_MAX)
         and there + command.amount <= AMOUNT_MAX
         and (command.expires_at_us is None or effective_at_us < command.expires_at_us)
         and command.from_wallet != command.wallet
@@ -157,16 +186,17 @@ def _take_from_wallet(draft: Draft, command: Grant, source: WalletRef, wallet: W
 
 
 def revoke(state: State, command: Revoke, now_us: int) -> Outcome:
-    if not 0 < command.amount <= AMOUNT_MAX:
+    if command.amount is not None and not 0 < command.amount <= AMOUNT_MAX:
         return Rejected(Reason.INVALID_AMOUNT)
     wallet = state.wallets.get(command.wallet)
     block = state.blocks.get(command.wallet, {}).get(command.block_id)
     if block is None or wallet is None:
         return Rejected(Reason.NOT_FOUND)
-    if command.amount > block.granted:
+    asked = block.granted if command.amount is None else command.amount
+    if asked > block.granted:
         return Rejected(Reason.INVALID_AMOUNT)
     draft = Draft(state, command, now_us)
-    amount = min(command.amount, _revocable(block))
+    amount = min(asked, _revocable(block))
     free = min(amount, block.free)
     owed = amount - free if command.clawback and block.pool is None else 0
     if free + owed > 0:

@@ -271,16 +271,26 @@ class Audit:
         if change.receivable <= 0 or entry.kind == "revoke":
             return True
         agreed = max(wallet.overdraft_limit, wallet.receivable + wallet.overdraft_reserved)
-        if entry.kind == "debit":
+        if entry.kind in {"debit", "commit"}:
             # What its reservation says that it was left owing; that it says so, and is charged for it, is one fact.
             for fact in entry.facts:
                 if isinstance(fact, ReservationChanged):
-                    for leg, owed in zip(fact.reservation.legs, fact.reservation.owed, strict=False):
-                        agreed += owed if leg.wallets[0] == change.wallet else 0
+                    agreed += self._left_owing(fact.reservation, change.wallet)
         if entry.kind == "refund":
             # A pool gives back the markup that it was given, and may have spent it since.
             agreed += sum(entry_of.amount for entry_of in entry.transfers if entry_of.debit == wallet.account)
         return wallet.receivable + change.receivable <= agreed
+
+    def _left_owing(self, reservation: Reservation, wallet: WalletRef) -> int:
+        """How much more than before *reservation* says that *wallet* was left owing for it."""
+        before = self._before(reservation.ref)
+        debts = [(reservation.owed, 1), (() if before is None else before.owed, -1)]
+        return sum(
+            sign * owed
+            for owed_by_leg, sign in debts
+            for leg, owed in zip(reservation.legs, owed_by_leg, strict=False)
+            if leg.wallets[0] == wallet
+        )
 
     def _may_change(self, reservation: Reservation, kind: str) -> bool:
         """What is settled changes by refunds alone; and what expired by itself may still be committed, once."""

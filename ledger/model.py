@@ -141,8 +141,9 @@ class Block(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     ``operator_paid`` tells whether the operator was paid for these credits or gave them itself; base cost that is
     burnt from others is due from the tenant. ``pool`` is the wallet that the credits came out of: what is revoked of
-    them, and the markup on a developer's grant, goes back there. ``clawed`` is what was taken back of the block after
-    it was spent: the wallet owes it.
+    them, and the markup on a developer's grant, goes back there. ``revoked`` is what was taken back before its time, or
+    lapsed because a later grant of the same source came with a cap. ``clawed`` is what was taken back of the block
+    after it was spent: the wallet owes it.
     """
 
     wallet: WalletRef
@@ -298,6 +299,7 @@ class Reservation(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     names the idempotency key that a release frees again. ``owed`` is what each leg's first wallet was left owing
     beyond an agreed overdraft, for work that was done while the ledger was away or for an overage. ``refunds`` is what
     was given back of ``payments`` since, under the same names; ``charged`` and ``payments`` stay what they were.
+    ``waived`` is what commits asked for beyond ``charged`` and nobody paid, by their own choice: it is in no entry.
     """
 
     ref: ReservationRef
@@ -325,6 +327,7 @@ class Reservation(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     metadata: dict[str, Any] = {}
     owed: tuple[int, ...] = ()
     refunds: tuple[Payment, ...] = ()
+    waived: int = 0
 
     @property
     def refunded(self) -> tuple[int, ...]:

@@ -36,7 +36,10 @@ class Reason(StrEnum):
 
 
 class Granted(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="granted"):
-    """*repaid* is the part of *amount* that went to what the wallet owed; *at_us* is when the block was opened."""
+    """*repaid* is the part of *amount* that went to what the wallet owed; *at_us* is when the block was opened.
+
+    *lapsed* is what an accumulation cap took of older blocks.
+    """
 
     block_id: str
     amount: int
@@ -44,6 +47,7 @@ class Granted(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="gr
     balance_after: int
     repaid: int = 0
     at_us: int = 0
+    lapsed: int = 0
 
 
 class Reserved(msgspec.Struct, frozen=True, gc=False, tag="reserved"):
@@ -58,6 +62,8 @@ class Settled(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="se
     """*charged* is the sum of all commits, a leg each; *balance* is that of the first leg's first wallet.
 
     *late* tells that the reservation had been settled without the caller, and only the missing part was debited.
+    *held* is what the legs still hold together, after a commit that was not the last. *waived* as in
+    :class:`~ledger.model.Reservation`.
     """
 
     reservation: str
@@ -67,6 +73,8 @@ class Settled(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="se
     balance: int
     payments: tuple[Payment, ...] = ()
     late: bool = False
+    held: int = 0
+    waived: int = 0
 
 
 class Refunded(msgspec.Struct, frozen=True, gc=False, tag="refunded"):

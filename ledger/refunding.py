@@ -41,6 +41,8 @@ def refund(state: State, command: Refund, now_us: int) -> Outcome:
         "request_id": reservation.request_id,
         "refunded": sum(amounts),
     }
+    if command.reason is not None:
+        body["reason"] = command.reason
     draft.raise_event(payer, "charge.refunded", body)
     return draft.applied(msgspec.structs.replace(refunded, balance=draft.balance(payer)), after)
 

@@ -49,6 +49,8 @@ def reserve(state: State, command: Reserve, now_us: int) -> Outcome:
     )
     if isinstance(reservation, Rejected):
         return reservation
+    if command.key_stays:
+        reservation = msgspec.structs.replace(reservation, key=None)
     return draft.applied(_reserved(reservation), reservation)
 
 
@@ -295,7 +297,7 @@ def _reserved(reservation: Reservation) -> Reserved:
 
 
 def may_charge(reservation: Reservation, settlement: Settlement) -> bool:
-    already = reservation.shortfall
+    already = reservation.shortfall + reservation.waived
     for charge in reservation.charged:
         already += charge.total
     return chargeable(settlement, legs=len(reservation.legs), already=already)
@@ -314,4 +316,6 @@ def settled(reservation: Reservation, *, late: bool = False) -> Settled:
         balance=reservation.balance,
         payments=reservation.payments,
         late=late,
+        held=reservation.held if reservation.slices else 0,
+        waived=reservation.waived,
     )

@@ -1,8 +1,10 @@
 """What a reservation comes to: its own slices first, then what is free, an agreed overdraft, and at last our loss."""
 
+import operator
+
 import msgspec
 
-from ledger.commands import Commit, Debit, Lapse, Release
+from ledger.commands import Beyond, Commit, Debit, Lapse, Release
 from ledger.draft import NO_TAGS, Draft, Source, total
 from ledger.model import (
     LIMIT_LEG,
@@ -39,7 +41,9 @@ def commit(state: State, command: Commit, now_us: int) -> Outcome:
     late = reservation.state is ReservationState.EXPIRED
     settlement = _missing(command.settlement, reservation.mark) if late else command.settlement
     ends_as = ReservationState.COMMITTED if command.final or late else ReservationState.OPEN
-    after = _settle(draft, reservation, settlement, ends_as)
+    after = _settle(draft, reservation, settlement, ends_as, beyond=command.beyond)
+    if command.tells_overage:
+        _tell_overage(draft, after, owed_before=sum(reservation.owed))
     answers = None if command.response is None else reservation.key
     return draft.applied(settled(after, late=late), after, answers=answers)
 
@@ -95,15 +99,21 @@ def debit(state: State, command: Debit, now_us: int) -> Outcome:
         reservation = debit_hold(draft, command)
         if isinstance(reservation, Rejected):
             return reservation
-    after = _settle(draft, reservation, settlement, ReservationState.COMMITTED, beyond=beyond)
-    owed = sum(after.owed)
-    if command.tells_overage and owed > 0:
-        body = {"reservation": after.ref.reservation, "request_id": after.request_id, "owed": owed}
-        draft.raise_event(after.legs[0].wallets[0], "usage.overage", body)
+    whose: Beyond = "receivable" if beyond else "shortfall"
+    after = _settle(draft, reservation, settlement, ReservationState.COMMITTED, beyond=whose)
+    if command.tells_overage:
+        _tell_overage(draft, after, owed_before=0)
     answers = None
     if command.response is not None and command.key is not None:
         answers = (command.key.operation, command.key.key)
     return draft.applied(settled(after, late=late), after, answers=answers)
+
+
+def _tell_overage(draft: Draft, reservation: Reservation, *, owed_before: int) -> None:
+    owed = sum(reservation.owed) - owed_before
+    if owed > 0:
+        body = {"reservation": reservation.ref.reservation, "request_id": reservation.request_id, "owed": owed}
+        draft.raise_event(reservation.legs[0].wallets[0], "usage.overage", body)
 
 
 def _over(reservation: Reservation) -> bool:
@@ -148,7 +158,7 @@ def _settle(
     settlement: Settlement | None,
     ends_as: ReservationState,
     *,
-    beyond: bool = False,
+    beyond: Beyond = "shortfall",
 ) -> Reservation:
     """Charge *settlement*, if any, and unless the reservation stays open free the rest of it; what it is then."""
     final = ends_as is not ReservationState.OPEN
@@ -188,12 +198,12 @@ def _charge(
     slices: list[Slice],
     *,
     final: bool,
-    beyond: bool,
+    beyond: Beyond,
 ) -> Reservation:
     """Charge every leg and draw on the limits: what the reservation is then, but for its *slices*, used up in place.
 
-    Each leg uses its own slices first. What one leg does not need of them is free for another before we bear a loss,
-    or, with *beyond*, before its first wallet owes it.
+    Each leg uses its own slices first. What one leg does not need of them is free for another before anything is
+    missing.
     """
     charges = settlement.charges
     parts = [_use_slices(draft, slices, charge.total, leg=leg) for leg, charge in enumerate(charges)]
@@ -203,20 +213,21 @@ def _charge(
     for leg, charge in enumerate(charges):
         parts[leg] += _use_more(draft, reservation, leg, charge.total - total(parts[leg]))
     owed: list[int] = []
-    if beyond:
+    if beyond == "receivable":
         for leg, charge in enumerate(charges):
-            missing = charge.total - total(parts[leg])
-            owed.append(missing)
-            if missing > 0:
-                parts[leg].append(_owe(draft, reservation, leg, missing))
+            rest = charge.total - total(parts[leg])
+            owed.append(rest)
+            if rest > 0:
+                parts[leg].append(_owe(draft, reservation, leg, rest))
     payments: list[Payment] = []
     charged: list[Charge] = []
-    shortfall = 0
+    missing = 0
     for leg, charge in enumerate(charges):
         made, paid = _post(draft, reservation, leg, charge, parts[leg])
         payments += made
         charged.append(paid)
-        shortfall += charge.total - paid.total
+        missing += charge.total - paid.total
+    waived, shortfall = (missing, 0) if beyond == "waive" else (0, missing)
     _draw_on_bounds(draft, reservation, slices, payments, payer_charged=charged[0].total)
     draft.transfer(
         shortfall,
@@ -230,8 +241,9 @@ def _charge(
         reservation,
         charged=tuple(map(_sum_of_charges, reservation.charged, charged)),
         shortfall=reservation.shortfall + shortfall,
+        waived=reservation.waived + waived,
         payments=merged([*reservation.payments, *payments]),
-        owed=tuple(owed) if any(owed) else reservation.owed,
+        owed=_sum_of_debts(reservation.owed, owed) if any(owed) else reservation.owed,
         commits=reservation.commits + 1,
         mark=None,
     )
@@ -239,6 +251,10 @@ def _charge(
 
 def _sum_of_charges(one: Charge, other: Charge) -> Charge:
     return Charge(one.base + other.base, one.markup + other.markup)
+
+
+def _sum_of_debts(before: tuple[int, ...], owed: list[int]) -> tuple[int, ...]:
+    return tuple(owed) if not before else tuple(map(operator.add, before, owed))
 
 
 def _owe(draft: Draft, reservation: Reservation, leg: int, amount: int) -> Source:

@@ -104,6 +104,10 @@ class TransactionView(View):
     amount: Millicredits
     amount_decimal: Credits
     reference: str | None = Field(description="The reservation or payment that it belongs to.")
+    request_id: str | None = Field(description="The receipt: `GET /v1/requests/{request_id}`.")
+    metric: str | None = Field(description="What was used.", examples=["chat_message"])
+    action: str | None
+    model: str | None
     parts: list[PartView] = Field(description="The blocks concerned.")
     created_at: Time
 
@@ -232,6 +236,10 @@ def transaction_view(entries: list[Transaction], asset: Asset) -> TransactionVie
         id=f"txn_{first.seq}",
         type=KINDS.get(first.kind, first.kind),
         reference=next((entry.reference for entry in entries if entry.reference), None),
+        request_id=first.request_id,
+        metric=first.metric,
+        action=first.action,
+        model=first.model,
         parts=[PartView(block_id=block, **amounts(asset, amount=amount)) for block, amount in blocks.items()],
         created_at=time_text(first.at_us),
         **amounts(asset, amount=_sum(entries)),

@@ -130,6 +130,7 @@ async def grant_from_pool(body: FundingGrant, request: Request, principal: Write
         block_id=services.new_id("blk"),
         amount=amount,
         funding=Funding.DEVELOPER_GRANT,
+        operator_paid=False,  # The pool's credits bring their own answer.
         from_wallet=pool_wallet(principal.tenant_id, principal.mode, app_id),
         priority=DEVELOPER_GRANT_PRIORITY,
         source=DEVELOPER_GRANT_SOURCE,
@@ -173,6 +174,7 @@ async def fund_pool(body: FundPool, request: Request, principal: Writer, service
         block_id=services.new_id("blk"),
         amount=amount,
         funding=Funding.EXTERNAL,
+        operator_paid=False,  # So do the developer's.
         from_wallet=app_wallet(principal.tenant_id, principal.mode, app_id),
         source="pool",
     )

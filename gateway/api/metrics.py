@@ -170,10 +170,16 @@ async def change_metric(
 
 @router.post("/{metric:path}/archive")
 async def archive_metric(
-    metric: MetricPath, response: Response, principal: CatalogWriter, services: Here
+    metric: MetricPath, request: Request, response: Response, principal: CatalogWriter, services: Here
 ) -> MetricView:
     """Stop metering: usage of it is refused from now on. What was recorded stays. Repeating it changes nothing."""
-    changed = await services.billables.change(principal.tenant_id, principal.mode, metric, MetricChange(archived=True))
+
+    async def act(transactions: Transactions) -> MetricView:
+        billables, change = services.billables.within(transactions), MetricChange(archived=True)
+        return metric_view(await billables.change(principal.tenant_id, principal.mode, metric, change))
+
+    key = key_of(request, None, "metrics.archive", about=metric)
+    answer = await once(request, response, services, principal, key=key, act=act, view=MetricView)
     services.changes.announce()
-    etag(response, changed.version)
-    return metric_view(changed)
+    etag(response, answer.version)
+    return answer

@@ -1,4 +1,4 @@
-"""The receipt of a proxied request: what was reserved, what was charged, and which blocks paid."""
+"""The receipt of a request, metered or proxied: what was reserved, what was charged, and which blocks paid."""
 
 from typing import Any, Final
 
@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from gateway.api.access import Reader, sees_margins
-from gateway.api.services import Here
+from gateway.api.services import Here, Services
 from gateway.api.wire import Credits, Millicredits, Time, View, amounts, time_text, time_text_or_none
 from gateway.errors import not_found
 from gateway.identity.principals import Principal
@@ -18,12 +18,9 @@ from pricing.money import Asset, format_decimal
 router = APIRouter(prefix="/v1", tags=["requests"])
 
 NANO_DIGITS: Final = 9
-STATUS: Final = {
-    ReservationState.OPEN: "in_progress",
-    ReservationState.COMMITTED: "charged",
-    ReservationState.RELEASED: "released",
-    ReservationState.EXPIRED: "charged",
-}
+MICRO_DIGITS: Final = 6
+MICROUNITS: Final = "microunits"
+"""What a metered event's usage is counted in."""
 
 
 class PaymentView(View):
@@ -49,12 +46,14 @@ class ReceiptView(View):
     status: str = Field(description="in_progress, charged, released or, when all was given back, refunded.")
     model: str | None
     action: str | None
+    metric: str | None = Field(description="What was used, where it is no completion.", examples=["image_generation"])
     app_id: str | None
     customer_id: str | None
     started_at: Time | None
     reserved_at: Time
     settled_at: Time | None
     usage: dict[str, int] = Field(description="By unit; each token stands in one of them.", examples=[{"input": 12}])
+    units: Credits | None = Field(description="Of the metric, as a decimal.", examples=["1.5"])
     usage_source: str | None = Field(description="provider, counted or partial.")
     ending: str | None
     reserved_decimal: Credits
@@ -72,33 +71,36 @@ class ReceiptView(View):
 @router.get("/requests/{request_id}", response_model_exclude_unset=True)
 async def get_request(request_id: str, principal: Reader, services: Here) -> ReceiptView:
     """The receipt of a request, by the `X-Request-Id` of its response."""
+    return receipt_view(await receipt_of(request_id, principal, services), request_id, principal)
+
+
+async def receipt_of(request_id: str, principal: Principal, services: Services) -> Receipt:
+    """Raises ApiError 404 for what is not there, or is another app's."""
     receipt = await services.ledger.receipt(principal.tenant_id, principal.mode, request_id)
-    if receipt is None or not _may_see(principal, receipt):
+    if receipt is None or not principal.sees_app(receipt.reservation.tags.app):
         raise not_found(f"request {request_id[:64]}")
-    return receipt_view(receipt, request_id, principal)
-
-
-def _may_see(principal: Principal, receipt: Receipt) -> bool:
-    """A key sees its own app's requests; a tenant-wide one sees all."""
-    app_id = receipt.reservation.tags.app
-    return sees_margins(principal) or app_id is None or app_id == principal.app_id
+    return receipt
 
 
 def receipt_view(receipt: Receipt, request_id: str, principal: Principal) -> ReceiptView:
     reservation, asset = receipt.reservation, principal.asset
     record = receipt.usage[-1].record if receipt.usage else UsageRecord(request_id=request_id)
+    usage = _units(receipt)
+    micros = usage.pop(MICROUNITS, None)
     charged, refunded = sum(leg.total for leg in reservation.charged), sum(reservation.refunded)
     view = ReceiptView(
         request_id=request_id,
-        status="refunded" if refunded == charged > 0 else STATUS[reservation.state],
+        status=_status(reservation.state, charged=charged, refunded=refunded),
         model=record.model or reservation.tags.model,
         action=record.action,
+        metric=record.metric or reservation.tags.metric,
         app_id=record.app_id or reservation.tags.app,
         customer_id=record.customer_id,
         started_at=time_text_or_none(record.started_at_us or None),
         reserved_at=time_text(reservation.created_at_us),
         settled_at=time_text_or_none(reservation.settled_at_us),
-        usage=_units(receipt),
+        usage=usage,
+        units=None if micros is None else format_decimal(micros, MICRO_DIGITS),
         usage_source=record.source or None,
         ending=record.ending or None,
         reserved_decimal=asset.format(reservation.reserved),
@@ -117,6 +119,15 @@ def receipt_view(receipt: Receipt, request_id: str, principal: Principal) -> Rec
         shortfall_decimal=asset.format(reservation.shortfall),
     )
     return view.model_copy(update={"upstream": record.upstream, "margin": margin})
+
+
+def _status(state: ReservationState, *, charged: int, refunded: int) -> str:
+    if state is ReservationState.OPEN:
+        return "in_progress"
+    if refunded == charged > 0:
+        return "refunded"
+    ended_unused = state is not ReservationState.COMMITTED and charged == 0
+    return "released" if ended_unused else "charged"
 
 
 def _units(receipt: Receipt) -> dict[str, int]:

@@ -259,9 +259,9 @@ async def create_rule(
     rule, effective_from_us = body.rule(body.cost_type), _effective_from(body, services)
 
     async def act(transactions: Transactions) -> RuleView:
-        metrics = services.billables.within(transactions)
+        billables = services.billables.within(transactions)
         return rule_view(
-            await metrics.price(
+            await billables.price(
                 principal.tenant_id,
                 principal.mode,
                 body.billable_metric_key,
@@ -327,10 +327,10 @@ async def revise_rule(
     effective_from_us, expected = _effective_from(body, services), expected_version(request)
 
     async def act(transactions: Transactions) -> RuleView:
-        metrics = services.billables.within(transactions)
-        known = await metrics.rule(principal.tenant_id, principal.mode, rule_id)
+        billables = services.billables.within(transactions)
+        known = await billables.rule(principal.tenant_id, principal.mode, rule_id)
         return rule_view(
-            await metrics.revise(
+            await billables.revise(
                 principal.tenant_id,
                 principal.mode,
                 rule_id,
@@ -348,12 +348,20 @@ async def revise_rule(
 
 
 @router.post("/{rule_id}/archive")
-async def archive_rule(rule_id: RulePath, response: Response, principal: CatalogWriter, services: Here) -> RuleView:
+async def archive_rule(
+    rule_id: RulePath, request: Request, response: Response, principal: CatalogWriter, services: Here
+) -> RuleView:
     """Take a version out of force: the one before it holds again. What was charged stays. Repeatable."""
-    archived = await services.billables.archive_rule(principal.tenant_id, principal.mode, rule_id)
+
+    async def act(transactions: Transactions) -> RuleView:
+        billables = services.billables.within(transactions)
+        return rule_view(await billables.archive_rule(principal.tenant_id, principal.mode, rule_id))
+
+    key = key_of(request, None, "rules.archive", about=rule_id)
+    answer = await once(request, response, services, principal, key=key, act=act, view=RuleView)
     services.changes.announce()
-    etag(response, archived.version)
-    return rule_view(archived)
+    etag(response, answer.version)
+    return answer
 
 
 def _effective_from(body: PriceBody, services: Services) -> int | None:

@@ -11,6 +11,8 @@ from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
 from gateway.billing.entitlements import Entitlements
 from gateway.billing.metrics import BillableMetrics
+from gateway.billing.refunds import Refunds
+from gateway.billing.reservations import Reservations
 from gateway.billing.usage import Metering
 from gateway.database import Database
 from gateway.identity.customers import Customers
@@ -41,6 +43,8 @@ class Services:
     models: ServedModels
     quoter: Quoter
     charging: Charging
+    refunds: Refunds
+    reservations: Reservations
     catalog: Catalog
     entitlements: Entitlements
     billables: BillableMetrics

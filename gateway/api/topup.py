@@ -1,9 +1,9 @@
 """Grants for payments made elsewhere: the tenant was paid, so the customer gets credits."""
 
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from fastapi import APIRouter, Request
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from gateway.api.access import Writer
 from gateway.api.credits import RestrictionView
@@ -54,6 +54,12 @@ class TopupGrant(NamesCustomer):
                     "expires_at": "2036-04-13T11:00:00Z",
                     "metadata": {"source": "plan_1hr", "priority": 10},
                 },
+                {
+                    "customer_id": "user_12345",
+                    "credits": 50000,
+                    "source": "monthly_free",
+                    "accumulation_cap": 100000,
+                },
             ]
         }
     )
@@ -68,10 +74,25 @@ class TopupGrant(NamesCustomer):
         description="Higher burns first. Default: `metadata.priority`, else 0.",
     )
     source: Text | None = Field(default=None, description="Default: `metadata.source`, else `topup`.")
+    accumulation_cap: int | None = Field(
+        default=None,
+        strict=True,
+        ge=1,
+        description=(
+            "Millicredits that the wallet may hold of this `source` and funding, this grant included: what is free of "
+            "the oldest lapses at once. For a recurring grant that carries over what was unused up to a cap."
+        ),
+    )
     metadata: Metadata = Field(default={})
     apps: tuple[Word, ...] = Field(default=(), max_length=RESTRICTIONS_MAX, description="Pays only in these apps.")
     metrics: tuple[Word, ...] = Field(default=(), max_length=RESTRICTIONS_MAX, description="Pays only these metrics.")
     models: tuple[Word, ...] = Field(default=(), max_length=RESTRICTIONS_MAX, description="Pays only these models.")
+
+    @model_validator(mode="after")
+    def _within_its_cap(self) -> Self:
+        if self.accumulation_cap is not None and self.credits > self.accumulation_cap:
+            raise ValueError("credits must not be more than accumulation_cap")
+        return self
 
     def burns_at(self) -> int:
         """The priority, which older clients send inside the metadata.
@@ -118,6 +139,8 @@ class GrantView(View):
     ledger_id: str = Field(description="The block's id.")
     amount_granted: Millicredits
     amount_granted_decimal: Credits
+    lapsed_amount: Millicredits = Field(description="What `accumulation_cap` took of older blocks.")
+    lapsed_amount_decimal: Credits
     balance_before: Millicredits
     balance_before_decimal: Credits
     balance_after: Millicredits
@@ -135,7 +158,7 @@ async def grant_topup(body: TopupGrant, request: Request, principal: Writer, ser
     """
     asset = principal.asset
     amount = units_of_millis(body.credits, asset, param="credits")
-    priority, source = body.burns_at(), body.comes_from()
+    priority, source, cap = body.burns_at(), body.comes_from(), body.accumulation_cap
     key = key_of(request, body, OPERATION)
     customer_id = await body.customer(services, principal)
     command = Grant(
@@ -153,6 +176,7 @@ async def grant_topup(body: TopupGrant, request: Request, principal: Writer, ser
         source=source,
         restriction=Restriction(apps=body.apps, metrics=body.metrics, models=body.models),
         metadata=body.metadata,
+        accumulation_cap=None if cap is None else units_of_millis(cap, asset, param="accumulation_cap"),
     )
     try:
         applied = await services.ledger.execute(command)
@@ -180,6 +204,7 @@ async def grant_topup(body: TopupGrant, request: Request, principal: Writer, ser
         **amounts(
             asset,
             amount_granted=granted.amount,
+            lapsed_amount=granted.lapsed,
             balance_before=granted.balance_before,
             balance_after=granted.balance_after,
             balance=granted.balance_after,

@@ -89,6 +89,21 @@ def units_of_millis(millicredits: int, asset: Asset, *, param: str) -> int:
         raise invalid_request(f"{param}: {error}.", param=param) from None
 
 
+def units_of_credits(credits: str, asset: Asset, *, param: str) -> int:
+    """Decimal credits in the asset's smallest unit, exactly.
+
+    Raises:
+        ApiError: 400 naming *param* for what the asset cannot hold, and for nothing at all.
+    """
+    try:
+        units = asset.parse(credits)
+    except ValueError as error:
+        raise invalid_request(f"{param}: {error}.", param=param) from None
+    if units == 0:
+        raise invalid_request(f"{param} must be more than nothing.", param=param)
+    return units
+
+
 def units_of_usd(usd: Decimal, asset: Asset, *, param: str) -> int:
     """A number of dollars in the asset's smallest unit, exactly.
 

@@ -75,6 +75,10 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
         if scope not in self.scopes:
             raise errors.permission_denied(f"This key lacks the scope {scope.value}.")
 
+    def sees_app(self, app_id: str | None) -> bool:
+        """Whether a request of *app_id* is there for this key: its own app's; with `admin` all of the tenant's."""
+        return app_id is None or app_id == self.app_id or KeyScope.ADMIN in self.scopes
+
 
 class Lease(NamedTuple):
     principal: Principal

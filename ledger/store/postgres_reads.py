@@ -65,11 +65,13 @@ _TRANSACTIONS_SIDE = """
      ORDER BY t.seq DESC, t.position DESC LIMIT $6)
 """
 _TRANSACTIONS = f"""
-    SELECT p.seq, p.position, p.at_us, c.id, c.kind, p.amount, p.counterparty, p.asset, p.block, p.reference
+    SELECT p.seq, p.position, p.at_us, c.id, c.kind, p.amount, p.counterparty, p.asset, p.block, p.reference,
+           u.request_id, u.metric, u.action, u.model
     FROM ({_TRANSACTIONS_SIDE.format(side="debit", other="credit", sign=-1)} UNION ALL
           {_TRANSACTIONS_SIDE.format(side="credit", other="debit", sign=1)}
           ORDER BY seq DESC, position DESC LIMIT $6) AS p
     JOIN ledger_command AS c ON c.tenant = $1 AND c.mode = $2 AND c.seq = p.seq
+    LEFT JOIN ledger_usage AS u ON u.tenant = $1 AND u.mode = $2 AND u.reservation = p.reference AND u.part = 1
     ORDER BY p.seq DESC, p.position DESC
 """  # noqa: S608
 _JOURNAL = f"SELECT {COMMAND_COLUMNS} FROM ledger_command WHERE seq > $1 ORDER BY seq LIMIT $2"  # noqa: S608

@@ -41,7 +41,10 @@ class JournalEntry(msgspec.Struct, frozen=True):
 
 
 class Transaction(msgspec.Struct, frozen=True):
-    """A line of a wallet's statement: *amount* is negative when it left the wallet."""
+    """A line of a wallet's statement: *amount* is negative when it left the wallet.
+
+    What it was charged, or given back, for stands in the last four, where the charge has a usage.
+    """
 
     seq: int
     position: int
@@ -53,6 +56,10 @@ class Transaction(msgspec.Struct, frozen=True):
     asset: str
     block: str | None
     reference: str | None
+    request_id: str | None = None
+    metric: str | None = None
+    action: str | None = None
+    model: str | None = None
 
 
 class Position(NamedTuple):

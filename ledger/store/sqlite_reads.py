@@ -63,10 +63,13 @@ _TRANSACTIONS_SIDE = """
     )
 """
 _TRANSACTIONS = f"""
-    SELECT p.seq, p.position, p.at_us, c.id, c.kind, p.amount, p.counterparty, p.asset, p.block, p.reference
+    SELECT p.seq, p.position, p.at_us, c.id, c.kind, p.amount, p.counterparty, p.asset, p.block, p.reference,
+           u.request_id, u.metric, u.action, u.model
     FROM ({_TRANSACTIONS_SIDE.format(side="debit", other="credit", sign=-1)} UNION ALL
           {_TRANSACTIONS_SIDE.format(side="credit", other="debit", sign=1)}) AS p
     JOIN ledger_command AS c ON c.seq = p.seq AND c.tenant = :tenant AND c.mode = :mode
+    LEFT JOIN ledger_usage AS u
+         ON u.tenant = :tenant AND u.mode = :mode AND u.reservation = p.reference AND u.part = 1
     ORDER BY p.seq DESC, p.position DESC LIMIT :limit
 """  # noqa: S608
 

@@ -337,7 +337,7 @@ class Rig:
         await self._grant(app_wallet(self.tenant, mode, self.app), mode, credits, {})
 
     async def _grant(self, wallet: Any, mode: str, credits: str, options: dict[str, Any]) -> None:
-        given = {"funding": Funding.PAID, **options}
+        given = {"funding": Funding.PAID, "operator_paid": True, **options}
         await self.ledger.execute(
             Grant(
                 id=new_id("cmd"),

@@ -4,6 +4,10 @@ import asyncio
 from typing import Any
 
 from gateway.api.wire import time_text
+from gateway.identity.wallets import customer_wallet
+from ledger.commands import Grant
+from ledger.model import Funding, Scope
+from pricing.money import CREDIT
 from tests.gateway.office import Office
 
 PLAN_PRIORITY = 10
@@ -40,6 +44,106 @@ async def test_the_chat_app_of_the_seed_sees_its_wallet_plan_and_free_views(offi
     assert sum(block["remaining_amount"] for block in wallet) == 500_000
     assert [block["remaining_amount"] for block in blocks if block["source"] == "free_conversation"] == [50_000]
     assert [block["funding"] for block in blocks] == ["external"] * 3
+
+
+async def test_each_view_of_the_chat_app_follows_what_is_spent_reserved_and_expired(office: Office):
+    """Plan credits burn first, then the oldest; what has expired is in no view."""
+    plan = {**SEED_PLAN, "expires_at": time_text(office.clock.now_us() + 3_600_000_000)}
+    for body in (SEED_WALLET, SEED_FREE, plan, SEED_PLAN):
+        await office.post("/v1/topup/grant", {"customer_id": "ann", **body})
+    await spend(office, 150_000)
+    held = await office.post("/v1/reservations", {"customer_id": "ann", "credits": 30_000})
+    assert await seed_views(office) == {
+        "wallet": 500_000,
+        "plan": 250_000,
+        "plan_expires_at": SEED_PLAN["expires_at"],
+        "free": 50_000,
+        "messages": 800,
+    }
+    assert (await office.get("/v1/customers/ann/credits"))["reserved"] == 30_000
+    await office.post(f"/v1/reservations/{held['id']}/release")
+
+    office.clock.pass_s(3600)
+    await spend(office, 230_000)
+
+    views = await seed_views(office)
+    assert (views["plan"], views["plan_expires_at"]) == (0, None)
+    assert (views["wallet"], views["free"], views["messages"]) == (470_000, 50_000, 520)
+
+
+async def spend(office: Office, credits: int) -> None:
+    held = await office.post("/v1/reservations", {"customer_id": "ann", "credits": credits})
+    await office.post(f"/v1/reservations/{held['id']}/commit", {"credits": credits})
+
+
+async def seed_views(office: Office) -> dict[str, Any]:
+    """As the walk-through computes them from one answer."""
+    view = await office.get("/v1/customers/ann/credits?include_blocks=true")
+    blocks = view["blocks"]
+    plans = [block for block in blocks if block["priority"] == PLAN_PRIORITY]
+    return {
+        "wallet": sum(
+            block["remaining_amount"]
+            for block in blocks
+            if block["expires_at"] is None and block["source"] == "wallet_recharge"
+        ),
+        "plan": sum(block["remaining_amount"] for block in plans),
+        "plan_expires_at": max((block["expires_at"] for block in plans), default=None),
+        "free": sum(block["remaining_amount"] for block in blocks if block["source"] == "free_conversation"),
+        "messages": view["balance"] // 1000,
+    }
+
+
+async def test_a_block_of_the_future_is_shown_and_counted_but_pays_nothing_yet(office: Office):
+    customer = await office.post("/v1/customers", {"external_id": "ann"})
+    begins_us = office.clock.now_us() + 60_000_000
+    await operator_grants(office, customer["id"], effective_at_us=begins_us)
+    view = await office.get("/v1/customers/ann/credits?include_blocks=true")
+    assert (view["balance"], view["effective_balance"]) == (1000, 0)
+    assert view["blocks"][0]["effective_at"] == time_text(begins_us)
+    office.clock.pass_s(61)
+    assert (await office.get("/v1/customers/ann/credits"))["effective_balance"] == 1000
+
+
+async def operator_grants(office: Office, customer_id: str, **fields: Any) -> None:
+    """A credit that the operator was paid for."""
+    services = office.gateway.services
+    command = Grant(
+        id=services.new_id("cmd"),
+        scope=Scope(office.tenant, "live"),
+        wallet=customer_wallet(office.tenant, "live", customer_id),
+        asset=CREDIT.code,
+        block_id=services.new_id("blk"),
+        amount=CREDIT.parse("1"),
+        funding=Funding.PAID,
+        operator_paid=True,
+        **fields,
+    )
+    await services.ledger.execute(command)
+
+
+async def test_a_wallet_of_a_thousand_blocks_shows_all_of_them(office: Office):
+    customer = await office.post("/v1/customers", {"external_id": "ann"})
+    await asyncio.gather(*(operator_grants(office, customer["id"]) for _ in range(1_010)))
+    view = await office.get("/v1/customers/ann/credits?include_blocks=true")
+    assert len(view["blocks"]) == len({block["id"] for block in view["blocks"]}) == 1_010
+    assert view["balance"] == sum(block["remaining_amount"] for block in view["blocks"]) == 1_010_000
+
+
+async def test_a_recurring_grant_carries_over_no_more_than_its_cap(office: Office):
+    body = {"customer_id": "ann", "credits": 50_000, "source": "monthly_free", "accumulation_cap": 80_000}
+    await office.post("/v1/topup/grant", {"customer_id": "ann", "credits": 7000, "source": "gift"})
+    first = await office.post("/v1/topup/grant", body, once="month:1")
+    await spend(office, 17_000)
+    second = await office.post("/v1/topup/grant", body, once="month:2")
+    assert (first["lapsed_amount"], second["lapsed_amount"]) == (0, 10_000)
+    assert (second["balance_before"], second["balance_after"]) == (40_000, 80_000)
+    assert await office.post("/v1/topup/grant", body, once="month:2") == second
+    view = await office.get("/v1/customers/ann/credits?include_blocks=true")
+    assert [block["remaining_amount"] for block in view["blocks"]] == [30_000, 50_000]
+    line = (await office.get("/v1/customers/ann/transactions"))["data"][0]
+    assert (line["type"], line["amount"]) == ("grant", 40_000)
+    assert sorted(part["amount"] for part in line["parts"]) == [-10_000, 50_000]
 
 
 async def test_a_grant_tells_the_block_and_the_balance(office: Office):
@@ -96,6 +200,9 @@ NOT_GRANTS: list[tuple[dict[str, Any], str | None]] = [
     ({"customer_id": "a", "metadata": {"a": "x" * 20_000}}, "metadata"),
     ({"customer_id": "a", "source": "a\nb"}, "source"),
     ({"customer_id": "a", "apps": ["x", ""]}, "apps[1]"),
+    ({"customer_id": "a", "accumulation_cap": 999}, None),
+    ({"customer_id": "a", "accumulation_cap": "2000"}, "accumulation_cap"),
+    ({"customer_id": "a", "accumulation_cap": 10**30}, "accumulation_cap"),
     ({"customer_id": "a", "idempotency_key": ""}, "idempotency_key"),
     ({"customer_id": "a", "idempotency_key": "ü"}, "idempotency_key"),
 ]

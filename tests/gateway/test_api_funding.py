@@ -40,6 +40,23 @@ async def test_a_grant_is_spent_before_the_users_own_credits_and_only_in_this_ap
     assert blocks[0]["metadata"] == {"description": "Welcome bonus"}
 
 
+async def test_once_the_grant_is_used_up_the_users_own_balance_pays(office: Office):
+    await office.fund_developer("100")
+    await office.post("/v1/funding/pool", {"amount": "0.50"})
+    own = await office.post("/v1/topup/grant", {"customer_id": "alice", "credits": 30_000})
+    given = (await office.ask("POST", "/v1/funding/grant", content=WELCOME)).json()
+    spent = []
+    for credits in (20_000, 40_000):
+        held = await office.post("/v1/reservations", {"customer_id": "alice", "credits": credits})
+        await office.post(f"/v1/reservations/{held['id']}/commit", {"credits": credits})
+        receipt = await office.get(f"/v1/requests/{held['request_id']}")
+        spent.append({payment["block_id"]: payment["amount"] for payment in receipt["payments"]})
+    assert spent == [{given["ledger_id"]: 20_000}, {given["ledger_id"]: 30_000, own["ledger_id"]: 10_000}]
+    assert (await office.get("/v1/customers/alice/credits"))["balance"] == 20_000
+    pool = (await office.get("/v1/funding"))["pool"]
+    assert pool["balance"] == 50_000, "what was the developer's own price comes back to the pool"
+
+
 async def test_a_pool_that_is_short_gives_nothing(office: Office):
     await office.fund_developer("100")
     await office.post("/v1/funding/pool", {"credits": 49_999})

@@ -145,6 +145,14 @@ async def test_what_is_archived_is_metered_no_more_until_it_is_brought_back(offi
     assert await credits_for(office, 1) == "1"
 
 
+async def test_archiving_takes_an_idempotency_key(office: Office):
+    rule = await metered(office)
+    for path in (f"{RULES}/{rule['id']}/archive", f"{METRICS}/chat_message/archive"):
+        first, again = [await office.ask("POST", path, once="away") for _ in range(2)]
+        assert first.json()["archived"] is True
+        assert (again.json(), again.headers["x-idempotent-replayed"]) == (first.json(), "true")
+
+
 # Metering rules.
 
 

@@ -61,6 +61,9 @@ async def fill(url: str, seed: random.Random) -> None:
     async with open_office(folder) as office:
         await office.fund_developer("500")
         for key in ("live", "test"):
+            await office.post("/v1/billable-metrics", {"key": "grüße", "priority_max": 3}, key=key)
+            price = {"billable_metric_key": "grüße", "cost_type": "per_unit", "unit_cost_decimal": "0.00012"}
+            await office.post("/v1/metering-rules", price, key=key)
             await office.post("/v1/topup/grant", {"customer_id": "alice", "credits": 90_000}, key=key, once="top-up")
             answer = await office.ask(
                 "POST",

@@ -51,6 +51,7 @@ class Things:
     user: str
     request: str
     block: str
+    reservation: str
     metric: str
     metric_key: str
     rule: str
@@ -74,6 +75,7 @@ PREFIXES: Final = {
     "customer": "cus",
     "request": "req",
     "block": "blk",
+    "reservation": "rsv",
     "metric": "mtr",
     "rule": "rul",
 }
@@ -114,6 +116,30 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             *(Attempt(f"/v1/requests/{thing}") for thing in (things.request, things.block)),
             *(Attempt(f"/v1/requests/{things.request}?mode={mode}") for mode in MODES),
         ],
+        "POST /v1/requests/{request_id}/refund": [
+            *(Attempt(f"/v1/requests/{thing}/refund", {}, once) for thing in (things.request, things.block)),
+            Attempt(f"/v1/requests/{things.request}/refund", {"credits": 1}),
+        ],
+        "POST /v1/customers/{customer}/credits/{block_id}/revoke": [
+            *(Attempt(f"/v1/customers/{person}/credits/{things.block}/revoke", {}, once) for person in people),
+            Attempt(f"/v1/customers/alice/credits/{things.block}/revoke", {"clawback": True}),
+        ],
+        **{
+            f"POST /v1/{verb}": [
+                Attempt(f"/v1/{verb}", {**name, "credits": 10, "metadata": {"job": things.reservation}}, once)
+                for name in names
+            ]
+            for verb in ("reservations", "reserve")
+        },
+        "GET /v1/reservations/{reservation_id}": [
+            Attempt(f"/v1/reservations/{thing}") for thing in (things.reservation, things.request)
+        ],
+        **{
+            f"POST /v1/reservations/{{reservation_id}}/{verb}": [
+                Attempt(f"/v1/reservations/{things.reservation}/{verb}", body, headers) for headers in ({}, once)
+            ]
+            for verb, body in (("commit", {"credits": 1}), ("release", None), ("extend", {"ttl_seconds": 60}))
+        },
         "POST /v1/topup/grant": [
             *(Attempt("/v1/topup/grant", {**name, "credits": 1000}, once) for name in names),
             Attempt("/v1/topup/grant", {"end_user_id": things.user, "credits": 1, "apps": [things.app]}),
@@ -229,6 +255,7 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             "POST", "/v1/chat/completions", CHAT, key=label, once=once, headers={"X-Quota-User": user}
         )
         assert answer.status_code == 200, answer.text
+        held = await office.post("/v1/reservations", {"customer_id": user, "credits": 1000}, key=label, once=once)
         settled[mode] = Things(
             tenant=tenant.id,
             app=app.id,
@@ -237,6 +264,7 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
             user=user,
             request=answer.headers["x-request-id"],
             block=block["ledger_id"],
+            reservation=held["id"],
             metric=metric["id"],
             metric_key=f"{name}-metric",
             rule=rule["id"],

@@ -38,6 +38,7 @@ class Process(NamedTuple):
                 block_id=new_id("blk"),
                 amount=1,
                 funding=Funding.PAID,
+                operator_paid=True,
             )
         )
 

@@ -57,6 +57,7 @@ async def test_on_a_server_no_hosts_clock_is_asked(migrated: str) -> None:
         block_id="blk_1",
         amount=1,
         funding=Funding.PROMOTIONAL,
+        operator_paid=True,
     )
     store = await open_store(migrated, clock=clock)
     try:

@@ -85,6 +85,9 @@ class Naive:
         start = command.effective_at_us if command.effective_at_us is not None else self.now
         if command.expires_at_us is not None and command.expires_at_us <= max(start, self.now):
             return _no("invalid_amount")
+        cap = command.accumulation_cap
+        if cap is not None and cap < command.amount:
+            return _no("invalid_amount")
         taken = {block["name"] for block in self.wallets.get(command.wallet, {"blocks": []})["blocks"]}
         if command.block_id in taken or command.block_id + "_2" in taken:
             return _no("already_exists")
@@ -97,6 +100,8 @@ class Naive:
         else:
             self._book(command.wallet, FROM[command.funding], -command.amount)
         wallet = self._open(command.wallet)
+        name = (command.source, str(command.funding))
+        older = [b for b in wallet["blocks"] if (b["source"], b["funding"]) == name and not self._over(b)]
         names = iter((command.block_id, command.block_id + "_2"))
         for lot_paid in (True, False):
             amount = lots.get(lot_paid, 0)
@@ -107,10 +112,24 @@ class Naive:
             self._add_block(
                 wallet, next(names), amount, prio=command.priority, start=start, end=command.expires_at_us,
                 apps=command.restriction.apps, paid=lot_paid, funding=str(command.funding), pool=command.from_wallet,
+                source=command.source,
             )  # fmt: skip
             wallet["blocks"][-1]["left"] -= repaid
             wallet["blocks"][-1]["used"] += repaid
-        return {"word": "granted", "balance_after": self.balance(command.wallet)}
+        new = wallet["blocks"][len(wallet["blocks"]) - sum(amount > 0 for amount in lots.values()) :]
+        lapsed = 0 if cap is None else self._cap(command.wallet, older, room=cap - sum(block["left"] for block in new))
+        return {"word": "granted", "balance_after": self.balance(command.wallet), "lapsed": lapsed}
+
+    def _cap(self, ref: WalletRef, older: list[dict[str, Any]], *, room: int) -> int:
+        """Take from the oldest, credit by credit, until the others and what is pinned fit."""
+        lapsed = 0
+        for block in older:
+            part = min(max(0, sum(block["left"] for block in older) - room), self._free(ref, block))
+            block["left"] -= part
+            block["revoked"] += part
+            lapsed += part
+        self._book(ref, "breakage", lapsed)
+        return lapsed
 
     def _take(self, ref: WalletRef, amount: int) -> tuple[str, dict[bool, int]]:
         giver = self.wallets.get(ref)
@@ -143,6 +162,7 @@ class Naive:
             made = self.reservations[command.reservation]
             made["until"] = self.now + min(command.ttl_us, DAY_US)
             made["mark"] = command.mark
+            made["key"] = None if command.key_stays else made["key"]
         return answer
 
     def _hold(self, command: Reserve | Debit, request: str | None, asked: list[ReserveLeg] | None = None) -> Prediction:
@@ -162,6 +182,7 @@ class Naive:
             "until": self.now,
             "charged": [Charge()] * len(legs),
             "lost": 0,
+            "waived": 0,
             "paid": [],
             "given": [],
             "commits": 0,
@@ -252,7 +273,7 @@ class Naive:
                 return _no("reservation_settled")
             late = known["state"] == "expired"
             settlement = self._missing(known, command.settlement) if late else command.settlement
-            self._charge(command.reservation, settlement, final=True, beyond=True)
+            self._charge(command.reservation, settlement, final=True, beyond="receivable")
             return self._end(known, "committed")
         overage = command.beyond == "overage"
         if overage and (word := self._bars_overage(command)):
@@ -264,7 +285,8 @@ class Naive:
         if answer.get("refused"):
             return answer
         made = self.reservations[command.reservation]
-        self._charge(command.reservation, command.settlement, final=True, beyond=beyond or overage)
+        whose = "receivable" if beyond or overage else "refuse"
+        self._charge(command.reservation, command.settlement, final=True, beyond=whose)
         return self._end(made, "committed")
 
     def _bars_overage(self, command: Debit) -> str | None:
@@ -282,7 +304,7 @@ class Naive:
         if known["state"] in ("committed", "released") or (late and known["given"]):
             return _no("reservation_settled")
         settlement = self._missing(known, command.settlement) if late else command.settlement
-        self._charge(command.reservation, settlement, final=late or command.final)
+        self._charge(command.reservation, settlement, final=late or command.final, beyond=command.beyond)
         if late or command.final:
             return self._end(known, "committed")
         known["mark"] = None
@@ -410,9 +432,14 @@ class Naive:
         wallet["owed"] -= taken
 
     def _told(self, known: dict[str, Any], state: str) -> Prediction:
-        return {"word": state, "charged": tuple(known["charged"]), "shortfall": known["lost"]}
+        return {
+            "word": state,
+            "charged": tuple(known["charged"]),
+            "shortfall": known["lost"],
+            "waived": known["waived"],
+        }
 
-    def _charge(self, ref: Any, settlement: Settlement, *, final: bool, beyond: bool = False) -> None:
+    def _charge(self, ref: Any, settlement: Settlement, *, final: bool, beyond: str = "refuse") -> None:
         """Every leg from its own pins; then, the rest of the pins freed, from whatever is free; then nobody pays."""
         known = self.reservations[ref]
         known["commits"] += 1
@@ -433,9 +460,12 @@ class Naive:
                     self._use(wallet, name, part)
                     parts[leg].append((wallet, name, part))
                     missing -= part
-            if beyond and missing:
+            if beyond == "receivable" and missing:
                 self._open(known["legs"][leg][0])["owed"] += missing
                 parts[leg].append((known["legs"][leg][0], None, missing))
+                continue
+            if beyond == "waive":
+                known["waived"] += missing
                 continue
             known["lost"] += missing
             self.accounts[ref.tenant, ref.mode, "meter_shortfall"] -= missing
@@ -513,7 +543,7 @@ class Naive:
         name = "blk_returns_paid" if paid else "blk_returns_unpaid"
         if all(other["name"] != name for other in wallet["blocks"]):
             self._add_block(
-                wallet, name, 0, prio=0, start=self.now, end=None, apps=(), paid=paid, pool=None,
+                wallet, name, 0, prio=0, start=self.now, end=None, apps=(), paid=paid, pool=None, source="returned",
                 funding="paid" if paid else "external",
             )  # fmt: skip
         return self._block(ref, name)
@@ -523,13 +553,15 @@ class Naive:
         block = wallet and self._block(command.wallet, command.block_id)
         if not wallet or not block:
             return _no("not_found")
-        if command.amount > block["left"] + block["used"] + block["lapsed"] + block["revoked"]:
+        granted = block["left"] + block["used"] + block["lapsed"] + block["revoked"]
+        asked = granted if command.amount is None else command.amount
+        if asked > granted:
             return _no("invalid_amount")
         still = max(0, block["left"] + block["used"] - block["clawed"])
-        free = min(command.amount, self._free(command.wallet, block), still)
+        free = min(asked, self._free(command.wallet, block), still)
         owed = 0
         if command.clawback and block["pool"] is None:
-            owed = min(command.amount, still) - free
+            owed = min(asked, still) - free
         block["left"] -= free
         block["revoked"] += free
         block["clawed"] += owed

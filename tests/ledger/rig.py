@@ -178,6 +178,7 @@ class Say:
             block_id=f"blk_{block}",
             amount=amount,
             funding=more.pop("funding", Funding.PAID),
+            operator_paid=more.pop("operator_paid", True),
             from_wallet=None if source is None else wallet(source, self.scope),
             **more,
         )
@@ -231,7 +232,7 @@ class Say:
     def lapse(self, name: str, **more: Any) -> Lapse:
         return Lapse(**self._common(more), reservation=reservation(name, self.scope))
 
-    def revoke(self, of: str, block: str, amount: int, **more: Any) -> Revoke:
+    def revoke(self, of: str, block: str, amount: int | None, **more: Any) -> Revoke:
         return Revoke(
             **self._common(more), wallet=wallet(of, self.scope), block_id=f"blk_{block}", amount=amount, **more
         )
@@ -295,6 +296,7 @@ class RandomCommands:
         name = f"{next(self._names):04d}"
         self._granted.append((to, name))
         expires = self._random.choice([None, None, now_us + self._random.randint(1, 60) * SECOND_US])
+        source, cap = self._random.choice([("", None), ("", None), ("monthly", None), ("monthly", 500)])
         return self._say.grant(
             to,
             name,
@@ -302,6 +304,8 @@ class RandomCommands:
             funding=self._random.choice([Funding.PAID, Funding.PROMOTIONAL, Funding.EXTERNAL]),
             operator_paid=self._random.random() < 0.8,
             priority=self._random.randint(-1, 2),
+            source=source,
+            accumulation_cap=cap,
             expires_at_us=expires,
             restriction=self._random.choice([UNRESTRICTED, UNRESTRICTED, Restriction(apps=("app_1",))]),
             metadata=self._random.choice([{}, {"note": "héllo", "n": [1, 2]}]),
@@ -348,6 +352,7 @@ class RandomCommands:
             self._random.randint(0, 160),
             self._random.randint(0, 20),
             final=self._random.random() < 0.8,
+            beyond=self._random.choice(["shortfall", "shortfall", "waive", "receivable"]),
             response=self._random.choice([None, RESPONSE]),
         )
 

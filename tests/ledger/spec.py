@@ -6,19 +6,19 @@ be applied. After every step the invariants of ``tests.ledger.oracle`` hold, and
 =========================================  ==============================================================
 ``at 40``                                  the time, in microseconds (``90s`` and ``24h`` too)
 ``grant w1 b1 100``                        ``priority= expires= effective= app= metric= model= funding=``
-                                           ``unpaid from=pool asset= source= payment=``
+                                           ``unpaid from=pool asset= source= payment= cap=``
 ``reserve w1,w2 r1 60..20``                hold 60, at least 20, from w1 then w2. A second leg follows a bar:
                                            ``w1|dev  60..20|30``. ``ttl= limits=l1,l2 unfunded=line mark=``
-                                           ``request= developer= app= metric= model= asset=``
+                                           ``request= developer= app= metric= model= asset= keystays``
 ``extend r1 60..20``                       ``ttl= mark=``. ``heartbeat r1`` extends by nothing
 ``commit r1 30+5``                         base and markup; a leg each: ``30+5|10``. ``partial response cost=``
-                                           ``units=input:3,output:5``
+                                           ``units=input:3,output:5``; ``waive`` or ``beyond`` for what is not there
 ``release r1`` · ``lapse r1``
 ``debit w1 r1 30+5``                       ``hold=60..20`` where it is not the charge itself; ``beyond`` owes what
                                            is not there, ``overage`` too, within limits, and ``tells`` raises an
                                            event; ``response`` as in commit
 ``refund r1 20`` · ``refund r1``           an amount a leg: ``20|5``; without one, all that is left of the charge
-``revoke w1 b1 40`` · ``clawback w1 b1 40``   ``reference=``
+``revoke w1 b1 40`` · ``clawback w1 b1 40``   ``reference=``; ``all`` for an amount
 ``expire w1`` · ``freeze w1 [b1]`` · ``unfreeze w1 [b1]`` · ``overdraft w1 50``
 
 ``wallet w1 available=55 reserved=0``      also ``balance receivable overdraft_reserved version frozen``
@@ -41,6 +41,7 @@ import msgspec
 
 from ledger.commands import (
     AnyCommand,
+    Beyond,
     Commit,
     Debit,
     Expire,
@@ -250,6 +251,7 @@ def _grant(line: _Line) -> Grant:
         restriction=Restriction(**tags),
         payment_reference=line.option("payment") or None,
         metadata={"note": block},
+        accumulation_cap=int(line.option("cap")) if "cap" in line.options else None,
     )
 
 
@@ -270,6 +272,7 @@ def _hold(line: _Line, wallets: str, amounts: str) -> dict[str, Any]:
 
 
 def _reserve(line: _Line) -> Reserve:
+    key_stays = line.flag("keystays")
     wallets, name, amounts = line.words
     reservation = reservation_ref(name)
     ttl_us = line.time("ttl")
@@ -280,6 +283,7 @@ def _reserve(line: _Line) -> Reserve:
         ttl_us=LONG_US if ttl_us is None else ttl_us,
         mark=line.mark(),
         request_id=line.option("request") or None,
+        key_stays=key_stays,
     )
 
 
@@ -298,12 +302,14 @@ def _extend(line: _Line) -> Extend:
 
 def _commit(line: _Line) -> Commit:
     partial, response = line.flag("partial"), line.flag("response")
+    beyond: Beyond = "receivable" if line.flag("beyond") else "waive" if line.flag("waive") else "shortfall"
     reservation = reservation_ref(line.words[0])
     return Commit(
         **line.common(reservation.scope),
         reservation=reservation,
         settlement=line.settlement(line.words[1]),
         final=not partial,
+        beyond=beyond,
         response=_ANSWER if response else None,
     )
 
@@ -348,7 +354,7 @@ def _revoke(line: _Line) -> Revoke:
         **line.common(wallet.scope),
         wallet=wallet,
         block_id=line.words[1],
-        amount=int(line.words[2]),
+        amount=None if line.words[2] == "all" else int(line.words[2]),
         clawback=line.verb == "clawback",
         reference=line.option("reference") or None,
     )

@@ -298,6 +298,82 @@ def test_a_wallet_has_a_bounded_number_of_blocks_but_what_was_paid_for_comes_in(
     """)
 
 
+# Accumulation caps: a recurring grant carries over what is unused up to a cap.
+
+
+def test_beyond_a_cap_the_oldest_credits_of_the_source_lapse():
+    check("""
+        grant w1 b1 100 source=monthly funding=plan cap=150  -> granted lapsed=0
+        grant w1 c1 70  source=gift    funding=plan          -> granted lapsed=0
+        grant w1 b2 100 source=monthly funding=plan cap=150  -> granted lapsed=50 balance_before=170 balance_after=220
+        block w1 b1 granted=100 revoked=50 remaining=50
+        block w1 b2 remaining=100
+        grant w1 b3 150 source=monthly funding=plan cap=150  -> granted lapsed=150
+        block w1 b1 remaining=0
+        block w1 b2 remaining=0
+        block w1 c1 remaining=70
+        account breakage = 200
+        wallet w1 balance=220 available=220
+    """)
+
+
+def test_a_cap_takes_neither_what_is_reserved_nor_what_was_paid_for():
+    check("""
+        grant   w1 b1 100 source=monthly funding=plan
+        grant   w1 p1 100 source=monthly funding=paid
+        reserve w1 r1 80
+        grant   w1 b2 50 source=monthly funding=plan cap=60  -> granted lapsed=20
+        block   w1 b1 reserved=80 remaining=80
+        block   w1 p1 remaining=100
+        release r1
+        grant   w1 b3 10 source=monthly funding=plan cap=60  -> granted lapsed=80
+        wallet  w1 balance=160
+    """)
+
+
+def test_a_cap_tells_of_each_block_that_it_takes_from_and_leaves_the_expiry_its_own_event():
+    case = check("""
+        grant w1 b1 100 source=monthly expires=50
+        grant w1 b2 100 source=monthly cap=120  -> granted lapsed=80
+        at 50
+        expire w1                               -> expired amount=20
+        events w1 = credit.granted credit.granted credit.expired credit.expired
+        account breakage = 100
+    """)
+    capped, expired = case.events[2:]
+    assert (capped.body["amount"], capped.body["cause"]) == (80, "accumulation_cap")
+    assert (expired.body["amount"], expired.body.get("cause")) == (20, None)
+    assert capped.body["block"]["id"] == expired.body["block"]["id"] == "b1"
+
+
+def test_what_has_expired_does_not_count_towards_a_cap_nor_does_the_part_that_repaid_a_debt():
+    check("""
+        overdraft w1 50
+        grant w1 b1 100 source=monthly expires=10
+        debit w1 r1 130                          -> committed balance=-30
+        at 10
+        grant w1 b2 100 source=monthly cap=100   -> granted repaid=30 lapsed=0 balance_after=70
+        grant w1 b3 40  source=monthly cap=100   -> granted lapsed=10
+    """)
+
+
+def test_a_grant_beyond_its_own_cap_is_refused():
+    check("""
+        grant w1 b1 101 source=monthly cap=100  -> invalid_amount
+        grant w1 b1 100 source=monthly cap=100  -> granted
+    """)
+
+
+def test_all_of_a_block_can_be_revoked_without_knowing_how_much_that_is():
+    check("""
+        grant    w1 b1 100
+        debit    w1 r1 30
+        revoke   w1 b1 all  -> revoked amount=70 owed=0
+        clawback w1 b1 all  -> revoked amount=0 owed=30 receivable=30
+        clawback w1 b1 all  -> revoked amount=0 owed=0
+    """)
+
+
 def test_a_clawback_takes_what_is_free_and_the_spent_part_is_owed():
     check("""
         grant  w1 b1 100

@@ -134,3 +134,14 @@ def test_repeating_the_command_that_settled_is_a_replay():
         commit  r3 8 id=cmd_l    -> committed late
         commit  r3 8 id=cmd_l    -> committed replayed charged=8+0
     """)
+
+
+def test_a_key_that_stays_answers_with_its_reservation_whatever_has_become_of_it():
+    check("""
+        grant   w1 b1 100
+        reserve w1 r1 60 key=k1 keystays  -> reserved reservation=r1
+        release r1
+        key     reserve k1 = taken
+        reserve w1 r2 60 key=k1 keystays  -> reserved reservation=r1 replayed
+        wallet  w1 available=100
+    """)

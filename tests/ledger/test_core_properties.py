@@ -188,6 +188,7 @@ class Ledgers(RuleBasedStateMachine):
         if data.draw(st.integers(0, 5)) == 0:
             options.append(f"effective={now + data.draw(st.integers(-5, 20))}")
         options += data.draw(st.sampled_from([[], [], [], ["app=a1"], ["app=a1,a2"], ["unpaid"]]))
+        options += data.draw(st.sampled_from([[], [], [], ["source=plan"], ["source=plan", "cap=150"], ["cap=90"]]))
         self._grant("uni@op" if name == "uni" else name + scope, data.draw(GRANTED), " ".join(options))
 
     @rule(
@@ -208,6 +209,7 @@ class Ledgers(RuleBasedStateMachine):
         options = data.draw(bounds(scope))
         if data.draw(st.booleans()):
             options += f" mark={data.draw(charges(legs))}"
+        options += data.draw(st.sampled_from(["", "", " keystays"]))
         outcome = self.step(f"reserve {wallets} {name} {amounts} ttl={ttl}{options}{key} request=q{number}")
         if isinstance(outcome, Applied) and not outcome.replayed:
             self.reservations.append((name, legs))
@@ -254,10 +256,15 @@ class Ledgers(RuleBasedStateMachine):
         self.step(f"extend {name} {most}..{least} ttl={ttl}{mark}")
 
     @precondition(lambda self: self.reservations)
-    @rule(data=st.data(), partial=st.sampled_from(["", " partial"]), key=KEYS)
-    def commit(self, data: st.DataObject, partial: str, key: str) -> None:
+    @rule(
+        data=st.data(),
+        partial=st.sampled_from(["", " partial"]),
+        beyond=st.sampled_from(["", "", " waive", " beyond"]),
+        key=KEYS,
+    )
+    def commit(self, data: st.DataObject, partial: str, beyond: str, key: str) -> None:
         name, legs = self._one_of(data, ReservationState.OPEN, ReservationState.EXPIRED)
-        self.step(f"commit {name} {data.draw(charges(legs))}{partial}{key}")
+        self.step(f"commit {name} {data.draw(charges(legs))}{partial}{beyond}{key}")
 
     @precondition(lambda self: self.reservations)
     @rule(data=st.data(), lapses=LIKELY)
@@ -273,8 +280,12 @@ class Ledgers(RuleBasedStateMachine):
         name, legs = self._one_of(data, ReservationState.EXPIRED)
         self.step(f"commit {name} {data.draw(charges(legs))}")
 
-    @rule(data=st.data(), verb=st.sampled_from(["revoke", "clawback"]), amount=st.integers(1, 90))
-    def take_back(self, data: st.DataObject, verb: str, amount: int) -> None:
+    @rule(
+        data=st.data(),
+        verb=st.sampled_from(["revoke", "clawback"]),
+        amount=st.one_of(st.integers(1, 90), st.just("all")),
+    )
+    def take_back(self, data: st.DataObject, verb: str, amount: int | str) -> None:
         wallet, block = data.draw(st.sampled_from(self.blocks))
         self.step(f"{verb} {wallet} {block} {amount}")
 

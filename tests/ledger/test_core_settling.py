@@ -546,3 +546,46 @@ def test_a_settlement_with_usage_writes_it_beside_the_charge():
     assert row.record.units == {"input": 3, "output": 5}
     assert row.charges == Settlement(charges=row.charges).charges
     assert event.body == {"reservation": "r1", "request_id": "q1", "charged": 44}
+
+
+# Whose loss it is, when a commit asks for more than there is: who commits may waive it, or have it owed.
+
+
+def test_what_is_waived_is_in_no_entry_and_nobody_owes_it():
+    check("""
+        grant   w1 b1 100 funding=external
+        reserve w1 r1 60
+        commit  r1 0+130 waive request=q    -> committed charged=0+100 waived=30 shortfall=0 balance=0
+        account meter_shortfall = 0
+        account revenue = 0
+        account tenant_margin = 100
+        wallet  w1 receivable=0
+    """)
+
+
+def test_what_is_waived_adds_up_over_partial_commits():
+    check("""
+        grant   w1 b1 100 funding=external
+        reserve w1 r1 60
+        commit  r1 0+90 partial waive       -> open charged=0+90 held=0 waived=0
+        commit  r1 0+15 partial waive       -> open charged=0+100 waived=5
+        commit  r1 0+15 waive               -> committed charged=0+100 waived=20
+    """)
+
+
+def test_a_commit_may_leave_what_is_missing_as_a_debt():
+    check("""
+        grant   w1 b1 100 funding=external
+        reserve w1 r1 60
+        commit  r1 0+130 beyond             -> committed charged=0+130 shortfall=0 waived=0 balance=-30
+        wallet  w1 receivable=30
+    """)
+
+
+def test_a_partial_commit_tells_what_is_still_held():
+    check("""
+        grant   w1 b1 100
+        reserve w1 r1 60
+        commit  r1 25 partial   -> open held=35
+        commit  r1 10           -> committed held=0
+    """)

@@ -11,7 +11,7 @@ import pytest
 from ledger.batch import RESPONSE_LIFE_US, AppliedBefore, CommandRef, fold, kind_of
 from ledger.commands import AnyCommand
 from ledger.model import UNRESTRICTED, Block, Charge, Funding, Restriction, Settlement, Wallet, WalletRef
-from ledger.outcomes import Applied, Granted, Outcome, Reason, Rejected, Reserved, Settled
+from ledger.outcomes import Applied, Granted, Outcome, Reason, Rejected, Reserved, Revoked, Settled
 from ledger.state import State
 from ledger.store.protocol import Position, Store
 from ledger.store.rows import block_from, block_row, wallet_from, wallet_row
@@ -415,6 +415,42 @@ async def test_the_statement_lists_a_wallets_transfers_newest_first(store: Store
     older = await store.transactions(wallet("a"), before=Position(lines[0].seq, lines[0].position), limit=1)
     assert older == lines[1:2]
     assert await store.transactions(wallet("nobody"), before=None, limit=10) == []
+
+
+async def test_a_line_of_the_statement_tells_what_it_was_for(store: Store, say: Say) -> None:
+    record = usage("1", model="gpt-4o", metric="chat_message", action="chat.reply")
+    await store.run_batch([say.grant("a", "1", 100), say.reserve("a", "1", 60)])
+    parts = [say.commit("1", 5, usage=record, final=False), say.commit("1", 10, usage=record)]
+    settled = [applied.result for applied in await store.run_batch(parts) if isinstance(applied, Applied)]
+    assert isinstance(settled[1], Settled)
+    await store.run_batch([say.refund(settled[1], 4)])
+    lines = await store.transactions(wallet("a"), before=None, limit=10)
+    assert [(line.kind, line.amount) for line in lines] == [
+        ("refund", 4),
+        ("commit", -10),
+        ("commit", -5),
+        ("grant", 100),
+    ]
+    told = ("req_1", "chat_message", "chat.reply", "gpt-4o")
+    assert [(line.request_id, line.metric, line.action, line.model) for line in lines[:3]] == [told] * 3
+    assert (lines[3].request_id, lines[3].metric) == (None, None)
+
+
+async def test_a_cap_finds_the_blocks_that_it_takes_from(store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("a", "1", 100, source="monthly"), say.grant("a", "2", 50, source="other")])
+    await store.run_batch([say.reserve("a", "1", 30)])
+    await store.run_batch([say.grant("a", "3", 80, source="monthly", accumulation_cap=120)])
+    found = await store.wallet(wallet("a"))
+    assert found is not None
+    assert [(block.remaining, block.reserved) for block in found.blocks] == [(40, 30), (50, 0), (80, 0)]
+
+
+async def test_all_of_a_block_is_revoked_though_nothing_is_left_in_it(store: Store, say: Say) -> None:
+    await store.run_batch([say.grant("a", "1", 100)])
+    await store.run_batch([say.debit("a", "1", 100)])
+    (revoked,) = await store.run_batch([say.revoke("a", "1", None, clawback=True)])
+    assert isinstance(revoked, Applied)
+    assert revoked.result == Revoked(amount=0, receivable=100, balance=-100, owed=100)
 
 
 async def test_a_request_is_found_with_its_usage(store: Store, say: Say) -> None:
