@@ -6,6 +6,7 @@
     python -m bench --only JSON     some of the loads alone
     python -m bench --only postgres the ledger on PostgreSQL alone
     python -m bench --only usage    questions about the usage of ten million charges
+    python -m bench --only entitlements  entitlement checks alone
 
 How it works. The systems take turns, round after round, so that a machine that slows down slows all of them; each
 figure is the median of its rounds. CPU is that of the measured process and its children, by the kernel's account.
@@ -27,7 +28,7 @@ from typing import Any, Final, NamedTuple
 
 import uvloop
 
-from bench import pairs, processes, usage
+from bench import entitlements, pairs, processes, usage
 from bench.bodies import BODIES
 from bench.processes import Server
 from ledger.writer import BATCH_MAX
@@ -214,7 +215,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument(
-        "--only", metavar="LOAD", help="measure only the loads whose name begins so, or `postgres`, or `usage`"
+        "--only",
+        metavar="LOAD",
+        help="measure only the loads whose name begins so, `postgres`, `usage` or `entitlements`",
     )
     options = parser.parse_args()
     rounds, seconds = (1, 1.0) if options.quick else (3, 2.0)
@@ -223,6 +226,8 @@ def main() -> None:
         return
     if options.only == "usage":
         print("\n".join(usage.measure(rows=usage.ROWS_QUICK if options.quick else usage.ROWS)))
+    if options.only == "entitlements":
+        print("\n".join(entitlements.measure(rounds=rounds, seconds=seconds)))
         return
     if options.only is not None:
         works = [work for work in LOADS if work.name.startswith(options.only)]
@@ -239,6 +244,8 @@ def main() -> None:
         *measure_pairs(rounds=rounds, seconds=seconds),
         "\n## The ledger on PostgreSQL",
         *measure_postgres(rounds=rounds, seconds=seconds),
+        "\n## Entitlement checks",
+        *entitlements.measure(rounds=rounds, seconds=seconds),
     ]
     head = f"Measured on {datetime.date.today().isoformat()} on {processes.machine()}, with `make bench`."
     text = "\n".join([head, "", *sections])

@@ -3,7 +3,8 @@
  * build: gcc -O2 -o loadgen loadgen.c
  * usage: loadgen -u http://127.0.0.1:PORT/v1/chat/completions [-c conns] [-d seconds] [-w warm-up seconds]
  *        [-b body.json] [-H "Name: value"]... [-P server_root_pid] [-R total req/s (open pace, else closed loop)] [-n
- * name] prints one JSON line: rps, latency (us) p50/p90/p99/max, first-byte p50/p99, errors, non-2xx, incomplete SSE,
+ *        name] [-M many: the first @@@@ of the request counts from 0000 up, and begins again after so many]
+ *        prints one JSON line: rps, latency (us) p50/p90/p99/max, first-byte p50/p99, errors, non-2xx, incomplete SSE,
  *        cpu_us_per_req (user+system time of the -P process and its descendants), rss_mb
  */
 #define _GNU_SOURCE
@@ -21,7 +22,8 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
-static char *req;
+static char *req, *mark;
+static int many, turn;
 static size_t reqlen;
 static struct sockaddr_in addr;
 static int ep;
@@ -81,6 +83,12 @@ static void start(C *c) {
     c->t1 = 0;
     c->busy = 1;
     memset(c->tail, 0, 16);
+    if (mark) {
+        char digits[5];
+        snprintf(digits, 5, "%04d", turn);
+        memcpy(mark, digits, 4);
+        turn = (turn + 1) % many;
+    }
     c->t0 = now();
     size_t o = 0;
     while (o < reqlen) {
@@ -309,7 +317,7 @@ int main(int ac, char **av) {
     char hdrs[8192] = "";
     signal(SIGPIPE, SIG_IGN);
     ticks = sysconf(_SC_CLK_TCK);
-    while ((o = getopt(ac, av, "u:c:d:w:b:H:P:R:n:")) != -1)
+    while ((o = getopt(ac, av, "u:c:d:w:b:H:P:R:n:M:")) != -1)
         switch (o) {
         case 'u':
             url = optarg;
@@ -338,6 +346,9 @@ int main(int ac, char **av) {
             break;
         case 'n':
             name = optarg;
+            break;
+        case 'M':
+            many = atoi(optarg);
             break;
         }
     char host[256], path[1024] = "/";
@@ -390,6 +401,8 @@ int main(int ac, char **av) {
             bl ? "POST" : "GET", path, host, port, hdrs, bl);
     memcpy(req + n, bd, bl);
     reqlen = n + bl;
+    if (many)
+        mark = memmem(req, reqlen, "@@@@", 4);
     ep = epoll_create1(0);
     C *cs = calloc(conns, sizeof(C));
     for (int i = 0; i < conns; i++)

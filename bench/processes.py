@@ -57,8 +57,15 @@ def passthrough(upstream: Server) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def farebox(upstream: Server, folder: Path) -> Iterator[Server]:
-    """A gateway as an operator runs it: SQLite, the ledger on, a funded user."""
+def farebox(
+    upstream: Server, folder: Path, *, serving: Sequence[str] = ("gateway.cli", "serve"), **environ: str
+) -> Iterator[Server]:
+    """A gateway as an operator runs it: SQLite, the ledger on, a funded user.
+
+    Args:
+        serving: the module that serves, and its arguments.
+        environ: further settings.
+    """
     port = _free_port()
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "farebox.toml"
@@ -71,17 +78,19 @@ def farebox(upstream: Server, folder: Path) -> Iterator[Server]:
         "FAREBOX_JOURNAL_DIR": str(folder / "journal"),
         "FAREBOX_PORT": str(port),
         "FAREBOX_RATE_LIMIT_PER_MINUTE": "0",
+        "FAREBOX_MANAGEMENT_RATE_LIMIT_PER_MINUTE": "0",
         "FAREBOX_LOG_LEVEL": "error",
+        **environ,
     }
     made = subprocess.run(
         [*command, "init", "--json"], env=environment, cwd=HERE.parent, check=True, stdout=subprocess.PIPE
     )
-    given: dict[str, Any] = json.loads(made.stdout)
+    given: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
     headers = (f"Authorization: Bearer {given['live_key']}", f"X-Quota-User: {given['user']}")
     funding = [*command, "grant", given["user"], "1000000000", "--mode", "live"]
     subprocess.run(funding, env=environment, cwd=HERE.parent, check=True, stdout=subprocess.DEVNULL)
     began = time.monotonic()
-    with _process([*command, "serve"], environment) as process:
+    with _process([sys.executable, "-m", *serving], environment) as process:
         _wait_until(process, lambda: is_ready(port))
         yield Server("farebox", process.pid, f"http://127.0.0.1:{port}/v1", headers, time.monotonic() - began)
 

@@ -12,19 +12,22 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, MutableM
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.application import create_api
+from gateway.api.entitlements import Answer, Checks, route_of
 from gateway.api.event_view import Rendering, customer_object
+from gateway.api.frame import Frame
 from gateway.api.services import Services
 from gateway.billing.auto_buy import AutoBuy
 from gateway.billing.budget_book import BudgetBook
 from gateway.billing.budgets import Budgets
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.entitlements import Entitlements
 from gateway.billing.erasure import Erasure
 from gateway.billing.metrics import BillableMetrics
 from gateway.billing.packs import Packs
@@ -61,14 +64,16 @@ from gateway.refusals import REFUSALS
 from gateway.settings import SIMULATED, Settings
 from gateway.shared.balances import Balances
 from gateway.shared.changes import Changes
+from gateway.shared.leases import Leases
 from gateway.shared.link import Link
 from gateway.shared.rate_limit import SharedRateLimit
-from gateway.shared.wallets import SharedWallets
+from gateway.shared.wallets import SharedWallets, holders_key
 from gateway.stores import SQLITE, OpenStore, open_store
 from gateway.telemetry import PROXIED, Metrics
 from ledger.ledger import Ledger
 from ledger.outcomes import Applied
 from ledger.store.protocol import SchemaMissing, StoreUnavailable
+from ledger.store.sqlite import SqliteStore
 from pricing.tokens import PromptCounter, TextCounter, encoding_for, warm
 
 CHAT_PATH: Final = PROXIED
@@ -94,6 +99,8 @@ class Parts:
 
     services: Services
     chat: ChatProxy
+    checks: Checks
+    framed_checks: ASGIApp
     api: ASGIApp
     begin_trace: BeginTrace | None
 
@@ -167,6 +174,17 @@ class Gateway:
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
 
+    def answer_at_once(self, scope: Scope) -> Answer | None:
+        """The answer to a request that needs nobody else: a check whose facts are all at hand. Else None."""
+        parts = self._parts
+        route = route_of(scope)
+        if not route or parts is None or self._stopping:
+            return None
+        try:
+            return parts.checks.at_once(scope, route)
+        except Exception:
+            return None  # Asked again in order, it breaks where it is logged and answered.
+
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = self._parts
         if parts is None or (self._stopping and not scope["path"].startswith("/health/")):
@@ -181,6 +199,9 @@ class Gateway:
                 user = path[len(USERS_PATH) : -len(USER_CHAT_SUFFIX)]
                 await self._counted(parts, scope, receive, send, user)
                 return
+        if route_of(scope):
+            await parts.framed_checks(scope, receive, send)
+            return
         await parts.api(scope, receive, send)
 
     async def _counted(self, parts: Parts, scope: Scope, receive: Receive, send: Send, user: str | None) -> None:
@@ -265,28 +286,19 @@ async def running_parts(
         journal.prepare()
         stack.callback(journal.close)
         link = None if settings.redis_url is None else await _linked(settings.redis_url, metrics, stack)
-        shared = None
-        if link is not None and not settings.database_url.startswith(SQLITE):
-            shared = SharedWallets(link, now_us=now_us)
         webhooks = Webhooks(
-            database,
-            counters=metrics,
-            allow_private=settings.webhooks_allow_private,
-            now_us=now_us,
-            new_id=new_id,
+            database, counters=metrics, allow_private=settings.webhooks_allow_private, now_us=now_us, new_id=new_id
         )
-        store = await open_store(settings.database_url, clock=now_us, watcher=shared)
-        ledger = await Ledger.open(
-            store,
-            clock=now_us,
-            new_command_id=lambda: new_id("cmd"),
-            abandoned=journal.undo,
-            wait_s=settings.ledger_timeout_s,
+        ledger = await _open_ledger(
+            settings,
+            metrics,
+            link,
+            stack,
+            journal=journal,
             applied=_to_both(metrics.count_applied, webhooks.applied),
-            observed=metrics.count_batch,
-            read_wallet=Balances(store, metrics, shared=shared).wallet,
+            now_us=now_us,
+            open_store=open_store,
         )
-        stack.push_async_callback(ledger.close)
         principals = Principals(database, now_us=now_us, looked_up=metrics.cache("principals"))
         welcomes = Welcomes(ledger, now_us=now_us, new_id=new_id)
         customers = Customers(database, welcome=welcomes.give, now_us=now_us)
@@ -296,8 +308,7 @@ async def running_parts(
         catalog, billables = Catalog(database), BillableMetrics(database, now_us=now_us)
         caches = (principals.invalidate, customers.forget, catalog.invalidate, budgets.invalidate)
         changes = Changes(*caches, url=settings.redis_url, link=link)
-        changes.start()
-        stack.push_async_callback(changes.stop)
+        _run(changes, stack)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
 
         upstreams = {**configured_upstreams(settings), **given}
@@ -318,11 +329,8 @@ async def running_parts(
             now_us=now_us,
             swept=metrics.count_swept,
         )
-        upkeep.start()
-        stack.push_async_callback(upkeep.stop)
-        rollups = Rollups(database)
-        rollups.start()
-        stack.push_async_callback(rollups.stop)
+        _run(upkeep, stack)
+        _run(Rollups(database), stack)
         stack.push_async_callback(shield.drain)
         chat = ChatProxy(
             settings=settings,
@@ -370,6 +378,9 @@ async def running_parts(
             reservations=Reservations(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             packs=packs,
             catalog=catalog,
+            entitlements=Entitlements(
+                ledger=ledger, catalog=catalog, customers=customers, budgets=budgets, now_us=now_us
+            ),
             billables=billables,
             metering=Metering(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             proxy=chat,
@@ -388,15 +399,15 @@ async def running_parts(
         # The ranks take a third of a second to load; the first request need not wait for them.
         warming = asyncio.create_task(asyncio.to_thread(warm), name="warm")
         stack.push_async_callback(_finished, warming)
-        begin_trace = None
-        if settings.otlp_endpoint is not None:
-            # Not imported where nobody collects traces: it takes a quarter of a second, and memory.
-            from gateway.tracing import open_tracing  # noqa: PLC0415
-
-            tracing = open_tracing(settings.otlp_endpoint)
-            stack.push_async_callback(tracing.close)
-            begin_trace = tracing.begin
-        yield Parts(services=services, chat=chat, api=create_api(services), begin_trace=begin_trace)
+        checks = Checks(services)
+        yield Parts(
+            services=services,
+            chat=chat,
+            checks=checks,
+            framed_checks=Frame(checks, metrics=metrics, new_id=new_id),
+            api=create_api(services),
+            begin_trace=_open_tracing(settings, stack),
+        )
 
 
 def configured_upstreams(settings: Settings) -> dict[str, Upstream]:
@@ -423,11 +434,73 @@ def _to_both(first: Callable[[Applied], None], second: Callable[[Applied], None]
     return tell
 
 
+async def _open_ledger(
+    settings: Settings,
+    metrics: Metrics,
+    link: Link | None,
+    stack: AsyncExitStack,
+    *,
+    journal: SettlementJournal,
+    applied: Callable[[Applied], None],
+    now_us: Callable[[], int],
+    open_store: OpenStore,
+) -> Ledger:
+    """The ledger in front of its store, with the cache of wallets that its reads go through."""
+    shared = None
+    if link is not None and not settings.database_url.startswith(SQLITE):
+        shared = SharedWallets(link, now_us=now_us, leases=await _leases(link, stack))
+    store = await open_store(settings.database_url, clock=now_us, watcher=shared)
+    balances = Balances(store, metrics, shared=shared, prompt=store if isinstance(store, SqliteStore) else None)
+    ledger = await Ledger.open(
+        store,
+        clock=now_us,
+        new_command_id=lambda: new_id("cmd"),
+        abandoned=journal.undo,
+        wait_s=settings.ledger_timeout_s,
+        applied=applied,
+        observed=metrics.count_batch,
+        read_wallet=balances.wallet,
+        kept_wallet=balances.kept,
+    )
+    stack.push_async_callback(ledger.close)
+    return ledger
+
+
+class _Running(Protocol):
+    def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+def _run(part: _Running, stack: AsyncExitStack) -> None:
+    """Start what works by itself, until the stack is closed."""
+    part.start()
+    stack.push_async_callback(part.stop)
+
+
+def _open_tracing(settings: Settings, stack: AsyncExitStack) -> BeginTrace | None:
+    if settings.otlp_endpoint is None:
+        return None
+    # Not imported where nobody collects traces: it takes a quarter of a second, and memory.
+    from gateway.tracing import open_tracing  # noqa: PLC0415
+
+    tracing = open_tracing(settings.otlp_endpoint)
+    stack.push_async_callback(tracing.close)
+    return tracing.begin
+
+
 async def _linked(redis_url: str, metrics: Metrics, stack: AsyncExitStack) -> Link:
     link = Link(redis_url, metrics)
     await link.start()
     stack.push_async_callback(link.stop)
     return link
+
+
+async def _leases(link: Link, stack: AsyncExitStack) -> Leases:
+    leases = Leases(link, holders_key=holders_key)
+    leases.start()
+    stack.push_async_callback(leases.stop)
+    return leases
 
 
 async def _counting_together(link: Link, stack: AsyncExitStack) -> RateLimit:

@@ -15,14 +15,18 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Final, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Scope
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable
+from uvicorn._types import Scope as UvicornScope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from gateway.api.entitlements import Answer
 from gateway.app import Gateway
 from gateway.errors import invalid_request
 from gateway.ids import new_id
@@ -48,9 +52,14 @@ class State(ServerState):
 
     Attributes:
         draining: responses ask their clients to close the connection.
+        answer_at_once: what needs nobody else to be answered.
     """
 
     draining = False
+
+    def __init__(self, answer_at_once: Callable[[Scope], Answer | None] = lambda scope: None) -> None:
+        super().__init__()
+        self.answer_at_once = answer_at_once
 
 
 class Connection(HttpToolsProtocol):
@@ -78,6 +87,20 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if self.server_state.draining:
             self.cycle.keep_alive = False
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """A request whose answer is at hand is answered while it is read: a task would wait for its turn, behind all
+        that came in with it."""
+        answer = None
+        # Nothing may have to be waited for, and no further request may begin where this one ends.
+        if not (self.flow.write_paused or self.pipeline or self.server_state.draining):
+            answer = self.server_state.answer_at_once(cast(Scope, cycle.scope))
+        if answer is None:
+            super()._start_asgi_task(cycle, app)
+            return
+        with suppress(StopIteration):
+            cycle.run_asgi(_Written(answer)).send(None)
+            raise AssertionError("an answer that was at hand had to wait")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -120,6 +143,17 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
 
+class _Written:
+    """An answer as an application that waits for nothing."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: UvicornScope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self._answer.headers, "trailers": False})
+        await send({"type": "http.response.body", "body": self._answer.body, "more_body": False})
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which ends with 0 when it was asked to stop, and tells when it accepts connections."""
 
@@ -142,7 +176,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
             )
         )
-        self.server_state = State()
+        self.server_state = State(gateway.answer_at_once)
         self._gateway = gateway
         self._drain_delay_s = settings.drain_delay_s
         self._on_started = started

@@ -26,6 +26,7 @@ SWEEP_PAGES_MAX = 50
 Clock = Callable[[], int]
 
 ReadWallet = Callable[[WalletRef], Awaitable[WalletBlocks | None]]
+KeptWallet = Callable[[WalletRef], WalletBlocks | None]
 
 T = TypeVar("T")
 Ref = TypeVar("Ref", WalletRef, ReservationRef)
@@ -81,9 +82,11 @@ class Ledger:
         applied: Callable[[Applied], None] | None,
         *,
         read_wallet: ReadWallet | None = None,
+        kept_wallet: KeptWallet | None = None,
     ) -> None:
         self._store = store
         self._read_wallet = read_wallet
+        self._kept_wallet = kept_wallet
         self._applied = applied
         self._writer = writer
         self._clock = clock
@@ -102,6 +105,7 @@ class Ledger:
         applied: Callable[[Applied], None] | None = None,
         observed: Observed | None = None,
         read_wallet: ReadWallet | None = None,
+        kept_wallet: KeptWallet | None = None,
     ) -> "Ledger":
         """Put a writer in front of *store*, which is then the ledger's to close.
 
@@ -112,6 +116,7 @@ class Ledger:
             applied: sees every command that was applied here and its facts, to count them; it must not fail.
             observed: see :class:`~ledger.writer.Writer`.
             read_wallet: reads a wallet for a view of it, instead of the store; never older than what was answered.
+            kept_wallet: the same without waiting, where it is at hand.
         """
         writer = Writer(
             store.run_batch,
@@ -121,7 +126,7 @@ class Ledger:
             queue_max=queue_max,
             wait_s=wait_s,
         )
-        return cls(store, writer, clock, new_command_id, applied, read_wallet=read_wallet)
+        return cls(store, writer, clock, new_command_id, applied, read_wallet=read_wallet, kept_wallet=kept_wallet)
 
     async def close(self) -> None:
         """Answer everybody who waits, then close the store."""
@@ -159,17 +164,16 @@ class Ledger:
         found = await _reading(self._wallet(ref))
         if found is None:
             return None
-        wallet, blocks = found
-        now_us = max(self._clock(), wallet.last_fact_us)
+        now_us = max(self._clock(), found.wallet.last_fact_us)
         line = None if unfunded is None else await self._line(unfunded, now_us)
-        return WalletView(
-            wallet=wallet,
-            blocks=blocks,
-            balance=_balance(wallet, blocks, now_us),
-            effective_balance=_effective_balance(wallet, blocks, tags or NO_TAGS, now_us, line=line),
-            reserved=sum(block.reserved for block in blocks) + wallet.overdraft_reserved,
-            receivable=wallet.receivable,
-        )
+        return _view(found, tags or NO_TAGS, now_us, line=line)
+
+    def wallet_view_at_once(self, ref: WalletRef, tags: Tags) -> WalletView | None:
+        """The same without waiting, as new as that; None where somebody has to be asked."""
+        found = None if self._kept_wallet is None else self._kept_wallet(ref)
+        if found is None:
+            return None
+        return _view(found, tags, max(self._clock(), found.wallet.last_fact_us), line=None)
 
     def _wallet(self, ref: WalletRef) -> Awaitable[WalletBlocks | None]:
         return (self._read_wallet or self._store.wallet)(ref)
@@ -274,6 +278,18 @@ class Ledger:
                 break
             limit = min(limit + len(failed), PAGE_MAX)
         return settled
+
+
+def _view(found: WalletBlocks, tags: Tags, now_us: int, *, line: int | None) -> WalletView:
+    wallet, blocks = found
+    return WalletView(
+        wallet=wallet,
+        blocks=blocks,
+        balance=_balance(wallet, blocks, now_us),
+        effective_balance=_effective_balance(wallet, blocks, tags, now_us, line=line),
+        reserved=sum(block.reserved for block in blocks) + wallet.overdraft_reserved,
+        receivable=wallet.receivable,
+    )
 
 
 def _balance(wallet: Wallet, blocks: Sequence[Block], now_us: int) -> int:

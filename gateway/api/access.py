@@ -15,6 +15,8 @@ from gateway.errors import invalid_request, permission_denied, rate_limit_exceed
 from gateway.identity.keys import KeyScope
 from gateway.identity.principals import Mode, Principal
 
+MODES: Final[tuple[Mode, ...]] = ("live", "test")
+
 EXTRA_HEADERS: Final = "farebox.response_headers"
 """Where in a request's scope an endpoint leaves headers for the response, be it an answer or a refusal."""
 

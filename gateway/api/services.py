@@ -11,6 +11,7 @@ from gateway.billing.budget_book import BudgetBook
 from gateway.billing.budgets import Budgets
 from gateway.billing.catalog import Catalog
 from gateway.billing.charging import Charging
+from gateway.billing.entitlements import Entitlements
 from gateway.billing.erasure import Erasure
 from gateway.billing.metrics import BillableMetrics
 from gateway.billing.packs import Packs
@@ -58,6 +59,7 @@ class Services:
     reservations: Reservations
     packs: Packs
     catalog: Catalog
+    entitlements: Entitlements
     billables: BillableMetrics
     metering: Metering
     proxy: ASGIApp

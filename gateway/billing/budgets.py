@@ -160,6 +160,16 @@ class Budgets:
         at_us = self._now_us()
         return tuple([budget.limit(at_us) for budget in served])
 
+    def known_to_be_none(self, scope: Scope) -> bool:
+        """Whether it is at hand that nobody of *scope* is under any limit."""
+        shared = self._known.get(_Name(scope, None))
+        return (
+            shared is not None
+            and self._monotonic_s() < shared.until_s
+            and not shared.budgets
+            and not shared.of_customers
+        )
+
     async def _lease(self, name: _Name) -> _Lease:
         lease = self._known.get(name)
         now_s = self._monotonic_s()

@@ -159,6 +159,23 @@ class Catalog:
             raise MetricNotPriced(key)
         return PricedMetric(found.metric, found.rule, found.price_version)
 
+    def known(self, tenant: str, mode: str, key: str, *, at_us: int) -> PricedMetric | None:
+        """What `priced` would answer without asking anybody; None also where it would raise.
+
+        A lease that is half over is renewed meanwhile, so that a metric in steady use is never waited for.
+        """
+        name = MetricName(tenant, mode, key)
+        known = self._known.get(name)
+        left_s = 0.0 if known is None else known.until_s - self._monotonic_s()
+        if known is None or known.found is None or left_s <= 0 or not known.holds_at(at_us):
+            return None
+        if left_s < self._lease_s / 2 and len(self._under_way) < LOOK_UPS_MAX:
+            self._begin_look_up(name, at_us)
+        metric, rule, price_version = known.found.metric, known.found.rule, known.found.price_version
+        if metric.archived or rule is None or price_version is None:
+            return None
+        return PricedMetric(metric, rule, price_version)
+
     def invalidate(self) -> None:
         """Forget everything, whatever is being looked up now."""
         self._known.clear()
@@ -182,14 +199,18 @@ class Catalog:
 
     async def _look_up_once(self, name: MetricName, at_us: int) -> _Known:
         """All who ask for a key while it is looked up get one answer; one who goes away does not stop the others."""
+        if name not in self._under_way and len(self._under_way) >= LOOK_UPS_MAX:
+            raise DatabaseUnavailable(f"{LOOK_UPS_MAX} look-ups are under way already")
+        return await asyncio.shield(self._begin_look_up(name, at_us))
+
+    def _begin_look_up(self, name: MetricName, at_us: int) -> "asyncio.Task[_Known]":
+        """The look-up of a key that is under way, begun now if there is none."""
         task = self._under_way.get(name)
         if task is None:
-            if len(self._under_way) >= LOOK_UPS_MAX:
-                raise DatabaseUnavailable(f"{LOOK_UPS_MAX} look-ups are under way already")
             task = asyncio.create_task(self._kept(name, at_us))
             self._under_way[name] = task
             task.add_done_callback(lambda done: self._landed(name, done))
-        return await asyncio.shield(task)
+        return task
 
     def _landed(self, name: MetricName, task: asyncio.Task[_Known]) -> None:
         if self._under_way.get(name) is task:

@@ -111,6 +111,7 @@ class Customers:
         self._monotonic_s = monotonic_s
         self._new_id = new_id
         self._ids: LRU[CustomerName, Remembered] = LRU(customers_max)
+        """By the tenant's name, or by our id in its place: no name looks like one of our ids."""
         self._under_way: dict[CustomerName, asyncio.Task[str]] = {}
 
     async def resolve(self, tenant_id: str, mode: str, external_id: str, *, param: str = "user") -> str:
@@ -140,9 +141,19 @@ class Customers:
         """
         if not reference.startswith(CUSTOMER_PREFIX):
             return await self.resolve(tenant_id, mode, reference, param=param)
-        row = await self._row(tenant_id, mode, reference)
-        await self._greet(tenant_id, mode, row.id, row.welcome)
+        if self.known(tenant_id, mode, reference) is None:
+            until_s = self._monotonic_s() + LEASE_S
+            row = await self._row(tenant_id, mode, reference)
+            await self._greet(tenant_id, mode, row.id, row.welcome)
+            self._ids.put(CustomerName(tenant_id, mode, reference), Remembered(row.id, until_s))
         return reference
+
+    def known(self, tenant_id: str, mode: str, reference: str, *, external: bool = False) -> str | None:
+        """What `named` would answer without asking anybody, or `resolve` if the name is *external*."""
+        if external and reference.startswith(CUSTOMER_PREFIX):
+            return None
+        found = self._ids.get(CustomerName(tenant_id, mode, reference))
+        return None if found is None or self._monotonic_s() >= found.until_s else found.id
 
     async def find(self, tenant_id: str, mode: str, reference: str) -> CustomerInfo:
         """The customer that *reference* names, by our id or the tenant's; looking creates nobody.

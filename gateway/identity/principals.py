@@ -147,6 +147,23 @@ class Principals:
             raise errors.invalid_api_key()
         return principal
 
+    def known(self, token: bytes) -> Principal | None:
+        """The principal of a key whose lease runs: what `authenticate` would answer without asking anybody.
+
+        A lease that is half over is renewed meanwhile, so that a key in steady use is never waited for.
+        """
+        if len(token) > keys.TOKEN_LENGTH_MAX:
+            return None
+        digest = keys.digest(token)
+        lease = self._known.get(digest)
+        left_s = 0.0 if lease is None else lease.until_s - self._monotonic_s()
+        if lease is None or left_s <= 0:
+            return None
+        if left_s < self._lease_s / 2 and len(self._under_way) < LOOK_UPS_MAX:
+            self._begin_look_up(digest, lease.principal.key_id)
+        self._looked_up(True)
+        return lease.principal
+
     def _stale(self, lease: Lease | None, now_s: float) -> Principal | None:
         """Who may go on for a while without the database: a principal whose tenant chose to be served in an outage."""
         if lease is None or lease.principal.open_allowance == 0 or now_s >= lease.until_s + OUTAGE_LEASE_S:
@@ -165,14 +182,18 @@ class Principals:
         Raises:
             DatabaseUnavailable
         """
+        if digest not in self._under_way and len(self._under_way) >= LOOK_UPS_MAX:
+            raise DatabaseUnavailable(f"{LOOK_UPS_MAX} look-ups are under way already")
+        return await asyncio.shield(self._begin_look_up(digest, key_id))
+
+    def _begin_look_up(self, digest: bytes, key_id: str) -> "asyncio.Task[Principal | None]":
+        """The look-up of a key that is under way, begun now if there is none."""
         task = self._under_way.get(digest)
         if task is None:
-            if len(self._under_way) >= LOOK_UPS_MAX:
-                raise DatabaseUnavailable(f"{LOOK_UPS_MAX} look-ups are under way already")
             task = asyncio.create_task(self._look_up(digest, key_id))
             self._under_way[digest] = task
             task.add_done_callback(lambda done: self._landed(digest, done))
-        return await asyncio.shield(task)
+        return task
 
     def _landed(self, digest: bytes, task: asyncio.Task[Principal | None]) -> None:
         if self._under_way.get(digest) is task:

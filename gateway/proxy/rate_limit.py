@@ -50,6 +50,10 @@ class RateLimit(Protocol):
         """Count a request of *key_id*, unless it is one too many: a refused request is not counted. 0 is no limit."""
         ...
 
+    def check_at_once(self, key_id: str, limit_per_minute: int) -> Decision | None:
+        """The same without waiting; None, and nothing is counted, where others have a say."""
+        ...
+
 
 class MovingWindow:
     """When the requests of one key were admitted, oldest first."""
@@ -89,6 +93,9 @@ class ProcessRateLimit:
         self._windows: LRU[str, MovingWindow] = LRU(keys_max)
 
     async def check(self, key_id: str, limit_per_minute: int) -> Decision:
+        return self.check_at_once(key_id, limit_per_minute)
+
+    def check_at_once(self, key_id: str, limit_per_minute: int) -> Decision:
         if limit_per_minute <= 0:
             return UNLIMITED
         now_s = self._monotonic_s()

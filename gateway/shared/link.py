@@ -6,6 +6,7 @@ makes a new one after `LEASE_S`, so no request ever waits for a connection.
 """
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -36,6 +37,13 @@ LEASE_S: Final = 1.0
 GRACE_S: Final = 0.005
 """After a time limit the loop may read on for so long: what came while we were busy did come in time."""
 
+GRACE_TURNS: Final = 40
+"""... and so many turns of the loop, however long they take: a command takes two round trips of
+eight turns each where one is under way."""
+
+STEADY_S: Final = 10.0
+"""A link that was up for less is one that comes and goes."""
+
 WAITING_MAX: Final = 10_000
 """Most commands without a reply. More are turned away."""
 
@@ -48,11 +56,19 @@ class Link:
     """Asks Redis. Every failure is counted by what it was asked for.
 
     Args:
-        timeout_s, lease_s: see `TIMEOUT_S` and `LEASE_S`.
+        timeout_s, lease_s, steady_s: see `TIMEOUT_S`, `LEASE_S` and `STEADY_S`.
     """
 
-    def __init__(self, url: str, metrics: Metrics, *, timeout_s: float = TIMEOUT_S, lease_s: float = LEASE_S) -> None:
-        self._url = url
+    def __init__(
+        self,
+        url: str,
+        metrics: Metrics,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        lease_s: float = LEASE_S,
+        steady_s: float = STEADY_S,
+    ) -> None:
+        self.url = url
         self._metrics = metrics
         self.timeout_s = timeout_s
         self._lease_s = lease_s
@@ -64,11 +80,18 @@ class Link:
         self._keeper: asyncio.Task[None] | None = None
         self._connected: list[Callable[[], None]] = []
         self._reason = "not asked yet"
+        self._steady_s = steady_s
+        self._made_at_s = self._lost_at_s = -math.inf
         metrics.redis_up.set(0)
 
     @property
     def up(self) -> bool:
         return self._wire is not None
+
+    @property
+    def lost_s(self) -> float:
+        """How long ago a steady link was lost; of one that comes and goes, the first time counts."""
+        return asyncio.get_running_loop().time() - self._lost_at_s
 
     def describe(self) -> str:
         """`ok`, or what is wrong, in words for the operator."""
@@ -120,7 +143,15 @@ class Link:
 
     def _look_late(self) -> None:
         """The oldest command may be late: let the loop read what is there already, then judge."""
-        self._timer = asyncio.get_running_loop().call_later(GRACE_S, self._judge)
+        self._timer = asyncio.get_running_loop().call_later(GRACE_S, self._read_on, GRACE_TURNS)
+
+    def _read_on(self, turns: int) -> None:
+        self._let_go()
+        loop = asyncio.get_running_loop()
+        if not turns or not self._waiting:
+            self._judge()
+        elif self._timer is not None:
+            self._timer = loop.call_later(0, self._read_on, turns - 1)
 
     def _judge(self) -> None:
         loop = asyncio.get_running_loop()
@@ -158,7 +189,7 @@ class Link:
     async def _connect(self) -> None:
         await self._closed()
         self._cut.clear()
-        wire = Wire(self._url, self._break)
+        wire = Wire(self.url, self._break)
         try:
             async with asyncio.timeout(max(CONNECT_TIMEOUT_S, self.timeout_s)):
                 await wire.open()
@@ -171,6 +202,7 @@ class Link:
                 self._note(error)
             return
         self._wire = wire
+        self._made_at_s = asyncio.get_running_loop().time()
         self._metrics.redis_up.set(1)
         log.info("redis is there")
         for tell in self._connected:
@@ -181,6 +213,9 @@ class Link:
         wire, self._wire = self._wire, None
         if wire is None:
             return
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._made_at_s >= self._steady_s:
+            self._lost_at_s = now_s
         self._metrics.redis_up.set(0)
         if not quietly:
             self._note(error)

@@ -214,6 +214,9 @@ class SharedRateLimit:
             retry_after_s=math.ceil(taken.retry_us / 1_000_000),
         )
 
+    def check_at_once(self, key_id: str, limit_per_minute: int) -> Decision | None:
+        return UNLIMITED if limit_per_minute <= 0 else None
+
     def _decide_alone(self, window: Window, limit: int, name: str) -> Decision:
         now_s = self._monotonic_s()
         window.forget(now_s)

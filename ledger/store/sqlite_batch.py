@@ -107,10 +107,10 @@ class VersionConflict(Exception):
     """A row was not as the batch had loaded it. Nothing was written; the batch can be tried again."""
 
 
-def connect(path: str) -> sqlite3.Connection:
+def connect(path: str, *, timeout_s: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
     """A connection with every durability that we promise. It may be handed from thread to thread, one at a time."""
     connection = sqlite3.connect(
-        path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=256
+        path, timeout=timeout_s, isolation_level=None, check_same_thread=False, cached_statements=256
     )
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")

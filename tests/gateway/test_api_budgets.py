@@ -384,3 +384,17 @@ async def test_metered_usage_and_tasks_are_under_it_too(funded: Office):
     assert (now["spent"], now["reserved"], now["remaining"]) == (2_000, 3_000, 0)
     await funded.post(f"/v1/reservations/{held['id']}/release")
     assert (await shown(funded, made))["remaining"] == 3_000
+
+
+async def test_a_check_counts_what_a_budget_leaves(office: Office) -> None:
+    await office.post("/v1/billable-metrics", {"key": "call", "name": "Call"})
+    await office.post("/v1/metering-rules", {"billable_metric_key": "call", "cost_type": "per_unit", "unit_cost": 1000})
+    await office.post("/v1/topup/grant", {"customer_id": "alice", "credits": 100_000})
+    assert (await office.get("/v1/customers/alice/entitlements/call"))["affordable_units"] == 100
+
+    own = {"subject": {"type": "customer", "id": "alice"}, "credits": 30_000, "period": {"every": "month"}}
+    await office.post("/v1/budgets", own)
+    checked = await office.get("/v1/customers/alice/entitlements/call?units=31")
+    assert (checked["allowed"], checked["effective_balance"], checked["affordable_units"]) == (False, 30_000, 30)
+    assert (checked["balance"]) == 100_000
+    assert (await office.get("/v1/customers/alice/entitlements/call?units=30"))["allowed"]

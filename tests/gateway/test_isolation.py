@@ -237,6 +237,16 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
             Attempt(f"/v1/webhook-endpoints/{things.endpoint}/deliveries"),
             Attempt(f"/v1/webhook-endpoints/{things.endpoint}/deliveries?cursor={things.event}"),
         ],
+        "GET /v1/customers/{customer}/entitlements/{metric}": [
+            Attempt(f"/v1/customers/{person}/entitlements/{name}") for person in people for name in metrics
+        ],
+        "GET /v1/customer-by-external-id/{external_id}/entitlements/{metric}": [
+            Attempt(f"/v1/customer-by-external-id/{person}/entitlements/{things.metric_key}") for person in people
+        ],
+        "GET /v1/entitlements/check": [
+            *(Attempt(f"/v1/entitlements/check?customer_id={person}&feature_key={metrics[1]}") for person in people),
+            *(Attempt(f"/v1/entitlements/check?end_user_id=alice&feature_key={name}&units=2") for name in metrics),
+        ],
         "GET /v1/apps": [Attempt("/v1/apps"), Attempt(f"/v1/apps?tenant={things.tenant}")],
         "POST /v1/apps": [Attempt("/v1/apps", {"name": "Another"}, once)],
         "PATCH /v1/apps/{app_id}": [Attempt(f"/v1/apps/{things.app}", {"name": "Taken", "markup_bps": 9_999})],

@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from gateway.api.entitlements import Answer
 from gateway.app import Gateway
 from gateway.server import HEAD_BYTES_MAX, LINGER_S, Connection, Server, State
 from gateway.settings import Settings
@@ -37,10 +38,11 @@ class Served:
         assert scope["type"] == "http"
         while (await receive()).get("more_body"):
             pass
+        body = b"there" if scope["path"] == "/at-hand" else b"hello"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
         if scope["path"] == "/stream":
             await self.go_on.wait()
-        await send({"type": "http.response.body", "body": b"hello"})
+        await send({"type": "http.response.body", "body": body})
 
     @property
     def connections(self) -> list[Connection]:
@@ -98,6 +100,41 @@ async def test_a_request_whose_head_never_ends_is_refused(served: Served, part: 
                 part = part if part.endswith(b"\n") else b"a" * 1000
         status, body = await answered(reader)
     assert (status, json.loads(body)["error"]["code"]) == (400, "invalid_request")
+
+
+def at_hand(scope: Scope) -> Answer | None:
+    """What the application would answer, too."""
+    if scope["path"] != "/at-hand":
+        return None
+    return Answer(b"there", [(b"content-length", b"5"), (b"x-request-id", b"req_1")])
+
+
+async def test_what_is_at_hand_is_answered_in_order_with_all_else(served: Served):
+    served.state.answer_at_once = at_hand
+    asked = [*(b"/at-hand", b"/else") * 200, *(b"/at-hand",) * 200, b"/else"]
+    async with served.connected() as (reader, writer):
+        writer.writelines(LEAST.replace(b"/ ", path + b" ") + b"\r\n" for path in asked)
+        for path in asked:
+            assert await answered(reader) == (200, b"there" if path == b"/at-hand" else b"hello")
+        writer.write(LEAST.replace(b"GET / ", b"GET /at-hand ") + b"Content-Length: 4\r\n\r\nbody" + LEAST + b"\r\n")
+        assert [await answered(reader), await answered(reader)] == [(200, b"there"), (200, b"hello")]
+
+
+async def test_what_is_at_hand_leaves_no_task_behind(served: Served):
+    served.state.answer_at_once = at_hand
+    async with served.connected() as (reader, writer):
+        writer.write(LEAST.replace(b"/ ", b"/at-hand ") + b"\r\n")
+        assert await answered(reader) == (200, b"there")
+        assert not served.state.tasks
+
+
+async def test_a_server_that_ends_closes_the_connection_of_what_is_at_hand_too(served: Served):
+    served.state.answer_at_once = at_hand
+    served.state.draining = True
+    async with served.connected() as (reader, writer):
+        writer.write(LEAST.replace(b"/ ", b"/at-hand ") + b"\r\n")
+        assert await answered(reader) == (200, b"there")
+        assert await reader.read() == b""
 
 
 async def test_what_is_not_http_is_refused_in_our_envelope(served: Served):
