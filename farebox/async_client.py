@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
-from functools import wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -13,6 +12,7 @@ from farebox.call import Again, Answer, Call, Exchange, Page, Pages, Retries
 from farebox.client import NOT_RELEASED, settles
 from farebox.connection import CLOSED, TIMEOUT_S, Access, Body, repeatable
 from farebox.errors import FareboxError, ReservationSettled
+from farebox.methods import shown_as
 from farebox.values import ReservationState
 
 P = ParamSpec("P")
@@ -22,7 +22,7 @@ T = TypeVar("T")
 def sending(build: Callable[P, Call[T]]) -> "Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]":
     """A method that sends what *build* makes."""
 
-    @wraps(build)
+    @shown_as(build)
     async def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self.send(build(*args, **kwargs))
 
@@ -32,7 +32,7 @@ def sending(build: Callable[P, Call[T]]) -> "Callable[Concatenate[AsyncClient, P
 def iterating(build: Callable[P, Pages[T]]) -> "Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]":
     """A method that reads the pages of what *build* makes, each when it is reached."""
 
-    @wraps(build)
+    @shown_as(build)
     def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
         return self.iterate(build(*args, **kwargs))
 
@@ -40,7 +40,7 @@ def iterating(build: Callable[P, Pages[T]]) -> "Callable[Concatenate[AsyncClient
 
 
 def reserving(build: Callable[P, Call[ReservationState]]) -> "Callable[Concatenate[AsyncClient, P], Reserving]":
-    @wraps(build)
+    @shown_as(build)
     def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> "Reserving":
         return Reserving(self, build(*args, **kwargs))
 
@@ -52,7 +52,7 @@ def of_reservation(
 ) -> "Callable[Concatenate[AsyncReservation, P], Coroutine[Any, Any, T]]":
     """A method that sends what *build* makes for its reservation."""
 
-    @wraps(build)
+    @shown_as(build, given=1)
     async def method(self: "AsyncReservation", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self.send(build(self.id, *args, **kwargs))
 

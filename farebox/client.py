@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from functools import wraps
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Self, TypeVar
 
@@ -12,6 +11,7 @@ from farebox import calls, catalog_calls
 from farebox.call import Again, Answer, Call, Exchange, Page, Pages, Retries
 from farebox.connection import CLOSED, TIMEOUT_S, Access, Body, repeatable
 from farebox.errors import FareboxError, ReservationSettled
+from farebox.methods import shown_as
 from farebox.values import ReservationState, Settled
 
 P = ParamSpec("P")
@@ -21,7 +21,7 @@ T = TypeVar("T")
 def sending(build: Callable[P, Call[T]]) -> "Callable[Concatenate[Client, P], T]":
     """A method that sends what *build* makes."""
 
-    @wraps(build)
+    @shown_as(build)
     def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self.send(build(*args, **kwargs))
 
@@ -31,7 +31,7 @@ def sending(build: Callable[P, Call[T]]) -> "Callable[Concatenate[Client, P], T]
 def iterating(build: Callable[P, Pages[T]]) -> "Callable[Concatenate[Client, P], Iterator[T]]":
     """A method that reads the pages of what *build* makes, each when it is reached."""
 
-    @wraps(build)
+    @shown_as(build)
     def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
         return self.iterate(build(*args, **kwargs))
 
@@ -39,7 +39,7 @@ def iterating(build: Callable[P, Pages[T]]) -> "Callable[Concatenate[Client, P],
 
 
 def reserving(build: Callable[P, Call[ReservationState]]) -> "Callable[Concatenate[Client, P], Reservation]":
-    @wraps(build)
+    @shown_as(build)
     def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> "Reservation":
         return Reservation(self, self.send(build(*args, **kwargs)))
 
@@ -49,7 +49,7 @@ def reserving(build: Callable[P, Call[ReservationState]]) -> "Callable[Concatena
 def of_reservation(build: Callable[Concatenate[str, P], Call[T]]) -> "Callable[Concatenate[Reservation, P], T]":
     """A method that sends what *build* makes for its reservation."""
 
-    @wraps(build)
+    @shown_as(build, given=1)
     def method(self: "Reservation", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self.send(build(self.id, *args, **kwargs))
 
