@@ -198,7 +198,9 @@ def change(
     content = None
     if body is not None:
         headers["Content-Type"] = "application/json"
-        content = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+        content = json.dumps(
+            {name: value for name, value in body.items() if value is not None}, allow_nan=False
+        ).encode()
     return Call(method, path, read, body=content, headers=headers)
 
 

@@ -64,6 +64,8 @@ def create_customer(
 
 def get_customer(customer: str) -> Call[Customer]:
     """One customer."""
+    if "/" in customer:  # In a path `a/credits` are the credits of `a`. An id of ours has none.
+        return Call("GET", "customers", lambda answer: _only(customer, answer), {"external_id": customer})
     return get(customer_path(customer), Customer)
 
 
@@ -379,6 +381,13 @@ def _batch(answer: Any) -> UsageBatch:
             read(each) if each["status"] == BATCH_ACCEPTED else refusal(None, each["error"]) for each in answer["data"]
         )
     )
+
+
+def _only(customer: str, answer: Any) -> Customer:
+    if not answer["data"]:
+        raise refusal(404, {"message": f"There is no customer {customer}.", "code": "not_found"})
+    (found,) = answer["data"]
+    return reader(Customer)(found)
 
 
 def _nothing(_: Any) -> None:

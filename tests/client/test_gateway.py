@@ -46,6 +46,19 @@ def lossy(installation: Farebox, base_url: str) -> Iterator[Client]:
         yield client
 
 
+@pytest.mark.parametrize("name", ["cäsar/§ 1", "a/credits", "50%2F50", "x?y#z", "a/entitlements/b", "+49 1"])
+def test_a_customer_may_have_any_name(client: Client, metric: str, name: str):
+    client.grant(name, credits=1)
+    assert client.get_customer(name).external_id == name
+    assert client.credits(name).balance == 1
+    assert client.check_entitlement(name, metric).balance == 1
+    assert client.record_usage(name, metric).balance == Decimal("0.5")
+    assert len(list(client.transactions(name))) == 2
+    client.delete_customer(name)
+    with pytest.raises(farebox.NotFound):
+        client.get_customer(name)
+
+
 def test_customers(client: Client):
     made = client.create_customer("cäsar/§ 1", metadata={"plan": "free"})
     assert client.get_customer("cäsar/§ 1") == made == client.get_customer(made.id)
