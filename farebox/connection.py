@@ -32,11 +32,12 @@ class Access:
         """What was given, else what the environment has.
 
         Raises:
-            ValueError: where neither says it.
+            ValueError: where neither says it, or the address is none.
         """
-        return cls(
-            _said(base_url, "base_url", BASE_URL_VARIABLE).rstrip("/"), _said(api_key, "api_key", API_KEY_VARIABLE)
-        )
+        address = _said(base_url, "base_url", BASE_URL_VARIABLE).rstrip("/")
+        if not address.startswith(("http://", "https://")):
+            raise ValueError(f"Farebox's base_url is {address!r}, but begins with https:// or http://.")
+        return cls(address, _said(api_key, "api_key", API_KEY_VARIABLE))
 
     def options(self, timeout_s: float) -> dict[str, Any]:
         """Arguments for a client of httpx."""

@@ -120,12 +120,11 @@ def test_a_client_that_never_repeats(api: respx.MockRouter):
     assert route.call_count == 1
 
 
-def test_what_the_caller_got_wrong_is_not_sent_again():
-    with (
-        Client("gopher://farebox.example", "k", retries=AT_ONCE) as client,
-        pytest.raises(farebox.ConnectionFailed, match="tried once"),
-    ):
-        client.get_customer("alice")
+def test_what_the_caller_got_wrong_is_not_sent_again(api: respx.MockRouter, client: Client):
+    route = api.post("/usage").mock(side_effect=httpx.LocalProtocolError("Illegal header value"))
+    with pytest.raises(farebox.ConnectionFailed, match="tried once"):
+        client.record_usage("alice", "image", idempotency_key="a key\n")
+    assert route.call_count == 1
 
 
 def test_each_call_has_a_key_of_its_own_unless_one_is_given(api: respx.MockRouter, client: Client):
@@ -212,6 +211,8 @@ def test_a_closed_client_says_so(api: respx.MockRouter):
 def test_an_address_and_a_key_come_from_the_environment(api: respx.MockRouter, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="set FAREBOX_BASE_URL"):
         Client()
+    with pytest.raises(ValueError, match="begins with https://"):
+        Client("farebox.example/v1", "k")
     monkeypatch.setenv("FAREBOX_BASE_URL", f"{URL}/")
     with pytest.raises(ValueError, match="set FAREBOX_API_KEY"):
         Client()
