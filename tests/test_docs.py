@@ -31,6 +31,7 @@ from gateway.errors import KINDS
 from gateway.proxy.settlement import TABLE
 from ledger.errors import error_of
 from ledger.outcomes import Reason, Rejected
+from tests.gateway.office import open_office
 from tests.ledger import spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,6 +163,8 @@ def test_the_examples_of_a_page_run(
             "FAREBOX_KEY": started["live_key"],
             "FAREBOX_USER": started["user"],
             "FAREBOX_ADMIN": started["admin_key"],
+            "FAREBOX_BASE_URL": started["base_url"],
+            "FAREBOX_API_KEY": started["live_key"],
         }
     wanted = [[block.language, block.marks[0], block.text] for block in examples]
     done = subprocess.run(
@@ -284,6 +287,31 @@ def test_the_table_of_commands_is_the_command_line():
 
 
 # Tables are those of the code.
+
+
+async def test_the_table_of_endpoints_is_the_apis(tmp_path: Path):
+    listed = [endpoint for row in rows("docs/api/README.md", "endpoint") for endpoint in quoted(row[0])]
+    async with open_office(tmp_path) as office:
+        paths = (await office.ask_plain("/openapi.json")).json()["paths"]
+    served = [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
+    assert sorted(listed) == sorted(served)
+
+
+@pytest.mark.parametrize(
+    ("shown", "given"),
+    [
+        ('{"a": 1}', '{"a": 2}'),
+        ('{"a": 1}', '{"a": 1, "b": 2}'),
+        ('{"a": 1, "…": ""}', '{"b": 1}'),
+        ('{"a": "cus_…"}', '{"a": "req_1"}'),
+        ("[1]", "[1, 2]"),
+        ("{}", "{} {}"),
+        ("0.1", "0.10000000000000001"),
+    ],
+)
+def test_an_answer_that_is_not_the_shown_one_is_noticed(shown: str, given: str):
+    assert fits(documents(shown), documents(shown.replace("…", "1")))
+    assert not fits(documents(shown), documents(given))
 
 
 def test_the_table_of_errors_is_the_codes():

@@ -278,29 +278,47 @@ def test_the_apps_handler_buys_until_the_wallet_is_empty(served: tuple[Farebox, 
         assert refused == "Insufficient credits. Please recharge your wallet."
 
 
-def test_auto_buy_needs_no_code(served: tuple[Farebox, Gateway], app: Transcript) -> None:
-    """The pack is bought by the gateway when a plan has run out of time, once; and when a message is not affordable."""
-    farebox, _ = served
-    app.run(SIGN_UP)
-    app.run(
-        """
+PACKS = """
 POST /v1/packs
 {"key": "plan_1hr", "name": "1-Hour Plan", "price": 100000, "credits": 200000, "duration_seconds": 3600}
+-> 201
+
+POST /v1/packs
+{"key": "plan_2s", "name": "Trial", "price": 0, "credits": 5000, "duration_seconds": 2}
 -> 201
 
 PATCH /v1/customers/cus_...
 {"settings": {"auto_buy_enabled": true, "auto_buy_pack": "plan_1hr", "auto_buy_price": 120000}}
 -> 200 {"settings": {"auto_buy_enabled": true}}
+
+POST /v1/customers/cus_.../packs
+{"pack": "plan_2s", "metadata": {"companion_id": "companion_42"}}
+-> 200
 """
-    )
-    app.run(PLAN_CREDITS, purchase="short", expires=in_(timedelta(seconds=2)))
+
+MESSAGES = """
+POST /v1/usage
+{"customer_id": "cus_...", "billable_metric_key": "chat_message", "units": 250}
+-> 202 {"balance": 330000}
+
+POST /v1/usage
+{"customer_id": "cus_...", "billable_metric_key": "chat_message", "units": 331}
+-> 202 {"balance": 79000}
+
+POST /v1/usage
+{"customer_id": "cus_...", "billable_metric_key": "chat_message", "units": 80}
+-> 402
+"""
+
+
+def test_auto_buy_needs_no_code(served: tuple[Farebox, Gateway], app: Transcript) -> None:
+    """The gateway buys the plan when one has run out of time, once; and when messages are not affordable."""
+    farebox, _ = served
+    app.run(SIGN_UP + PACKS)
     until(lambda: views(app)["wallet"] == 380, within_s=TOLD_S, what="plan that was bought when one had expired")
     assert views(app)["plan"] == 200
-    events = app.run("GET /v1/events?type=credit.expired\n-> 200")["data"]
-    assert [(event["credit_block"]["priority"], event["credit_block"]["remaining_amount"]) for event in events] == [
-        (10, 200_000)
-    ]
-    app.run('POST /v1/usage\n{"customer_id": "cus_...", "billable_metric_key": "chat_message", "units": 480}\n-> 202')
-    app.run('POST /v1/usage\n{"customer_id": "cus_...", "billable_metric_key": "chat_message", "units": 101}\n-> 402')
-    assert views(app)["wallet"] + views(app)["plan"] == 100
+    (expired,) = app.run("GET /v1/events?type=credit.expired\n-> 200")["data"]
+    assert (expired["credit_block"]["priority"], expired["credit_block"]["remaining_amount"]) == (10, 5_000)
+    assert expired["credit_block"]["metadata"]["companion_id"] == "companion_42"
+    app.run(MESSAGES)
     farebox.verify()
