@@ -318,7 +318,7 @@ def test_auto_buy_needs_no_code(served: tuple[Farebox, Gateway], app: Transcript
     until(lambda: views(app)["wallet"] == 380, within_s=TOLD_S, what="plan that was bought when one had expired")
     assert views(app)["plan"] == 200
     (expired,) = app.run("GET /v1/events?type=credit.expired\n-> 200")["data"]
-    assert (expired["credit_block"]["priority"], expired["credit_block"]["remaining_amount"]) == (10, 5_000)
+    assert (expired["credit_block"]["priority"], expired["data"]["amount"]) == (10, 5_000)
     assert expired["credit_block"]["metadata"]["companion_id"] == "companion_42"
     app.run(MESSAGES)
     farebox.verify()
