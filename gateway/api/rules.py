@@ -340,7 +340,7 @@ async def revise_rule(
             )
         )
 
-    key = key_of(request, body, "rules.revise", about=rule_id)
+    key = key_of(request, body, "rules.revise", about=rule_id, change=True)
     answer = await once(request, response, services, principal, key=key, act=act, view=RuleView)
     services.changes.announce()
     etag(response, answer.version)
