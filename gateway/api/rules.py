@@ -78,7 +78,9 @@ COST_TYPES: Final[dict[type[Rule], CostType]] = {
 
 
 class TierBody(View):
-    up_to: ExactDecimal | None = Field(description="The last unit of the tier; null for the last tier, without end.")
+    up_to: ExactDecimal | None = Field(
+        default=None, description="The last unit of the tier; null, or left out, for the last tier, without end."
+    )
     unit_cost: Millis = None
     unit_cost_decimal: Exact = None
     flat_cost: Millis = None
