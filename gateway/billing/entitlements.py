@@ -112,6 +112,7 @@ def _entitlement(
     customer_id: str,
     priced: PricedMetric,
     units: Decimal,
+    *,
     view: WalletView | None,
     left: int | None,
 ) -> Entitlement:

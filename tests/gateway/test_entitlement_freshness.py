@@ -176,6 +176,7 @@ class Life:
             amount=self._amount(),
             expires_at_us=None if life_us is None else now_us() + life_us,
             funding=Funding.EXTERNAL,
+            operator_paid=False,
         )
 
     def _grant_briefly(self) -> AnyCommand:
