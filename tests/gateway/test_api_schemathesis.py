@@ -133,7 +133,7 @@ class Plan(NamedTuple):
 
 
 SHORT: Final = Plan(requests=1, walks=12, every=16)
-LONG: Final = Plan(requests=40, walks=400, every=1)
+LONG: Final = Plan(requests=60, walks=400, every=1)
 
 
 def schema_at(base_url: str, key: str, plan: Plan, *phases: str, seed: int) -> BaseSchema:

@@ -161,7 +161,8 @@ async def test_every_example_of_a_body_is_accepted(office: Office, document: dic
             body = json.loads(json.dumps(example).replace("app_01k7m3v9c2q8x5t4n6r1b0w3ye", office.app))
             where = await path_with_things(office, path, f"{method}-{tried}")
             body = without_taken_names(path, body, tried)
-            answer = await office.ask(method.upper(), where, body, key="owner", once=f"{method} {path} {index}")
+            once = None if "idempotency_key" in body else f"{method} {path} {index}"
+            answer = await office.ask(method.upper(), where, body, key="owner", once=once)
             assert answer.status_code < 300, (method, path, body, answer.text)
             tried += 1
     assert tried >= 35
@@ -200,7 +201,8 @@ async def path_with_things(office: Office, path: str, name: str) -> str:
         event = {"customer_id": "user_12345", "billable_metric_key": "chat_message"}
         things["request_id"] = (await office.ask("POST", "/v1/usage", event, key="owner")).json()["id"]
     if "{rule_id}" in path:
-        things["rule_id"] = (await office.get("/v1/metering-rules", key="owner"))["data"][0]["id"]
+        price = {"billable_metric_key": "chat_message", "cost_type": "per_unit", "credit_cost": 1000}
+        things["rule_id"] = (await office.post("/v1/metering-rules", price, key="owner"))["id"]
     if "{budget_id}" in path:
         budget = {"subject": {"type": "customer", "id": name}, "credits": 1, "period": {"every": "day"}}
         things["budget_id"] = (await office.post("/v1/budgets", budget, key="owner"))["id"]
