@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -43,6 +43,7 @@ from gateway.api import (
 )
 from gateway.api.access import SECURITY
 from gateway.api.frame import ERROR_BESIDE, REFUSAL, REQUEST_ID, Frame
+from gateway.api.openapi import Documented, operation_id
 from gateway.api.services import Services
 from gateway.errors import ApiError, internal_error, invalid_request, method_not_allowed, not_found
 from gateway.refusals import REFUSALS
@@ -52,8 +53,8 @@ The prepaid meter in front of an LLM. Point an OpenAI SDK at this server, name t
 and every completion is reserved, streamed and charged exactly.
 
 Amounts are integer millicredits (1000 are one credit), rounded down; each has a twin with the suffix `_decimal` that is
-exact. Times are RFC 3339, UTC. Every POST takes an `Idempotency-Key`; a repeated one answers as it did the first time,
-with `X-Idempotent-Replayed: true`.
+exact. Times are RFC 3339, UTC. Every POST and PATCH takes an `Idempotency-Key`; repeated, it answers as it did the
+first time, with `X-Idempotent-Replayed: true`.
 """
 
 
@@ -127,7 +128,7 @@ _REFUSED: Final[dict[int | str, dict[str, Any]]] = {
 
 def create_api(services: Services) -> ASGIApp:
     """The management API over *services*."""
-    api = FastAPI(
+    api = Documented(
         title="Farebox",
         version=__version__,
         description=DESCRIPTION,
@@ -135,6 +136,7 @@ def create_api(services: Services) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=operation_id,
     )
     api.state.services = services
     for resource in RESOURCES:

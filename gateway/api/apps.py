@@ -9,6 +9,7 @@ from gateway.api.access import Administrator, refuse_test_keys
 from gateway.api.idempotency import key_of, once
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here
+from gateway.api.versions import etag, expected_version
 from gateway.api.wire import Body, Page, Time, View, time_text
 from gateway.database import Transactions
 from gateway.identity.principals import BillingMode, OnDisconnect
@@ -51,6 +52,7 @@ class AppView(View):
     markup_bps: int
     on_disconnect: str | None
     archived: bool
+    version: int = Field(description="Rises with every change; the ETag.")
     created_at: Time
 
 
@@ -62,6 +64,7 @@ def app_view(app: AppInfo) -> AppView:
         markup_bps=app.markup_bps,
         on_disconnect=app.on_disconnect,
         archived=app.archived,
+        version=app.version,
         created_at=time_text(app.created_at_us),
     )
 
@@ -92,23 +95,43 @@ async def create_app(
         return app_view(app)
 
     key = key_of(request, body, "apps.create")
-    return await once(request, response, services, principal, key=key, act=act, view=AppView)
+    answer = await once(request, response, services, principal, key=key, act=act, view=AppView)
+    etag(response, answer.version)
+    return answer
 
 
 @router.patch("/{app_id}")
 async def change_app(
-    app_id: Annotated[str, Path(max_length=64)], body: AppChange, principal: Administrator, services: Here
+    app_id: Annotated[str, Path(max_length=64, examples=["app_01k7m3v9c2q8x5t4n6r1b0w3ye"])],
+    body: AppChange,
+    request: Request,
+    response: Response,
+    *,
+    principal: Administrator,
+    services: Here,
 ) -> AppView:
-    """Change an app. Requests that are under way are charged by the terms that they were reserved with."""
+    """Change an app; with `If-Match`, only the version that you have read.
+
+    Requests that are under way are charged by the terms that they were reserved with.
+    """
     refuse_test_keys(principal)
-    app = await services.tenants.change_app(
-        principal.tenant_id,
-        app_id,
-        name=body.name,
-        billing_mode=body.billing_mode,
-        markup_bps=body.markup_bps,
-        on_disconnect=body.on_disconnect,
-        archived=body.archived,
-    )
+    expected = expected_version(request)
+
+    async def act(transactions: Transactions) -> AppView:
+        app = await services.tenants.within(transactions).change_app(
+            principal.tenant_id,
+            app_id,
+            name=body.name,
+            billing_mode=body.billing_mode,
+            markup_bps=body.markup_bps,
+            on_disconnect=body.on_disconnect,
+            archived=body.archived,
+            version=expected,
+        )
+        return app_view(app)
+
+    key = key_of(request, body, "apps.change", about=app_id, change=True)
+    answer = await once(request, response, services, principal, key=key, act=act, view=AppView)
     services.changes.announce()
-    return app_view(app)
+    etag(response, answer.version)
+    return answer

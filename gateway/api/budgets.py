@@ -172,8 +172,10 @@ class BudgetView(View):
     created_at: Time
 
 
-async def budget_view(services: Services, principal: Principal, budget: Budget) -> BudgetView:
+async def budget_view(services: Services, principal: Principal, budget: Budget, *, applied: bool = True) -> BudgetView:
+    """The budget now. Where its amount is not yet *applied*, what will be left of the period that is under way."""
     state = await services.budgets.state(budget)
+    remaining = state.remaining if applied else max(0, budget.amount - state.spent - state.reserved)
     recurrence = budget.recurrence
     named = ANCHORS[recurrence.unit]
     anchors: dict[str, Any] = {
@@ -201,7 +203,7 @@ async def budget_view(services: Services, principal: Principal, budget: Budget) 
             credits=budget.amount,
             spent=state.spent,
             reserved=state.reserved,
-            remaining=state.remaining,
+            remaining=remaining,
         ),
     )
 
@@ -271,19 +273,26 @@ async def change_budget(
     scope, book = _scope(principal), services.budget_book
     amount = None if body.credits is None else units_of_millis(body.credits, principal.asset, param="credits")
     await _refuse_others(services, principal, (await book.find(scope, budget_id)).subject)
-    budget = await book.change(
-        scope,
-        budget_id,
-        amount=amount,
-        thresholds_bps=None if body.thresholds is None else _bps(body.thresholds),
-        name=body.name,
-        expected_version=expected_version(request),
-    )
+    expected = expected_version(request)
+
+    async def act(transactions: Transactions) -> BudgetView:
+        budget = await book.within(transactions).change(
+            scope,
+            budget_id,
+            amount=amount,
+            thresholds_bps=None if body.thresholds is None else _bps(body.thresholds),
+            name=body.name,
+            expected_version=expected,
+        )
+        return await budget_view(services, principal, budget, applied=amount is None)
+
+    key = key_of(request, body, "budgets.change", about=budget_id, change=True)
+    answer = await once(request, response, services, principal, key=key, act=act, view=BudgetView)
     services.changes.announce()
-    if amount is not None:
-        budget = await services.budgets.apply(budget, principal.asset.code)
-    etag(response, budget.version)
-    return await budget_view(services, principal, budget)
+    if amount is not None:  # Whoever repeats it may do so because the ledger was away.
+        await services.budgets.apply(await book.find(scope, budget_id), principal.asset.code)
+    etag(response, answer.version)
+    return answer
 
 
 @router.post("/{budget_id}/archive")

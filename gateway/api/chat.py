@@ -20,9 +20,10 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         ("X-Quota-Action", "A product action, which has a fixed price."),
         ("X-Quota-Max-Cost", "Refuse what could cost more, in decimal credits."),
         ("X-Quota-Clamping", "`off`: refuse rather than lower `max_tokens`."),
-        ("Idempotency-Key", "The same key and body charge once."),
     )
 }
+
+ERROR: Final = {"$ref": "#/components/schemas/ErrorEnvelope"}
 
 CHAT: Final[dict[str, Any]] = {
     "requestBody": {
@@ -44,6 +45,22 @@ CHAT: Final[dict[str, Any]] = {
         },
     },
     "parameters": list(HEADERS.values()),
+    "responses": {
+        "200": {
+            "description": "The upstream's answer, with `stream` its events. `usage` has our `cost` and `balance`.",
+            "content": {
+                "application/json": {"schema": {"type": "object"}},
+                "text/event-stream": {"schema": {"type": "string"}},
+            },
+        },
+        **{
+            status: {"description": description, "content": {"application/json": {"schema": ERROR}}}
+            for status, description in (
+                ("502", "The upstream failed; nothing was charged"),
+                ("504", "The upstream did not answer in time; nothing was charged"),
+            )
+        },
+    },
 }
 """OpenAI's contract, of which only what the meter needs is named here: everything else passes untouched."""
 

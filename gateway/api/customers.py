@@ -215,21 +215,25 @@ async def change_customer(
     services: Here,
 ) -> CustomerView:
     """Change a customer; with `If-Match`, only the version that you have read."""
-    changed = await services.customers.change(
-        principal.tenant_id,
-        principal.mode,
-        customer,
-        CustomerChange(
-            external_id=body.external_id,
-            metadata=body.metadata,
-            settings=None if body.settings is None else body.settings.named(principal.asset),
-        ),
-        version=expected_version(request),
+    expected = expected_version(request)
+    change = CustomerChange(
+        external_id=body.external_id,
+        metadata=body.metadata,
+        settings=None if body.settings is None else body.settings.named(principal.asset),
     )
+
+    async def act(transactions: Transactions) -> CustomerView:
+        changed = await services.customers.change(
+            principal.tenant_id, principal.mode, customer, change, version=expected, transactions=transactions
+        )
+        return customer_view(changed, mode=principal.mode)
+
+    key = key_of(request, body, "customers.change", about=customer, change=True)
+    view = await once(request, response, services, principal, key=key, act=act, view=CustomerView)
     if body.external_id is not None:  # Nothing else of a customer is remembered.
         services.changes.announce()
-    etag(response, changed.version)
-    return customer_view(changed, mode=principal.mode)
+    etag(response, view.version)
+    return view
 
 
 @router.delete("/customers/{customer:path}", status_code=204)

@@ -9,7 +9,7 @@ is gone.
 
 import hashlib
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from fastapi import Request, Response
@@ -32,10 +32,12 @@ HEADER: Final = "idempotency-key"
 V = TypeVar("V", bound=BaseModel)
 
 
-def key_of(request: Request, body: Body | None, operation: str, *, about: str = "") -> Key | None:
+def key_of(request: Request, body: Body | None, operation: str, *, about: str = "", change: bool = False) -> Key | None:
     """The request's idempotency key, None where it has none.
 
-    *about* is what the path says, when the same body means another thing on another path.
+    Args:
+        about: what the path says, when the same body means another thing on another path.
+        change: what the body leaves out stays as it is, so that to send a default is to ask for something.
 
     Raises:
         ApiError: 400 for a malformed key, and for two that differ.
@@ -47,10 +49,10 @@ def key_of(request: Request, body: Body | None, operation: str, *, about: str = 
         return None
     if len(set(sent)) > 1:
         raise invalid_request("The request carries two different idempotency keys.", param="idempotency_key")
-    return key_named(sent[0], body, operation, about=about)
+    return key_named(sent[0], body, operation, about=about, change=change)
 
 
-def key_named(key: str, body: Body | None, operation: str, *, about: str = "") -> Key:
+def key_named(key: str, body: Body | None, operation: str, *, about: str = "", change: bool = False) -> Key:
     """The idempotency key *key* of what *body* asks for.
 
     Raises:
@@ -60,12 +62,17 @@ def key_named(key: str, body: Body | None, operation: str, *, about: str = "") -
         raise invalid_request(
             f"An idempotency key has 1 to {KEY_LENGTH_MAX} printable ASCII characters.", param="idempotency_key"
         )
-    return Key(operation=operation, key=key, digest=_digest(body, about))
+    return Key(operation=operation, key=key, digest=_digest(body, about, change=change))
 
 
-def _digest(body: Body | None, about: str) -> str:
-    """Stands for what was asked. What is left at its default does not count, so that new fields change no digest."""
-    asked = {} if body is None else body.model_dump(mode="json", exclude={"idempotency_key"}, exclude_defaults=True)
+def _digest(body: Body | None, about: str, *, change: bool) -> str:
+    """Stands for what was asked. What was not sent does not count, so that new fields change no digest; nor does what
+    is left at its default, where to send that is the same."""
+    asked: dict[str, Any] = {}
+    if body is not None:
+        asked = body.model_dump(
+            mode="json", exclude={"idempotency_key"}, exclude_unset=change, exclude_defaults=not change
+        )
     return hashlib.sha256(msgspec.json.encode([about, asked], order="deterministic")).hexdigest()
 
 

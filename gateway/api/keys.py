@@ -23,7 +23,9 @@ SCOPES_MAX: Final = len(KeyScope)
 
 
 class NewKeyBody(Body):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"app_id": "app_…", "mode": "live"}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"app_id": "app_01k7m3v9c2q8x5t4n6r1b0w3ye", "mode": "live"}]}
+    )
 
     app_id: Annotated[Text, Field(max_length=64)]
     mode: Literal["live", "test"] = "live"

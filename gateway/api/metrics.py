@@ -160,12 +160,18 @@ async def change_metric(
     services: Here,
 ) -> MetricView:
     """Change a metric, or bring an archived one back. With `If-Match`, only the version that you have seen."""
-    changed = await services.billables.change(
-        principal.tenant_id, principal.mode, metric, body.change(), expected=expected_version(request)
-    )
+    expected = expected_version(request)
+
+    async def act(transactions: Transactions) -> MetricView:
+        billables = services.billables.within(transactions)
+        changed = await billables.change(principal.tenant_id, principal.mode, metric, body.change(), expected=expected)
+        return metric_view(changed)
+
+    key = key_of(request, body, "metrics.change", about=metric, change=True)
+    answer = await once(request, response, services, principal, key=key, act=act, view=MetricView)
     services.changes.announce()
-    etag(response, changed.version)
-    return metric_view(changed)
+    etag(response, answer.version)
+    return answer
 
 
 @router.post("/{metric:path}/archive")

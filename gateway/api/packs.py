@@ -249,11 +249,18 @@ async def change_pack(
         changes[name] = units_of_millis(asked[name], principal.asset, param=name)
     if "duration_seconds" in body.model_fields_set:
         changes["duration_s"] = body.duration_seconds
-    changed = await services.packs.change(
-        principal.tenant_id, principal.mode, pack, changes, restricted=restricted, expected=expected_version(request)
-    )
-    etag(response, changed.version)
-    return pack_view(changed, principal.asset)
+    expected = expected_version(request)
+
+    async def act(transactions: Transactions) -> PackView:
+        changed = await services.packs.within(transactions).change(
+            principal.tenant_id, principal.mode, pack, changes, restricted=restricted, expected=expected
+        )
+        return pack_view(changed, principal.asset)
+
+    key = key_of(request, body, "packs.change", about=pack, change=True)
+    view = await once(request, response, services, principal, key=key, act=act, view=PackView)
+    etag(response, view.version)
+    return view
 
 
 @router.post("/packs/{pack}/archive")

@@ -6,6 +6,7 @@ from pydantic import Field
 from gateway.api.access import Proxier, app_of
 from gateway.api.chat import HEADERS
 from gateway.api.credits import wallet_now
+from gateway.api.idempotency import key_of
 from gateway.api.route import read_body
 from gateway.api.services import Here
 from gateway.api.wire import Credits, Millicredits, View, amounts
@@ -52,6 +53,7 @@ async def quote(request: Request, principal: Proxier, services: Here) -> QuoteVi
     """
     body = await read_body(request, services.settings.body_bytes_max)
     app_of(principal)
+    key_of(request, None, "quote")  # It changes nothing, so the key is only checked.
     chat = parse_chat(body)
     user, action = (_header(request, name) for name in (services.settings.user_header, "X-Quota-Action"))
     payer = await resolve_payer(principal, services.customers, header=user, path=None)

@@ -169,7 +169,7 @@ class ExtendedView(View):
 
 
 @router.post("/reservations", status_code=201)
-@router.post("/reserve", status_code=201, summary="Reserve")
+@router.post("/reserve", status_code=201, summary="Reserve", operation_id="reserve")
 async def create_reservation(
     body: NewReservation, request: Request, principal: Writer, services: Here
 ) -> ReservationView:

@@ -78,7 +78,9 @@ COST_TYPES: Final[dict[type[Rule], CostType]] = {
 
 
 class TierBody(View):
-    up_to: ExactDecimal | None = Field(description="The last unit of the tier; null for the last tier, without end.")
+    up_to: ExactDecimal | None = Field(
+        default=None, description="The last unit of the tier; null, or left out, for the last tier, without end."
+    )
     unit_cost: Millis = None
     unit_cost_decimal: Exact = None
     flat_cost: Millis = None
@@ -340,7 +342,7 @@ async def revise_rule(
             )
         )
 
-    key = key_of(request, body, "rules.revise", about=rule_id)
+    key = key_of(request, body, "rules.revise", about=rule_id, change=True)
     answer = await once(request, response, services, principal, key=key, act=act, view=RuleView)
     services.changes.announce()
     etag(response, answer.version)

@@ -6,10 +6,12 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import ConfigDict, Field
 
 from gateway.api.access import Administrator, refuse_test_keys
+from gateway.api.idempotency import key_of, once
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here
 from gateway.api.versions import etag, expected_version
 from gateway.api.wire import Body, Credits, Metadata, Millicredits, Text, View, Word, amounts, units_of_millis
+from gateway.database import Transactions
 from gateway.errors import not_found
 from gateway.identity.availability import Availability
 from gateway.identity.default_grant import DefaultGrant
@@ -158,13 +160,20 @@ async def change_tenant_config(
     grant: DefaultGrant | Literal["none"] | None = None
     if GRANT_PARAM in body.model_fields_set:
         grant = "none" if body.default_grant is None else body.default_grant.terms(principal.asset)
-    changed = await services.tenants.change_tenant(
-        tenant_id,
-        when_ledger_is_down=body.when_ledger_is_down,
-        open_allowance=allowance,
-        default_grant=grant,
-        version=expected_version(request),
-    )
+    expected = expected_version(request)
+
+    async def act(transactions: Transactions) -> TenantConfigView:
+        changed = await services.tenants.within(transactions).change_tenant(
+            tenant_id,
+            when_ledger_is_down=body.when_ledger_is_down,
+            open_allowance=allowance,
+            default_grant=grant,
+            version=expected,
+        )
+        return config_view(changed, principal.asset)
+
+    key = key_of(request, body, "tenants.change", change=True)
+    answer = await once(request, response, services, principal, key=key, act=act, view=TenantConfigView)
     services.changes.announce()
-    etag(response, changed.version)
-    return config_view(changed, principal.asset)
+    etag(response, answer.version)
+    return answer

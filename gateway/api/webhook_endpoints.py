@@ -229,12 +229,19 @@ async def change_webhook_endpoint(
     changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if body.status is not None:
         changes["disabled_reason"] = None
-    changed = await services.webhooks.endpoints.change(
-        _scope(principal), endpoint_id, changes, expected_version=expected_version(request)
-    )
+    expected = expected_version(request)
+
+    async def act(transactions: Transactions) -> EndpointView:
+        changed = await services.webhooks.endpoints.change(
+            _scope(principal), endpoint_id, changes, expected_version=expected, transactions=transactions
+        )
+        return endpoint_view(changed, principal)
+
+    key = key_of(request, body, "webhook_endpoints.change", about=endpoint_id, change=True)
+    answer = await once(request, response, services, principal, key=key, act=act, view=EndpointView)
     services.webhooks.wake()
-    etag(response, changed.version)
-    return endpoint_view(changed, principal)
+    etag(response, answer.version)
+    return answer
 
 
 @router.delete("/{endpoint_id}", status_code=204)

@@ -186,7 +186,14 @@ class Customers:
         return info_of(found), created
 
     async def change(
-        self, tenant_id: str, mode: str, reference: str, change: CustomerChange, *, version: int | None = None
+        self,
+        tenant_id: str,
+        mode: str,
+        reference: str,
+        change: CustomerChange,
+        *,
+        version: int | None = None,
+        transactions: Transactions | None = None,
     ) -> CustomerInfo:
         """Change a customer whom *reference* names, if they are at *version*; None takes any.
 
@@ -198,7 +205,7 @@ class Customers:
             check_external_id(change.external_id, param="external_id")
         query = select_customers(tenant_id, mode).where(referred(reference))
         try:
-            async with self._database.write(of(tenant_id, mode)) as connection:
+            async with (transactions or self._database).write(of(tenant_id, mode)) as connection:
                 # Locked, so that of two who read one version none takes the other's change back.
                 before = (await connection.execute(query.with_for_update())).one_or_none()
                 if before is None:

@@ -68,8 +68,14 @@ class AppInfo(msgspec.Struct, frozen=True):
     billing_mode: str
     markup_bps: int
     on_disconnect: str | None
+    settings: dict[str, Any]
     archived: bool
     created_at_us: int
+
+    @property
+    def version(self) -> int:
+        """How often it was changed, and one."""
+        return version_of(self.settings)
 
 
 class KeyInfo(msgspec.Struct, frozen=True):
@@ -87,7 +93,7 @@ class KeyInfo(msgspec.Struct, frozen=True):
 
 
 def version_of(settings: Mapping[str, Any]) -> int:
-    """How often a tenant's *settings* were changed, and one."""
+    """How often what has these *settings* was changed, and one."""
     version: int = settings.get(VERSION, 1)
     return version
 
@@ -244,12 +250,13 @@ class Tenants:
             billing_mode=billing_mode,
             markup_bps=_checked_markup(markup_bps),
             on_disconnect=on_disconnect,
+            settings={},
             archived=False,
             created_at_us=self._now_us(),
         )
         async with self._transactions.write(of(tenant_id)) as connection:
             await _must_exist(connection, Tenant, f"tenant {tenant_id}", id=tenant_id)
-            await connection.execute(insert(App).values(**msgspec.structs.asdict(app), settings={}))
+            await connection.execute(insert(App).values(**msgspec.structs.asdict(app)))
         return app
 
     async def app(self, tenant_id: str, app_id: str) -> AppInfo:
@@ -269,13 +276,15 @@ class Tenants:
         markup_bps: int | None = None,
         on_disconnect: OnDisconnect | Literal["default"] | None = None,
         archived: bool | None = None,
+        version: int | None = None,
     ) -> AppInfo:
-        """Change what is not None; `on_disconnect="default"` follows the installation's settings again.
+        """Change what is not None, if the app is at *version*; `on_disconnect="default"` follows the installation's
+        settings again.
 
         Charges that were reserved before keep the terms that they were reserved with.
 
         Raises:
-            ApiError: 400 for a markup out of range, 404 for an unknown app.
+            ApiError: 400 for a markup out of range, 404 for an unknown app, 412 at another version.
         """
         if markup_bps is not None:
             _checked_markup(markup_bps)
@@ -285,11 +294,17 @@ class Tenants:
         changes: dict[str, Any] = {column: value for column, value in asked.items() if value is not None}
         if on_disconnect is not None:
             changes["on_disconnect"] = None if on_disconnect == "default" else on_disconnect
-        if changes:
-            async with self._transactions.write(of(tenant_id)) as connection:
-                await connection.execute(
-                    update(App).where(col(App.tenant) == tenant_id, col(App.id) == app_id).values(**changes)
-                )
+        this = (col(App.tenant) == tenant_id, col(App.id) == app_id)
+        async with self._transactions.write(of(tenant_id)) as connection:
+            # Locked, so that of two who read one version none takes the other's change back.
+            settings = await connection.scalar(select(col(App.settings)).where(*this).with_for_update())
+            if settings is None:
+                raise errors.not_found(f"app {app_id}")
+            if version not in (None, version_of(settings)):
+                raise errors.version_mismatch(version_of(settings))
+            if changes:
+                changes["settings"] = {**settings, VERSION: version_of(settings) + 1}
+                await connection.execute(update(App).where(*this).values(**changes))
         return await self.app(tenant_id, app_id)
 
     async def create_key(

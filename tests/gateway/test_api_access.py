@@ -171,7 +171,7 @@ async def test_apps_are_made_and_changed(office: Office):
     assert (made["billing_mode"], made["markup_bps"], made["on_disconnect"]) == ("user_pays", 2000, None)
     body = {"markup_bps": 333, "billing_mode": "developer_pays", "on_disconnect": "drain"}
     changed = (await office.ask("PATCH", f"/v1/apps/{made['id']}", body, key="admin")).json()
-    assert changed == {**made, **body}
+    assert changed == {**made, **body, "version": 2}
     back = (await office.ask("PATCH", f"/v1/apps/{made['id']}", {"on_disconnect": "default"}, key="admin")).json()
     assert back == {**changed, "on_disconnect": None}
     assert (await office.get("/v1/apps", key="owner"))["data"][1] == back

@@ -1,8 +1,12 @@
 """Whatever stands in a field, the answer is ours: never a fault, always the envelope, and the books hold."""
 
 import json
-from typing import Any
+import re
+from typing import Any, Final
 
+import pytest
+
+from gateway.api.route import BODY_BYTES_MAX
 from gateway.clock import now_us
 from gateway.stores import open_store
 from ledger.verify import verify
@@ -107,6 +111,101 @@ async def test_no_name_in_a_path_or_query_can_break_us(office: Office):
             for method in ("GET", "POST", "PATCH"):
                 answer = await office.ask(method, path, key="owner")
                 assert answer.status_code < 500, (method, path[:60], answer.text)
+
+
+NO_BODIES: Final = {
+    "cut off": b'{"customer_id": "a"',
+    "nothing but spaces": b"   ",
+    "two values": b"{} {}",
+    "not UTF-8": b'{"name": "\xff\xfe"}',
+    "half a character": b'{"name": "\\ud800"}',
+    "a zero byte": b'{"name": "a"}\x00',
+    "deep": b"[" * 100_000,
+    "deep objects": b'{"a":' * 50_000,
+    "an exponent of no decimal": b'{"credits": 1e99999999999999999999}',
+    "a number of many digits": b'{"credits": ' + b"9" * 100_000 + b"}",
+    "a list": b"[]",
+    "a text": b'"{}"',
+    "null": b"null",
+    "not a number": b'{"credits": NaN}',
+    "too large": b'{"name": "' + b"a" * BODY_BYTES_MAX + b'"}',
+}
+"""None of them is a body of any route; what has no body, or need not have one, ignores it or takes null for none."""
+
+PROXIED: Final = ("/v1/chat/completions", "/v1/users/{user}/chat/completions", "/v1/quote")
+
+
+async def test_what_is_no_body_is_refused_in_the_envelope_by_every_route(office: Office):
+    routes = (await office.ask_plain("/openapi.json")).json()["paths"]
+    for path, methods in routes.items():
+        for method, operation in methods.items():
+            required = operation.get("requestBody", {}).get("required", False)
+            if not required:
+                continue
+            for name, content in NO_BODIES.items():
+                # Each name in the path is one that nobody has, and the body is read before anybody looks for it.
+                where = re.sub(r"{\w+}", "nobody", path)
+                answer = await office.ask(method.upper(), where, key="owner", content=content)
+                context = (method, path, name, answer.text)
+                large = name == "too large" and path not in PROXIED
+                assert answer.status_code == (413 if large else 400), context
+                assert answer.json()["error"]["code"] == ("request_too_large" if large else "invalid_request"), context
+
+
+async def test_every_route_refuses_who_has_no_key_in_the_envelope(office: Office):
+    routes = (await office.ask_plain("/openapi.json")).json()["paths"]
+    for path, methods in routes.items():
+        for method in methods:
+            if path.startswith("/v1"):
+                where = re.sub(r"{\w+}", "nobody", path)
+                refused = await office.refused(method.upper(), where, key="nobody's")
+                assert refused[:2] == (401, "invalid_api_key"), (method, path)
+
+
+async def test_what_is_nowhere_is_refused_in_the_envelope(office: Office):
+    for path in ("/", "/v1", "/v1/nothing", "/v2/customers", "/v1//customers", "/v1/usage/"):
+        assert (await office.refused("GET", path))[0] in (404, 405), path
+    for method, path, allowed in (
+        ("DELETE", "/v1/usage", "GET, POST"),
+        ("PUT", "/v1/reservations", "POST"),
+        ("POST", "/v1/entitlements/check", "GET"),
+        ("POST", "/v1/packs/hour", "GET, PATCH"),
+        ("DELETE", "/v1/budgets/bud_1", "GET, PATCH"),
+    ):
+        answer = await office.ask(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed), path
+        assert answer.json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("feature_key=m", "customer_id"),
+        ("customer_id=a", "billable_metric_key"),
+        ("customer_id=a&end_user_id=a&feature_key=m", "customer_id"),
+        ("customer_id=a&feature_key=m&units=NaN", "units"),
+        ("customer_id=a&feature_key=m&units=1e400", "units"),
+        ("customer_id=a&feature_key=m&units=-1", "units"),
+        ("customer_id=a&feature_key=m&units=99999999999", "units"),
+        ("customer_id=a&feature_key=m&mode=both", "mode"),
+        ("customer_id=%00&feature_key=m", None),
+        ("customer_id=a&feature_key=%00", None),
+    ],
+)
+async def test_a_check_that_cannot_be_read_is_refused_in_the_envelope(office: Office, query: str, param: str | None):
+    assert await office.refused("GET", f"/v1/entitlements/check?{query}") == (400, "invalid_request", param)
+
+
+async def test_a_check_of_odd_names_is_answered_or_refused_in_the_envelope(office: Office):
+    for name in ("%ff", "%F0%9F%92%A5", "x" * 3000, "..", "a%2fb", "%20", "cus_1", "%0a"):
+        for path in (
+            f"/v1/entitlements/check?customer_id={name}&feature_key=m",
+            f"/v1/entitlements/check?customer_id=a&feature_key={name}",
+            f"/v1/customers/{name}/entitlements/m",
+            f"/v1/customers/a/entitlements/{name}",
+            f"/v1/customer-by-external-id/{name}/entitlements/m?units={name}",
+        ):
+            assert (await office.ask("GET", path)).status_code in (400, 404), path
 
 
 async def _everything_can_be_shown(office: Office) -> None:
