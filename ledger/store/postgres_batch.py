@@ -218,8 +218,10 @@ class Batches:
     def _recall(self, named: Needs, commands: Sequence[AnyCommand]) -> _Known | None:
         """What is kept of all that *commands* concern; None when something of it is not known, or often moves."""
         kept = self._kept.state
-        if not self._kept.server or any(isinstance(command, Refund) for command in commands):
-            return None  # A refund fills blocks again that are not kept, because nothing was left in them.
+        # A refund fills blocks again that are not kept, because nothing was left in them. A freeze ends an erasure, which
+        # took metadata out of blocks as they are stored and not as they are kept.
+        if not self._kept.server or any(isinstance(command, Refund | Freeze) for command in commands):
+            return None
         made = {command.reservation for command in commands if isinstance(command, Hold)}
         state = State()
         wallets = set(named.wallets)
@@ -236,11 +238,7 @@ class Batches:
         if pool_wallets and not self._copy(pool_wallets, state):
             return None
         for command in commands:
-            if (
-                isinstance(command, Revoke | Freeze)
-                and command.block_id is not None
-                and command.block_id not in state.blocks.get(command.wallet, {})
-            ):
+            if isinstance(command, Revoke) and command.block_id not in state.blocks.get(command.wallet, {}):
                 return None
         return _Known(state, wallets | pool_wallets)
 

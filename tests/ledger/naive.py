@@ -446,8 +446,9 @@ class Naive:
         _, ref, name, base_account, markup_account = line
         known["given"].append((line, base, part - base))
         self._book(ref, base_account, -base)
+        gone = 0
         if isinstance(markup_account, WalletRef):
-            self._take_from_pool(markup_account, part - base)
+            gone = self._take_from_pool(markup_account, part - base, paid=self._block(ref, name)["paid"])
         else:
             self._book(ref, markup_account, base - part)
         wallet = self.wallets[ref]
@@ -455,9 +456,12 @@ class Naive:
             forgiven = min(part, wallet["owed"])
             wallet["owed"] -= forgiven
             if part > forgiven:
-                self._returns(ref, paid=True)["left"] += part - forgiven
+                self._returns(ref, paid=False)["left"] += part - forgiven
             return
         block = self._block(ref, name)
+        if gone and not self._over(block):
+            self._returns(ref, paid=False)["left"] += gone
+            part -= gone
         block["used"] -= part
         block["left"] += part
         self._collect(ref, name)
@@ -467,16 +471,23 @@ class Naive:
             block["lapsed"] += lapsed
             self._book(ref, "breakage", lapsed)
 
-    def _take_from_pool(self, ref: WalletRef, amount: int) -> None:
-        """First what was returned to it, then whatever it has; it owes the rest."""
+    def _take_from_pool(self, ref: WalletRef, amount: int, *, paid: bool) -> int:
+        """First the like, and of that what was returned to it, then whatever it has; it owes the rest.
+
+        What was paid for and is not there is told.
+        """
+        missing = amount if paid else 0
         blocks = self._payable(ref, Tags())
-        for returned in (True, False):
-            for block in blocks:
-                if block["name"].startswith("blk_returns") is returned:
-                    part = min(amount, self._free(ref, block))
-                    self._use(ref, block["name"], part)
-                    amount -= part
+        for like in (True, False):
+            for returned in (True, False):
+                for block in blocks:
+                    if block["name"].startswith("blk_returns") is returned and (block["paid"] is paid) is like:
+                        part = min(amount, self._free(ref, block))
+                        self._use(ref, block["name"], part)
+                        amount -= part
+                        missing -= part if like and paid else 0
         self.wallets[ref]["owed"] += amount
+        return missing
 
     def _release(self, command: Release) -> Prediction:
         known = self.reservations.get(command.reservation)

@@ -307,6 +307,25 @@ async def test_markup_returns_to_a_pool_whose_returned_credits_are_spent(store: 
         assert result_of(spent).balance == 0
 
 
+async def test_a_repaid_debt_comes_back_to_a_block_that_may_be_used_up(
+    database: Database, clock: Clock, say: Say
+) -> None:
+    first = await database.open(clock)
+    debts = [say.debit("a", str(number), 30, beyond="receivable") for number in range(3)]
+    one, two, three = map(result_of, await first.run_batch(debts))
+    await first.run_batch([say.grant("a", "g", 90, funding=Funding.EXTERNAL), say.refund(one)])
+    await first.run_batch([say.debit("a", "spent", 30), say.refund(two), say.debit("a", "again", 30)])
+    await first.close()
+    second = await database.open(clock)
+    (refunded,) = await second.run_batch([say.refund(three)])
+    assert result_of(refunded).balance == 30
+    found = await second.wallet(wallet("a"))
+    assert found is not None
+    assert [(block.id, block.granted, block.remaining) for block in found.blocks] == [("blk_returns_unpaid", 90, 30)]
+    assert (await verify(second)).violations == ()
+    await second.close()
+
+
 async def test_a_reservation_may_be_made_and_settled_in_one_batch_against_an_old_pool(
     database: Database, clock: Clock, say: Say
 ) -> None:
