@@ -218,8 +218,8 @@ class Batches:
     def _recall(self, named: Needs, commands: Sequence[AnyCommand]) -> _Known | None:
         """What is kept of all that *commands* concern; None when something of it is not known, or often moves."""
         kept = self._kept.state
-        # A refund fills blocks again that are not kept, because nothing was left in them. A freeze ends an erasure, which
-        # took metadata out of blocks as they are stored and not as they are kept.
+        # A refund fills blocks again that are not kept, because nothing was left in them. A freeze ends an erasure,
+        # which took metadata out of blocks as they are stored and not as they are kept.
         if not self._kept.server or any(isinstance(command, Refund | Freeze) for command in commands):
             return None
         made = {command.reservation for command in commands if isinstance(command, Hold)}

@@ -249,12 +249,13 @@ class Naive:
         self._open(legs[0][0])
         return {"word": "reserved", "held": self._held(made)}
 
-    def _open_periods(self, limits: Iterable[Limit]) -> Callable[[], None]:
+    def _open_periods(self, limits: Iterable[Limit], *, early: bool = False) -> Callable[[], None]:
         """Fill the limits whose period has begun; what undoes it, for a command that is refused."""
         before = copy.deepcopy((self.wallets, self.accounts))
         for limit in limits:
             for period in limit.periods:
-                now_in_it = period.start_us <= self.now and (period.end_us is None or self.now < period.end_us)
+                begun = early or period.start_us <= self.now
+                now_in_it = begun and (period.end_us is None or self.now < period.end_us)
                 if now_in_it and not (limit.wallet in self.wallets and self._block(limit.wallet, period.block_id)):
                     self._add_block(
                         self._open(limit.wallet), period.block_id, limit.amount, prio=0, start=period.start_us,
@@ -269,16 +270,17 @@ class Naive:
 
     def _setlimit(self, command: SetLimit) -> Prediction:
         limit = command.limit
-        self._open_periods([limit])
-        for period in limit.periods:
-            if period.start_us <= self.now and (period.end_us is None or self.now < period.end_us):
-                block = self._block(limit.wallet, period.block_id)
-                taken = block["used"] + block["revoked"] + self.pinned(limit.wallet, period.block_id)
-                left = max(limit.amount, taken) - block["used"] - block["revoked"]
-                self._book(limit.wallet, "limit", block["left"] - left)
-                block["left"] = left
-                return {"word": "changed"}
-        return _no("not_found")
+        coming = [period for period in limit.periods if period.end_us is None or self.now < period.end_us]
+        if not any(period.start_us <= self.now for period in coming):
+            return _no("not_found")
+        self._open_periods([limit], early=True)
+        for period in coming:
+            block = self._block(limit.wallet, period.block_id)
+            taken = block["used"] + block["revoked"] + self.pinned(limit.wallet, period.block_id)
+            left = max(limit.amount, taken) - block["used"] - block["revoked"]
+            self._book(limit.wallet, "limit", block["left"] - left)
+            block["left"] = left
+        return {"word": "changed"}
 
     def _hold_leg(self, made: dict[str, Any], number: int, leg: ReserveLeg) -> Prediction | None:
         """Pin the leg's credits one by one: each credit to the first source that may give it."""

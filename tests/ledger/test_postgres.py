@@ -349,7 +349,7 @@ async def test_processes_that_do_the_same_at_once_leave_one_true_ledger(
 
             async def work(store: Any, queue: list[list[Any]]) -> None:
                 for batch in queue:
-                    await store.run_batch(batch)
+                    source.hear(await store.run_batch(batch))
 
             await asyncio.gather(*(work(store, queue) for store, queue in zip(stores * 2, queues, strict=True)))
         verified = await verify(stores[0])

@@ -122,13 +122,14 @@ async def test_random_commands_come_to_what_the_pure_fold_says(
             clock.us += seed.randint(0, 20) * SECOND_US
             for batch in partition(source.take(30, clock.us), seed, 12):
                 expected = [reference.decide(command, clock.us) for command in batch]
+                source.hear(expected)
                 runs = seed.choice([opened, opened, opened, second])
                 assert await runs.run_batch(batch) == expected, f"seed {campaign.seed + number}"
         for ref, known in reference.state.wallets.items():
             found = await opened.wallet(ref)
             assert found is not None
             assert found.wallet == known
-            assert found.blocks == tuple(block for block in reference.state.blocks[ref].values() if block.live)
+            assert found.blocks == tuple(block for block in reference.state.blocks.get(ref, {}).values() if block.live)
         for reservation_ref, known_reservation in reference.state.reservations.items():
             assert await opened.reservation(reservation_ref) == known_reservation
         assert (await verify(opened)).violations == ()
@@ -149,6 +150,7 @@ async def test_a_batch_of_n_is_n_batches_of_one(
             clock.us += 10 * SECOND_US
             commands = source.take(150, clock.us)
             expected = [(await one.run_batch([command]))[0] for command in commands]
+            source.hear(expected)
             outcomes = [
                 outcome for batch in partition(commands, seed, size_max) for outcome in await many.run_batch(batch)
             ]
