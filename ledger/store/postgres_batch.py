@@ -232,7 +232,7 @@ class Batches:
                 wallets |= reserved_wallets(reservation)
             elif ref not in made:
                 return None
-        if not self._copy(wallets, state):
+        if not self._copy(wallets, state) or not all(_is_there(each, state) for each in state.reservations.values()):
             return None
         pool_wallets = pools(state, commands) - wallets
         if pool_wallets and not self._copy(pool_wallets, state):
@@ -480,6 +480,11 @@ class Batches:
 def _worth_keeping(block: Block, now_us: int) -> bool:
     """A dead one is when later batches name it."""
     return block.live or block.id in _RETURNED or (block.funding is Funding.LIMIT and not block.expired_at(now_us))
+
+
+def _is_there(reservation: Reservation, state: State) -> bool:
+    """Whether what *reservation* holds is there. If not, somebody else has settled it since, and used that up."""
+    return all(held.block is None or held.block in state.blocks.get(held.wallet, {}) for held in reservation.slices)
 
 
 def _scopes(named: Needs, wallets: Iterable[WalletRef]) -> set[Scope]:

@@ -13,6 +13,7 @@ from ledger.commands import AnyCommand, Limit, LimitPeriod
 from ledger.model import UNRESTRICTED, Block, Charge, Funding, Restriction, Settlement, Wallet, WalletRef
 from ledger.outcomes import Applied, Granted, Outcome, Reason, Rejected, Reserved, Revoked, Settled
 from ledger.state import State
+from ledger.store import postgres_batch
 from ledger.store.protocol import Position, Store
 from ledger.store.rows import block_from, block_row, wallet_from, wallet_row
 from ledger.verify import verify
@@ -284,6 +285,25 @@ async def test_a_refund_finds_blocks_that_are_used_up_and_the_pool_of_their_mark
     assert [(block.id, block.remaining) for block in found.blocks] == [("blk_g", 30), ("blk_1", 20)]
     assert found.wallet.receivable == 0
     await second.close()
+
+
+async def test_a_reservation_that_another_store_has_settled_meanwhile_is_committed_late(
+    database: Database, clock: Clock, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one store keeps of it holds a block of which nothing is left, so that it is not kept."""
+    monkeypatch.setattr(postgres_batch, "CONTENDED_S", 0.0)
+    one, other = await database.open(clock), await database.open(clock)
+    await one.run_batch([say.grant("a", "1", 100)])
+    await one.run_batch([say.reserve("a", "1", 100, mark=Settlement((Charge(100),), usage("1")), ttl_us=SECOND_US)])
+    clock.us += SECOND_US
+    (lapsed,) = await other.run_batch([say.lapse("1")])
+    assert result_of(lapsed).charged == (Charge(100),)
+    await one.run_batch([say.grant("a", "2", 50)])
+    (late,) = await one.run_batch([say.commit("1", 120)])
+    assert (result_of(late).late, result_of(late).charged, result_of(late).balance) == (True, (Charge(120),), 30)
+    assert (await verify(one)).violations == ()
+    await one.close()
+    await other.close()
 
 
 async def test_an_answer_is_kept_with_a_debit_too(store: Store, say: Say, clock: Clock) -> None:
