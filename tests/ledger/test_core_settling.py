@@ -589,3 +589,13 @@ def test_a_partial_commit_tells_what_is_still_held():
         commit  r1 25 partial   -> open held=35
         commit  r1 10           -> committed held=0
     """)
+
+
+def test_what_was_waived_counts_towards_the_most_that_can_be_charged():
+    check("""
+        grant   w1 b1 10
+        reserve w1 r1 10
+        commit  r1 4611686018427387900 partial waive  -> open charged=10+0
+        commit  r1 4 partial waive                    -> open
+        commit  r1 1                                  -> invalid_amount
+    """)

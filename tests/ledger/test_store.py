@@ -454,6 +454,27 @@ async def test_a_limit_that_is_used_up_stays_so_for_every_process(database: Data
         await store.close()
 
 
+async def test_what_is_named_is_found_even_when_nothing_is_left_in_it(database: Database, say: Say) -> None:
+    """A used-up period is not opened again by an extension, nor a used-up block by a purchase."""
+    limit = Limit(wallet("day"), 30, (LimitPeriod("today", START_US, START_US + 10 * SECOND_US),))
+    first = await database.open(Clock())
+    await first.run_batch(
+        [say.grant("a", "1", 100), say.grant("b", "1", 10), say.reserve("a", "1", 1, limits=(limit,))]
+    )
+    await first.run_batch(
+        [say.debit("a", "2", 29, limits=(limit,)), say.commit("1", 1, final=False), say.debit("b", "3", 10)]
+    )
+    await first.close()
+    second = await database.open(Clock())
+    extended, bought = await second.run_batch(
+        [say.extend("1", 1, minimum=1, limits=(limit,)), say.purchase("b", "1", 0, 5)]
+    )
+    assert reason_of(extended) is Reason.LIMIT_REACHED
+    assert reason_of(bought) is Reason.ALREADY_EXISTS
+    assert (await verify(second)).violations == ()
+    await second.close()
+
+
 async def test_two_processes_open_one_period(database: Database, say: Say, clock: Clock) -> None:
     """Both think that they are the first. Together they use no more than there is."""
     stores = [await database.open(clock), await database.open(clock)]
