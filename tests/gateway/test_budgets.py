@@ -63,7 +63,6 @@ class NoLedger:
 @pytest.fixture
 def budgets(counted: CountedDatabase, clock: Clock) -> Budgets:
     ledger: Any = NoLedger()
-    nobody: Any = None
     return Budgets(BudgetBook(counted), ledger, now_us=clock.now_us, monotonic_s=clock.monotonic_s)
 
 
@@ -227,7 +226,6 @@ async def test_a_limit_changes_with_the_clock_within_one_lease(
 ):
     """Whatever the lease: what is kept of a budget is which one it is, not which of its periods is now."""
     ledger: Any = NoLedger()
-    nobody: Any = None
     budgets = Budgets(BudgetBook(counted), ledger, now_us=clock.now_us, lease_s=10**9, monotonic_s=clock.monotonic_s)
     await new(book, scope, "app", "app_1", recurrence=Recurrence(unit="day"))
     found = (await book.in_force(scope, None))[0][0]
