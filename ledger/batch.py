@@ -163,7 +163,9 @@ def _pools_of(state: State, wallets: Iterable[WalletRef]) -> set[WalletRef]:
 def _blocks_refunded(command: Refund) -> Iterator[BlockRef]:
     """The blocks that a refund may fill again: nothing may be left in them."""
     for payment in command.payments:
-        yield payment.wallet, payment.block or RETURN_BLOCKS[True]
+        if payment.block is not None:
+            yield payment.wallet, payment.block
+        yield payment.wallet, RETURN_BLOCKS[False]
         if payment.pool is not None:
             yield from return_blocks((payment.pool,))
 

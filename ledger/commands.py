@@ -313,7 +313,10 @@ class SetOverdraft(Command, frozen=True, kw_only=True, tag="set_overdraft"):
 
 
 class SetLimit(Command, frozen=True, kw_only=True, tag="set_limit"):
-    """Let the period of *limit* that is now have its amount, though never less than is used and reserved of it."""
+    """Let the period of *limit* that is now have its amount, though never less than is used and reserved of it.
+
+    So does a named one that is about to begin: who still has the old amount in mind may be the first to draw on it.
+    """
 
     limit: Limit
     asset: str

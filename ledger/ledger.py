@@ -228,7 +228,7 @@ class Ledger:
             LedgerUnavailable: some of it may still be there; do it again.
         """
         await _reading(self._store.erase(wallet, customer_id=customer_id, now_us=self._clock()))
-        # It raises the wallet's version, so whoever has kept the wallet, in any process, reads it anew.
+        # It reads the wallet anew and raises its version, so whoever has kept it, in any process, does so, too.
         with suppress(NotFound):
             await self.execute(Freeze(id=self._new_command_id(), scope=wallet.scope, wallet=wallet, frozen=True))
         # What was written meanwhile out of what others had kept.

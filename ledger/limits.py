@@ -25,8 +25,10 @@ def sensible(limit: Limit) -> bool:
 def open_period(draft: Draft, limit: Limit, asset: str, *, reference: str | None = None) -> Block | None:
     """The block of the period that is now, made when it is missing; None when no period is."""
     period = _period_at(limit, draft.now_us)
-    if period is None:
-        return None
+    return None if period is None else _block_of(draft, limit, period, asset, reference=reference)
+
+
+def _block_of(draft: Draft, limit: Limit, period: LimitPeriod, asset: str, *, reference: str | None) -> Block:
     known = draft.find_block(limit.wallet, period.block_id)
     if known is not None:
         return known
@@ -75,17 +77,23 @@ def set_limit(state: State, command: SetLimit, now_us: int) -> Outcome:
     wallet = draft.wallet(limit.wallet)
     if wallet is not None and wallet.asset != command.asset:
         return Rejected(Reason.ASSET_MISMATCH)
-    block = open_period(draft, limit, command.asset)
-    if block is None:
+    if _period_at(limit, now_us) is None:
         return Rejected(Reason.NOT_FOUND)
-    wallet = draft.open_wallet(limit.wallet, command.asset)
-    more = max(limit.amount, block.granted - block.free) - block.granted
+    for period in limit.periods:
+        if period.end_us is None or now_us < period.end_us:
+            _set_amount(draft, _block_of(draft, limit, period, command.asset, reference=None), limit.amount)
+    return draft.applied(Changed())
+
+
+def _set_amount(draft: Draft, block: Block, amount: int) -> None:
+    wallet = draft.wallet(block.wallet)
+    assert wallet is not None, "a block is in a wallet"
+    more = max(amount, block.granted - block.free) - block.granted
     if more != 0:
         draft.change_block(block, granted=more)
         _fill(draft, wallet, block, more, None)
         draft.spend(Source(wallet, block, -more), -more, account=Account.LIMIT, reference=None)
         tell_thresholds(draft, block)
-    return draft.applied(Changed())
 
 
 def tell_thresholds(draft: Draft, block: Block) -> None:

@@ -86,33 +86,43 @@ def _reverse(draft: Draft, reservation: Reservation, part: Payment) -> None:
             reference=reference,
             scope=wallet.ref.scope,
         )
-    if part.pool is not None and part.markup > 0:
-        _take_from_pool(draft, part.pool, part.markup)
     if part.block is None:
         _forgive(draft, wallet, part.total)
         return
     block = draft.block(part.wallet, part.block)
-    draft.change_block(block, consumed=-part.total)
-    draft.collect((Slice(part.leg, part.wallet, part.block, part.total),))
+    gone = 0 if part.pool is None else _take_from_pool(draft, part.pool, part.markup, paid=block.operator_paid)
+    back = part.total
+    if gone > 0 and not block.expired_at(draft.now_us):
+        back -= gone
+        _return_unpaid(draft, wallet, gone)
+    draft.change_block(block, consumed=-back)
+    draft.collect((Slice(part.leg, part.wallet, part.block, back),))
     if block.expired_at(draft.now_us):
-        lapsed = min(part.total, draft.free(block))
+        lapsed = min(back, draft.free(block))
         draft.change_block(block, expired=lapsed)
         draft.spend(Source(wallet, block, lapsed), lapsed, account=Account.BREAKAGE, reference=reference)
 
 
-def _take_from_pool(draft: Draft, ref: WalletRef, amount: int) -> None:
-    """Take *amount* of markup back out of a pool. What the pool has spent meanwhile, it owes."""
+def _take_from_pool(draft: Draft, ref: WalletRef, amount: int, *, paid: bool) -> int:
+    """Take *amount* of markup back out of a pool. What the pool has spent meanwhile, it owes.
+
+    Markup that the operator was *paid* for comes out of the like first. Returns what there was no more of: others have
+    used it up, and it must not be there twice.
+    """
     pool = draft.wallet(ref)
     assert pool is not None, "markup was returned to a wallet"
-    returns = [block for block in draft.payable(ref, NO_TAGS) if block.id in RETURN_BLOCKS.values()]
-    others = [block for block in draft.payable(ref, NO_TAGS) if block.id not in RETURN_BLOCKS.values()]
-    for block in (*returns, *others):
+    missing = amount if paid else 0
+    blocks = draft.payable(ref, NO_TAGS)
+    blocks.sort(key=lambda block: (block.operator_paid is not paid, block.id not in RETURN_BLOCKS.values()))
+    for block in blocks:
         part = min(amount, draft.free(block))
         if part > 0:
             draft.use(Source(pool, block, part), part, held=False)
             amount -= part
+            missing -= part if paid and block.operator_paid else 0
     if amount > 0:
         draft.use(Source(pool, None, amount), amount, held=False)
+    return missing
 
 
 def _forgive(draft: Draft, wallet: Wallet, amount: int) -> None:
@@ -121,4 +131,9 @@ def _forgive(draft: Draft, wallet: Wallet, amount: int) -> None:
     if forgiven > 0:
         draft.change_wallet(wallet.ref, receivable=-forgiven)
     if forgiven < amount:
-        draft.change_block(draft.returns_block(wallet, operator_paid=True), granted=amount - forgiven)
+        _return_unpaid(draft, wallet, amount - forgiven)
+
+
+def _return_unpaid(draft: Draft, wallet: Wallet, amount: int) -> None:
+    """Give back what nobody knows to have been paid to the operator: a tenant's gift may have repaid a debt."""
+    draft.change_block(draft.returns_block(wallet, operator_paid=False), granted=amount)

@@ -218,8 +218,10 @@ class Batches:
     def _recall(self, named: Needs, commands: Sequence[AnyCommand]) -> _Known | None:
         """What is kept of all that *commands* concern; None when something of it is not known, or often moves."""
         kept = self._kept.state
-        if not self._kept.server or any(isinstance(command, Refund) for command in commands):
-            return None  # A refund fills blocks again that are not kept, because nothing was left in them.
+        # A refund fills blocks again that are not kept, because nothing was left in them. A freeze ends an erasure,
+        # which took metadata out of blocks as they are stored and not as they are kept.
+        if not self._kept.server or any(isinstance(command, Refund | Freeze) for command in commands):
+            return None
         made = {command.reservation for command in commands if isinstance(command, Hold)}
         state = State()
         wallets = set(named.wallets)
@@ -230,17 +232,13 @@ class Batches:
                 wallets |= reserved_wallets(reservation)
             elif ref not in made:
                 return None
-        if not self._copy(wallets, state):
+        if not self._copy(wallets, state) or not all(_is_there(each, state) for each in state.reservations.values()):
             return None
         pool_wallets = pools(state, commands) - wallets
         if pool_wallets and not self._copy(pool_wallets, state):
             return None
         for command in commands:
-            if (
-                isinstance(command, Revoke | Freeze)
-                and command.block_id is not None
-                and command.block_id not in state.blocks.get(command.wallet, {})
-            ):
+            if isinstance(command, Revoke) and command.block_id not in state.blocks.get(command.wallet, {}):
                 return None
         return _Known(state, wallets | pool_wallets)
 
@@ -482,6 +480,11 @@ class Batches:
 def _worth_keeping(block: Block, now_us: int) -> bool:
     """A dead one is when later batches name it."""
     return block.live or block.id in _RETURNED or (block.funding is Funding.LIMIT and not block.expired_at(now_us))
+
+
+def _is_there(reservation: Reservation, state: State) -> bool:
+    """Whether what *reservation* holds is there. If not, somebody else has settled it since, and used that up."""
+    return all(held.block is None or held.block in state.blocks.get(held.wallet, {}) for held in reservation.slices)
 
 
 def _scopes(named: Needs, wallets: Iterable[WalletRef]) -> set[Scope]:

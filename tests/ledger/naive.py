@@ -249,12 +249,13 @@ class Naive:
         self._open(legs[0][0])
         return {"word": "reserved", "held": self._held(made)}
 
-    def _open_periods(self, limits: Iterable[Limit]) -> Callable[[], None]:
+    def _open_periods(self, limits: Iterable[Limit], *, early: bool = False) -> Callable[[], None]:
         """Fill the limits whose period has begun; what undoes it, for a command that is refused."""
         before = copy.deepcopy((self.wallets, self.accounts))
         for limit in limits:
             for period in limit.periods:
-                now_in_it = period.start_us <= self.now and (period.end_us is None or self.now < period.end_us)
+                begun = early or period.start_us <= self.now
+                now_in_it = begun and (period.end_us is None or self.now < period.end_us)
                 if now_in_it and not (limit.wallet in self.wallets and self._block(limit.wallet, period.block_id)):
                     self._add_block(
                         self._open(limit.wallet), period.block_id, limit.amount, prio=0, start=period.start_us,
@@ -269,16 +270,17 @@ class Naive:
 
     def _setlimit(self, command: SetLimit) -> Prediction:
         limit = command.limit
-        self._open_periods([limit])
-        for period in limit.periods:
-            if period.start_us <= self.now and (period.end_us is None or self.now < period.end_us):
-                block = self._block(limit.wallet, period.block_id)
-                taken = block["used"] + block["revoked"] + self.pinned(limit.wallet, period.block_id)
-                left = max(limit.amount, taken) - block["used"] - block["revoked"]
-                self._book(limit.wallet, "limit", block["left"] - left)
-                block["left"] = left
-                return {"word": "changed"}
-        return _no("not_found")
+        coming = [period for period in limit.periods if period.end_us is None or self.now < period.end_us]
+        if not any(period.start_us <= self.now for period in coming):
+            return _no("not_found")
+        self._open_periods([limit], early=True)
+        for period in coming:
+            block = self._block(limit.wallet, period.block_id)
+            taken = block["used"] + block["revoked"] + self.pinned(limit.wallet, period.block_id)
+            left = max(limit.amount, taken) - block["used"] - block["revoked"]
+            self._book(limit.wallet, "limit", block["left"] - left)
+            block["left"] = left
+        return {"word": "changed"}
 
     def _hold_leg(self, made: dict[str, Any], number: int, leg: ReserveLeg) -> Prediction | None:
         """Pin the leg's credits one by one: each credit to the first source that may give it."""
@@ -446,8 +448,9 @@ class Naive:
         _, ref, name, base_account, markup_account = line
         known["given"].append((line, base, part - base))
         self._book(ref, base_account, -base)
+        gone = 0
         if isinstance(markup_account, WalletRef):
-            self._take_from_pool(markup_account, part - base)
+            gone = self._take_from_pool(markup_account, part - base, paid=self._block(ref, name)["paid"])
         else:
             self._book(ref, markup_account, base - part)
         wallet = self.wallets[ref]
@@ -455,9 +458,12 @@ class Naive:
             forgiven = min(part, wallet["owed"])
             wallet["owed"] -= forgiven
             if part > forgiven:
-                self._returns(ref, paid=True)["left"] += part - forgiven
+                self._returns(ref, paid=False)["left"] += part - forgiven
             return
         block = self._block(ref, name)
+        if gone and not self._over(block):
+            self._returns(ref, paid=False)["left"] += gone
+            part -= gone
         block["used"] -= part
         block["left"] += part
         self._collect(ref, name)
@@ -467,16 +473,23 @@ class Naive:
             block["lapsed"] += lapsed
             self._book(ref, "breakage", lapsed)
 
-    def _take_from_pool(self, ref: WalletRef, amount: int) -> None:
-        """First what was returned to it, then whatever it has; it owes the rest."""
+    def _take_from_pool(self, ref: WalletRef, amount: int, *, paid: bool) -> int:
+        """First the like, and of that what was returned to it, then whatever it has; it owes the rest.
+
+        What was paid for and is not there is told.
+        """
+        missing = amount if paid else 0
         blocks = self._payable(ref, Tags())
-        for returned in (True, False):
-            for block in blocks:
-                if block["name"].startswith("blk_returns") is returned:
-                    part = min(amount, self._free(ref, block))
-                    self._use(ref, block["name"], part)
-                    amount -= part
+        for like in (True, False):
+            for returned in (True, False):
+                for block in blocks:
+                    if block["name"].startswith("blk_returns") is returned and (block["paid"] is paid) is like:
+                        part = min(amount, self._free(ref, block))
+                        self._use(ref, block["name"], part)
+                        amount -= part
+                        missing -= part if like and paid else 0
         self.wallets[ref]["owed"] += amount
+        return missing
 
     def _release(self, command: Release) -> Prediction:
         known = self.reservations.get(command.reservation)

@@ -47,7 +47,7 @@ from ledger.model import (
     UsageRecord,
     WalletRef,
 )
-from ledger.outcomes import Settled
+from ledger.outcomes import Applied, Outcome, Settled
 from ledger.store.postgres import PostgresStore
 from ledger.store.protocol import Store
 from ledger.store.sqlite import SqliteStore
@@ -288,11 +288,20 @@ class RandomCommands:
         self._reserved: list[str] = ["none"]
         self._granted: list[tuple[str, str]] = [("a", "none")]
         self._sent: list[AnyCommand] = []
+        self._charged: list[Settled] = []
+
+    def hear(self, outcomes: Sequence[Outcome]) -> None:
+        """What commands came to: who has heard of charges asks for refunds, too."""
+        for outcome in outcomes:
+            if isinstance(outcome, Applied) and isinstance(outcome.result, Settled) and outcome.result.payments:
+                self._charged.append(outcome.result)
 
     def take(self, count: int, now_us: int) -> list[AnyCommand]:
         return [self._next(now_us) for _ in range(count)]
 
     def _next(self, now_us: int) -> AnyCommand:
+        if self._charged and self._random.random() < 0.08:
+            return self._say.refund(self._random.choice(self._charged), self._random.choice([None, None, 1, 10]))
         if self._sent and self._random.random() < 0.03:
             return self._random.choice(self._sent)
         made = self._random.choices(
@@ -365,12 +374,13 @@ class RandomCommands:
         self._reserved.append(name)
         amount = self._random.randint(1, 150)
         return self._say.reserve(
-            self._random.choice(["a", "a", "b", "c", "a,b"]),
+            self._random.choice(["a", "a", "b", "c", "a,b", "pool,a"]),
             name,
             amount,
             minimum=self._random.choice([amount, 0]),
             ttl_us=self._random.randint(1, 90) * SECOND_US,
             limits=self._random.choice([(), (), (Limit(wallet("l")),), (self._limit(now_us),)]),
+            unfunded=self._random.choice([None, None, wallet("l")]),
             developer="app_1",
             tags=Tags(app=self._random.choice(["app_1", "app_2"])),
             mark=self._random.choice([None, Settlement((Charge(3, 1),), usage(name))]),

@@ -16,7 +16,7 @@ be applied. After every step the invariants of ``tests.ledger.oracle`` hold, and
                                            ``request= developer= app= metric= model= max= asset= keystays``
 ``extend r1 60..20``                       ``ttl= mark= limits=``. ``heartbeat r1`` extends by nothing
 ``commit r1 30+5``                         base and markup; a leg each: ``30+5|10``. ``partial response cost=``
-                                           ``units=input:3,output:5``; ``waive`` or ``beyond`` for what is not there
+                                           ``units=input:3,output:5``; ``waive``, ``beyond tells`` for what is missing
 ``release r1`` · ``lapse r1``
 ``debit w1 r1 30+5``                       ``hold=60..20`` where it is not the charge itself; ``beyond`` owes what
                                            is not there, ``overage`` too, within limits, and ``tells`` raises an
@@ -344,6 +344,7 @@ def _extend(line: _Line) -> Extend:
 def _commit(line: _Line) -> Commit:
     partial, response = line.flag("partial"), line.flag("response")
     beyond: Beyond = "receivable" if line.flag("beyond") else "waive" if line.flag("waive") else "shortfall"
+    tells = line.flag("tells")
     reservation = reservation_ref(line.words[0])
     return Commit(
         **line.common(reservation.scope),
@@ -351,6 +352,7 @@ def _commit(line: _Line) -> Commit:
         settlement=line.settlement(line.words[1]),
         final=not partial,
         beyond=beyond,
+        tells_overage=tells,
         response=_ANSWER if response else None,
     )
 

@@ -331,6 +331,16 @@ def test_a_cap_takes_neither_what_is_reserved_nor_what_was_paid_for():
     """)
 
 
+def test_what_has_expired_is_under_no_cap_whether_it_is_booked_or_not():
+    check("""
+        grant  w1 b1 100 source=monthly expires=50
+        at 50
+        grant  w1 b2 100 source=monthly cap=150  -> granted lapsed=0
+        expire w1                                -> expired amount=100
+        events w1 = credit.granted credit.granted credit.expired
+    """)
+
+
 def test_a_cap_tells_of_each_block_that_it_takes_from_and_leaves_the_expiry_its_own_event():
     case = check("""
         grant w1 b1 100 source=monthly expires=50

@@ -221,6 +221,25 @@ def test_a_period_that_nobody_has_drawn_on_is_opened_with_its_new_amount():
     """)
 
 
+def test_a_period_that_is_about_to_begin_has_the_new_amount_too():
+    """Who still has the old one in mind may be the first to draw on it, and it would stand for all of the period."""
+    check("""
+        grant   w1 b1 1000
+        at 40
+        debit   w1 r1 50 limits=day:100:0..50:50..90
+        limit   day:70:0..50:50..90            -> changed
+        block   day day_50 granted=70 effective_at_us=50
+        wallet  day available=20
+        limit   day:60:0..50:50..90            -> changed
+        account limit = -70
+        at 50
+        debit   w1 r2 61 limits=day:100:0..50:50..90  -> limit_reached needed=61 available=60
+        limit   day:80:0..50:50..90            -> changed
+        block   day day_0 granted=60
+        block   day day_50 granted=80
+    """)
+
+
 def test_a_lower_amount_may_reach_a_threshold():
     check("""
         grant   w1 b1 1000

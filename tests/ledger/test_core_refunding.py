@@ -98,10 +98,25 @@ def test_a_refunded_debt_is_owed_no_more_and_one_that_was_repaid_comes_back():
         refund    r1                    -> refunded amounts=30 balance=30
         wallet    w1 receivable=0 available=30
         block     w1 b1 consumed=0
-        block     w1 blk_returns_paid granted=20
+        block     w1 blk_returns_unpaid granted=20 operator_paid=false
     """,
         case,
     )
+
+
+def test_nobody_makes_the_operators_money_by_refunding_a_debt_that_a_gift_repaid():
+    """What repaid it may have cost its giver nothing, so it does not come back as what was paid for."""
+    check("""
+        debit     w1 r1 0+500 overage
+        wallet    w1 receivable=500
+        grant     w1 b1 500 funding=external -> granted repaid=500
+        refund    r1                    -> refunded amounts=500 balance=500
+        block     w1 blk_returns_unpaid granted=500 operator_paid=false funding=external
+        reserve   w1 r2 500 unfunded=line   -> limit_reached available=0 limit=line
+        debit     w1 r3 100+400 developer=app
+        account   tenant_due = 100
+        account   developer_payable:app = 0
+    """)
 
 
 def test_markup_that_went_back_to_a_pool_comes_out_of_it_again():
@@ -125,6 +140,53 @@ def test_a_pool_that_has_spent_the_markup_owes_it():
         refund  r1                      -> refunded
         wallet  pool available=0 receivable=10
         wallet  w1 available=40
+    """)
+
+
+def test_markup_comes_out_of_the_like_of_what_it_was():
+    check("""
+        grant   pool u 40 unpaid
+        grant   w1 g2 40 from=pool funding=developer_grant
+        grant   pool p 40
+        grant   w2 g1 40 from=pool funding=developer_grant
+        debit   w1 r2 0+20
+        debit   w2 r1 0+20
+        block   pool blk_returns_unpaid free=20
+        block   pool blk_returns_paid free=20
+        refund  r1 5                     -> refunded
+        block   pool blk_returns_paid free=15
+        refund  r2 5                     -> refunded
+        block   pool blk_returns_unpaid free=15
+    """)
+
+
+def test_markup_that_was_spent_is_not_the_operators_money_twice():
+    """The pool has passed it on, so what its giver lends it instead does not come back as what was paid for."""
+    check("""
+        grant   pool p 40
+        grant   w1 g1 40 from=pool funding=developer_grant
+        debit   w1 r1 0+40
+        grant   w2 g2 40 from=pool funding=developer_grant
+        grant   pool u 30 unpaid funding=external
+        refund  r1                      -> refunded amounts=40 balance=40
+        wallet  pool available=0 receivable=10
+        block   w1 g1 consumed=40
+        block   w1 blk_returns_unpaid free=40 operator_paid=false
+        block   w2 g2 free=40 operator_paid=true
+        reserve w1 r2 1 unfunded=line   -> limit_reached
+    """)
+
+
+def test_markup_that_was_spent_lapses_with_the_block_that_paid_it():
+    check("""
+        grant   pool p 40
+        grant   w1 g1 40 from=pool funding=developer_grant expires=50
+        debit   w1 r1 0+40
+        debit   pool r2 40
+        at 50
+        refund  r1                      -> refunded amounts=40 balance=0
+        wallet  pool receivable=40
+        block   w1 g1 expired=40
     """)
 
 

@@ -589,3 +589,24 @@ def test_a_partial_commit_tells_what_is_still_held():
         commit  r1 25 partial   -> open held=35
         commit  r1 10           -> committed held=0
     """)
+
+
+def test_what_was_waived_counts_towards_the_most_that_can_be_charged():
+    check("""
+        grant   w1 b1 10
+        reserve w1 r1 10
+        commit  r1 4611686018427387900 partial waive  -> open charged=10+0
+        commit  r1 4 partial waive                    -> open
+        commit  r1 1                                  -> invalid_amount
+    """)
+
+
+def test_each_commit_tells_of_what_it_left_owing_itself():
+    case = check("""
+        grant   w1 b1 10
+        reserve w1 r1 10
+        commit  r1 15 partial beyond tells
+        commit  r1 7 beyond tells          -> committed
+        events  w1 = credit.granted usage.overage usage.overage
+    """)
+    assert [event.body["owed"] for event in case.events if event.type == "usage.overage"] == [5, 7]

@@ -147,6 +147,21 @@ async def test_another_process_that_had_kept_it_writes_it_nowhere_again(
     await ledger.close()
 
 
+async def test_the_process_that_erased_it_writes_it_nowhere_again(
+    ledger: Ledger, store: Store, database: Database, clock: Clock, say: Say
+) -> None:
+    """It had kept the wallet itself, and its own commands do not make it read anew."""
+    await ledger.execute(say.grant("a", "1", 100, metadata=ABOUT, expires_at_us=clock.us + SECOND_US))
+    await ledger.execute(say.debit("a", "1", 10))
+    await ledger.erase(wallet("a"), customer_id="a")
+    clock.us += 2 * SECOND_US
+    await ledger.execute(say.expire("a"))
+    dump = database.dump()
+    assert "credit.expired" in repr(dump["ledger_event"])
+    assert holders(dump) == set()
+    assert (await verify(store)).violations == ()
+
+
 async def test_more_than_a_page_of_everything_is_erased(
     ledger: Ledger, database: Database, say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -347,11 +347,13 @@ async def test_processes_that_do_the_same_at_once_leave_one_true_ledger(
             batches = partition(source.take(90, clock.us), seed, 40)
             queues = [batches[number::6] for number in range(6)]
 
-            async def work(store: Any, queue: list[list[Any]]) -> None:
+            async def work(store: Any, queue: list[list[Any]], hear: Callable[[list[Outcome]], None]) -> None:
                 for batch in queue:
-                    await store.run_batch(batch)
+                    hear(await store.run_batch(batch))
 
-            await asyncio.gather(*(work(store, queue) for store, queue in zip(stores * 2, queues, strict=True)))
+            await asyncio.gather(
+                *(work(store, queue, source.hear) for store, queue in zip(stores * 2, queues, strict=True))
+            )
         verified = await verify(stores[0])
         assert verified.violations == ()
         assert verified.entries > 300

@@ -13,6 +13,7 @@ from ledger.commands import AnyCommand, Limit, LimitPeriod
 from ledger.model import UNRESTRICTED, Block, Charge, Funding, Restriction, Settlement, Wallet, WalletRef
 from ledger.outcomes import Applied, Granted, Outcome, Reason, Rejected, Reserved, Revoked, Settled
 from ledger.state import State
+from ledger.store import postgres_batch
 from ledger.store.protocol import Position, Store
 from ledger.store.rows import block_from, block_row, wallet_from, wallet_row
 from ledger.verify import verify
@@ -122,13 +123,14 @@ async def test_random_commands_come_to_what_the_pure_fold_says(
             clock.us += seed.randint(0, 20) * SECOND_US
             for batch in partition(source.take(30, clock.us), seed, 12):
                 expected = [reference.decide(command, clock.us) for command in batch]
+                source.hear(expected)
                 runs = seed.choice([opened, opened, opened, second])
                 assert await runs.run_batch(batch) == expected, f"seed {campaign.seed + number}"
         for ref, known in reference.state.wallets.items():
             found = await opened.wallet(ref)
             assert found is not None
             assert found.wallet == known
-            assert found.blocks == tuple(block for block in reference.state.blocks[ref].values() if block.live)
+            assert found.blocks == tuple(block for block in reference.state.blocks.get(ref, {}).values() if block.live)
         for reservation_ref, known_reservation in reference.state.reservations.items():
             assert await opened.reservation(reservation_ref) == known_reservation
         assert (await verify(opened)).violations == ()
@@ -149,6 +151,7 @@ async def test_a_batch_of_n_is_n_batches_of_one(
             clock.us += 10 * SECOND_US
             commands = source.take(150, clock.us)
             expected = [(await one.run_batch([command]))[0] for command in commands]
+            source.hear(expected)
             outcomes = [
                 outcome for batch in partition(commands, seed, size_max) for outcome in await many.run_batch(batch)
             ]
@@ -284,6 +287,25 @@ async def test_a_refund_finds_blocks_that_are_used_up_and_the_pool_of_their_mark
     await second.close()
 
 
+async def test_a_reservation_that_another_store_has_settled_meanwhile_is_committed_late(
+    database: Database, clock: Clock, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one store keeps of it holds a block of which nothing is left, so that it is not kept."""
+    monkeypatch.setattr(postgres_batch, "CONTENDED_S", 0.0)
+    one, other = await database.open(clock), await database.open(clock)
+    await one.run_batch([say.grant("a", "1", 100)])
+    await one.run_batch([say.reserve("a", "1", 100, mark=Settlement((Charge(100),), usage("1")), ttl_us=SECOND_US)])
+    clock.us += SECOND_US
+    (lapsed,) = await other.run_batch([say.lapse("1")])
+    assert result_of(lapsed).charged == (Charge(100),)
+    await one.run_batch([say.grant("a", "2", 50)])
+    (late,) = await one.run_batch([say.commit("1", 120)])
+    assert (result_of(late).late, result_of(late).charged, result_of(late).balance) == (True, (Charge(120),), 30)
+    assert (await verify(one)).violations == ()
+    await one.close()
+    await other.close()
+
+
 async def test_an_answer_is_kept_with_a_debit_too(store: Store, say: Say, clock: Clock) -> None:
     (debited,) = await store.run_batch([say.debit("a", "1", 10, key=key("k"), beyond="receivable", response=RESPONSE)])
     assert result_of(debited).balance == -10
@@ -305,6 +327,25 @@ async def test_markup_returns_to_a_pool_whose_returned_credits_are_spent(store: 
         assert [(block.id, block.remaining) for block in found.blocks] == [("blk_returns_paid", 30)]
         (spent,) = await store.run_batch([say.debit("pool", f"pool{number}", 30)])
         assert result_of(spent).balance == 0
+
+
+async def test_a_repaid_debt_comes_back_to_a_block_that_may_be_used_up(
+    database: Database, clock: Clock, say: Say
+) -> None:
+    first = await database.open(clock)
+    debts = [say.debit("a", str(number), 30, beyond="receivable") for number in range(3)]
+    one, two, three = map(result_of, await first.run_batch(debts))
+    await first.run_batch([say.grant("a", "g", 90, funding=Funding.EXTERNAL), say.refund(one)])
+    await first.run_batch([say.debit("a", "spent", 30), say.refund(two), say.debit("a", "again", 30)])
+    await first.close()
+    second = await database.open(clock)
+    (refunded,) = await second.run_batch([say.refund(three)])
+    assert result_of(refunded).balance == 30
+    found = await second.wallet(wallet("a"))
+    assert found is not None
+    assert [(block.id, block.granted, block.remaining) for block in found.blocks] == [("blk_returns_unpaid", 90, 30)]
+    assert (await verify(second)).violations == ()
+    await second.close()
 
 
 async def test_a_reservation_may_be_made_and_settled_in_one_batch_against_an_old_pool(
@@ -411,6 +452,27 @@ async def test_a_limit_that_is_used_up_stays_so_for_every_process(database: Data
     assert (await verify(stores[0])).violations == ()
     for store in stores:
         await store.close()
+
+
+async def test_what_is_named_is_found_even_when_nothing_is_left_in_it(database: Database, say: Say) -> None:
+    """A used-up period is not opened again by an extension, nor a used-up block by a purchase."""
+    limit = Limit(wallet("day"), 30, (LimitPeriod("today", START_US, START_US + 10 * SECOND_US),))
+    first = await database.open(Clock())
+    await first.run_batch(
+        [say.grant("a", "1", 100), say.grant("b", "1", 10), say.reserve("a", "1", 1, limits=(limit,))]
+    )
+    await first.run_batch(
+        [say.debit("a", "2", 29, limits=(limit,)), say.commit("1", 1, final=False), say.debit("b", "3", 10)]
+    )
+    await first.close()
+    second = await database.open(Clock())
+    extended, bought = await second.run_batch(
+        [say.extend("1", 1, minimum=1, limits=(limit,)), say.purchase("b", "1", 0, 5)]
+    )
+    assert reason_of(extended) is Reason.LIMIT_REACHED
+    assert reason_of(bought) is Reason.ALREADY_EXISTS
+    assert (await verify(second)).violations == ()
+    await second.close()
 
 
 async def test_two_processes_open_one_period(database: Database, say: Say, clock: Clock) -> None:
