@@ -228,6 +228,17 @@ async def test_none_is_bought_that_would_not_help(shop: Shop):
     assert await shop.plans(alice) == ["refused"]
 
 
+async def test_none_is_bought_that_costs_what_it_brings(shop: Shop):
+    """The price comes out of the very credits that were too few: each refusal would turn more of them into a plan."""
+    alice = await shop.customer("alice", credits=1000)
+    await shop.office.post("/v1/topup/grant", {"customer_id": "alice", "credits": 500_000})
+    for _ in range(2):
+        await refused(shop.send(alice, 602))
+    assert await shop.plans(alice) == []
+    await shop.send(alice, 601)
+    assert await shop.plans(alice) == ["refused"], "1 and 500 less the price, and 200 of the plan"
+
+
 async def test_a_plan_that_is_active_but_too_small_is_followed_by_another(shop: Shop):
     """What it has left, and the next, pay together."""
     alice = await shop.customer("alice")
