@@ -276,6 +276,20 @@ async def test_a_creation_is_repeated_as_it_was_whatever_has_become_of_it(office
     assert refused == (422, "idempotency_key_reused", None)
 
 
+@pytest.mark.parametrize("change", ["too dear", "archived"])
+async def test_a_creation_is_repeated_though_it_could_not_be_asked_for_now(office: Office, change: str):
+    await metric(office)
+    await grant(office, 10_000)
+    first = await reserve(office, once="job-1")
+    if change == "archived":
+        await office.post("/v1/billable-metrics/image/archive")
+    else:
+        await price(office, 10**12)
+    assert (await office.refused("POST", "/v1/reservations", {"customer_id": "ann", **IMAGE}, once="job-2"))[0] >= 400
+    assert await reserve(office, once="job-1") == first
+    assert await credits(office) == (10_000, 6000, 4000)
+
+
 async def test_a_partial_commit_is_repeated_as_it_was(office: Office):
     await metric(office)
     await grant(office, 10_000)

@@ -216,14 +216,14 @@ async def test_a_refusal_is_not_kept_under_the_key(office: Office):
     assert (await use(office, 3, once="one"))["balance_decimal"] == "7"
 
 
-@pytest.mark.parametrize("change", ["dearer", "archived", "unpriced"])
+@pytest.mark.parametrize("change", ["dearer", "too dear", "archived", "unpriced"])
 async def test_a_replay_is_the_first_answer_whatever_it_would_cost_by_now(office: Office, change: str):
     await meter(office)
     await grant(office, 10)
     first = await use(office, 3, once="one")
     (rule,) = (await office.get(RULES))["data"]
-    if change == "dearer":
-        await office.ask("PATCH", f"{RULES}/{rule['id']}", {"unit_cost": 100_000})
+    if change in ("dearer", "too dear"):
+        await office.ask("PATCH", f"{RULES}/{rule['id']}", {"unit_cost": 10**12 if change == "too dear" else 100_000})
     else:
         await office.ask(
             "POST", f"{METRICS}/chat_message/archive" if change == "archived" else f"{RULES}/{rule['id']}/archive"
