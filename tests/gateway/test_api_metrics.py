@@ -301,6 +301,20 @@ async def test_a_scheduled_price_takes_effect_at_its_time_and_can_be_called_off(
     assert await credits_for(office, 1) == "1"
 
 
+async def test_a_scheduled_price_is_repeated_as_it_was_when_its_time_has_come(office: Office):
+    await metered(office)
+    later = {"cost_type": "per_unit", "unit_cost": 2000, "effective_from": "2096-01-01T00:00:00Z"}
+    made = await office.ask("POST", RULES, {"billable_metric_key": "chat_message", **later}, once="one")
+    revised = await office.ask("PATCH", f"{RULES}/{made.json()['id']}", later, once="two")
+    office.clock.pass_s(75 * 366 * 86_400)
+    again = await office.ask("POST", RULES, {"billable_metric_key": "chat_message", **later}, once="one")
+    assert (again.status_code, again.json()) == (201, made.json())
+    again = await office.ask("PATCH", f"{RULES}/{made.json()['id']}", later, once="two")
+    assert (again.status_code, again.json()) == (201, revised.json())
+    new = {"billable_metric_key": "chat_message", **later}
+    assert await office.refused("POST", RULES, new, once="three") == (400, "invalid_request", "effective_from")
+
+
 async def test_a_metric_without_a_rule_in_force_is_not_metered(office: Office):
     await office.post(METRICS, {"key": "chat_message"})
     usage = {"customer_id": "alice", "billable_metric_key": "chat_message"}
