@@ -1,5 +1,6 @@
 """Budgets over the API: who may set them, whom they stop, what they show, and when they are filled again."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -337,6 +338,13 @@ async def test_a_subject_has_only_so_many(office: Office):
         await budget(office, {"type": "customer", "id": "alice"}, 1)
     body = {"subject": {"type": "customer", "id": "alice"}, "credits": 1, "period": MONTH}
     assert await office.refused("POST", "/v1/budgets", body) == (400, "invalid_request", "subject")
+
+
+async def test_a_subject_has_only_so_many_however_many_are_made_at_once(office: Office):
+    await office.post("/v1/customers", {"external_id": "alice"})
+    body = {"subject": {"type": "customer", "id": "alice"}, "credits": 1, "period": MONTH}
+    answers = await asyncio.gather(*(office.ask("POST", "/v1/budgets", body) for _ in range(20)))
+    assert sorted(answer.status_code for answer in answers) == [201] * 10 + [400] * 10
 
 
 # What others ask of it.
