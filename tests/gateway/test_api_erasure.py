@@ -143,6 +143,15 @@ async def test_who_comes_back_is_somebody_new(office: Office):
     assert (await office.get(f"/v1/customers/{NAME}/credits"))["balance"] == 0
 
 
+async def test_a_grant_right_after_is_for_who_has_the_name_now(office: Office):
+    erased = await live(office)
+    before = await office.post("/v1/topup/grant", {"customer_id": NAME, "credits": 1000})
+    assert before["customer_id"] == erased
+    assert (await office.ask("DELETE", f"/v1/customers/{NAME}")).status_code == 204
+    after = await office.post("/v1/topup/grant", {"customer_id": NAME, "credits": 1000})
+    assert after["customer_id"] != erased
+
+
 async def test_another_process_that_knows_the_name_hears_of_it_or_looks_again(office: Office):
     erased = await live(office)
     second = Gateway(office.gateway.services.settings, now_us=office.clock.now_us, open_store=open_store)

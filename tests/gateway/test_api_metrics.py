@@ -1,11 +1,13 @@
 """Billable metrics and metering rules: set up, listed, changed and archived, and refused where they say no price."""
 
 import asyncio
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.api.wire import time_us
 from gateway.billing.catalog import Catalog, MetricNotFound, MetricNotPriced
 from tests.gateway.office import Office, open_office
 
@@ -364,6 +366,18 @@ async def test_a_price_is_asked_for_once_a_lease_and_at_once_after_a_change(tmp_
         third = (await office.ask("PATCH", f"{RULES}/{second}", {"unit_cost": 2})).json()["id"]
         catalog.invalidate()
         assert await price() == third
+
+
+async def test_a_lease_ends_at_the_instant_at_which_the_next_price_takes_effect(tmp_path: Path):
+    async with open_office(tmp_path) as office:
+        await metered(office)
+        later = {"billable_metric_key": "chat_message", "cost_type": "per_unit", "unit_cost": 2000}
+        second = await office.post(RULES, later | {"effective_from": "2096-01-01T00:00:00Z"})
+        catalog = Catalog(office.gateway.services.database, monotonic_s=lambda: 0.0)
+        instant_us = time_us(datetime(2096, 1, 1, tzinfo=UTC))
+        for at_us, expected in ((instant_us - 1, False), (instant_us, True), (instant_us - 1, False)):
+            found = await catalog.priced(office.tenant, "live", "chat_message", at_us=at_us)
+            assert (found.price_version == second["id"]) is expected, at_us
 
 
 async def test_what_is_not_there_is_remembered_too(tmp_path: Path):

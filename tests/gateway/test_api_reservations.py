@@ -292,6 +292,15 @@ async def test_a_creation_is_repeated_though_it_could_not_be_asked_for_now(offic
     assert await credits(office) == (10_000, 5000, 5000)
 
 
+@pytest.mark.parametrize(("verb", "body"), [("release", None), ("extend", {"ttl_seconds": 60})])
+async def test_a_key_is_of_one_reservation(office: Office, verb: str, body: dict[str, Any] | None):
+    await metric(office)
+    await grant(office, 10_000)
+    one, other = await reserve(office), await reserve(office)
+    await office.post(path(one, verb), body, once="key")
+    assert (await office.refused("POST", path(other, verb), body, once="key"))[0] == 422
+
+
 async def test_a_partial_commit_is_repeated_as_it_was(office: Office):
     await metric(office)
     await grant(office, 10_000)
