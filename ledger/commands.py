@@ -169,7 +169,8 @@ class Reserve(Hold, frozen=True, kw_only=True, tag="reserve"):
 
     The reservation's id is the caller's: a retry cannot make a second one. *mark* is what is charged if nobody
     settles within *ttl_us*. With *key_stays* a release without a charge does not free the key for another attempt:
-    a repetition answers with this reservation, whatever has become of it.
+    a repetition answers with this reservation, whatever has become of it. With *overage* what the credits lack will
+    be owed: what there is of them is held, and of the limits all.
     """
 
     ttl_us: int
@@ -177,18 +178,21 @@ class Reserve(Hold, frozen=True, kw_only=True, tag="reserve"):
     mark: Settlement | None = None
     metadata: dict[str, Any] = {}
     key_stays: bool = False
+    overage: bool = False
 
 
 class Extend(Command, frozen=True, kw_only=True, tag="extend"):
     """Hold more on the first leg, live longer, or both. *amount* 0 is a heartbeat.
 
     *amount* is in addition to what is held; less is taken, but not under *minimum*, when it is short. *limits* are
-    those of the reservation, as they are by now: a new period may have begun. Others are passed over.
+    those of the reservation, as they are by now: a new period may have begun. Others are passed over. *overage* is as
+    for `Reserve`.
     """
 
     reservation: ReservationRef
     amount: int = 0
     minimum: int = 0
+    overage: bool = False
     limits: tuple[Limit, ...] = ()
     ttl_us: int | None = None
     mark: Settlement | None = None

@@ -13,7 +13,8 @@ import msgspec
 from ledger.model import Block, Reservation, Settlement, UsageRecord
 from ledger.outcomes import BlockOpened, Fact, ReservationChanged, UsageRecorded
 
-METADATA: Final = "metadata"
+ERASED: Final = frozenset({"metadata", "reason"})
+"""What of an event is in the caller's own words: the reason is a refund's."""
 
 V = TypeVar("V")
 
@@ -30,9 +31,9 @@ def bare(value: V) -> V:
 
 
 def without_metadata(body: Any) -> Any:
-    """An event's *body* without metadata, however deep."""
+    """An event's *body* without the caller's own words, however deep."""
     if isinstance(body, dict):
-        return {name: without_metadata(value) for name, value in body.items() if name != METADATA}
+        return {name: without_metadata(value) for name, value in body.items() if name not in ERASED}
     if isinstance(body, list):
         return [without_metadata(item) for item in body]
     return body

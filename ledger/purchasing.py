@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from ledger.burndown import payable
 from ledger.commands import Purchase
 from ledger.draft import Draft
 from ledger.granting import BLOCKS_LIVE_MAX, block_ids, lots_of, take_free
@@ -23,7 +24,7 @@ def purchase(state: State, command: Purchase, now_us: int) -> Outcome:
     refusal = _refusal(command, wallet, plans, live=sum(block.live for block in blocks.values()))
     if refusal is not None:
         return refusal
-    payers = [block for block in draft.payable(wallet.ref, command.tags) if _may_pay(block, command)]
+    payers = payers_of(blocks.values(), command, now_us)
     available = sum(block.free for block in payers)
     if available < command.price:
         return Rejected(Reason.INSUFFICIENT_CREDITS, needed=command.price, available=available)
@@ -68,6 +69,11 @@ def purchase(state: State, command: Purchase, now_us: int) -> Outcome:
         at_us=now_us,
     )
     return draft.applied(purchased)
+
+
+def payers_of(blocks: Iterable[Block], command: Purchase, now_us: int) -> list[Block]:
+    """Which of a wallet's *blocks* pay the price, in burn order. Some of them may have nothing free."""
+    return [block for block in payable(blocks, command.tags, now_us) if _may_pay(block, command)]
 
 
 def _active_plan(block: Block, now_us: int) -> bool:

@@ -47,6 +47,7 @@ def reserve(state: State, command: Reserve, now_us: int) -> Outcome:
         request_id=command.request_id,
         mark=command.mark,
         metadata=command.metadata,
+        overage=command.overage,
     )
     if isinstance(reservation, Rejected):
         return reservation
@@ -68,26 +69,7 @@ def debit_hold(draft: Draft, command: Debit) -> Reservation | Rejected:
         # Nothing is asked for, so nothing is refused: the charge takes what there is.
         nothing = tuple([ReserveLeg(leg.wallets, 0, 0) for leg in command.legs])
         command = msgspec.structs.replace(command, legs=nothing)
-    if command.beyond == "overage":
-        return _overage_hold(draft, command, request_id)
-    return hold_all(draft, command, ttl_us=0, request_id=request_id)
-
-
-def _overage_hold(draft: Draft, command: Debit, request_id: str | None) -> Reservation | Rejected:
-    """What there is of a debit, the rest of which will be owed: only credits may be short."""
-    legs = tuple([ReserveLeg(leg.wallets, leg.amount, 0) for leg in command.legs])
-    held = hold_all(draft, msgspec.structs.replace(command, legs=legs), ttl_us=0, request_id=request_id)
-    if isinstance(held, Rejected):
-        return held
-    needed, there = legs[0].amount, held.held_by_leg[0]
-    payers = [draft.wallet(ref) for leg in held.legs for ref in leg.wallets]
-    if any(wallet is not None and wallet.frozen for wallet in payers):
-        return Rejected(Reason.WALLET_FROZEN, needed=needed, available=there)
-    left = {ref: there + draft.available(ref) for ref in held.limits}
-    tightest = min(left, key=left.__getitem__, default=None)
-    if tightest is not None and left[tightest] < needed:
-        return Rejected(Reason.LIMIT_REACHED, needed=needed, available=left[tightest], limit=tightest)
-    return held
+    return hold_all(draft, command, ttl_us=0, request_id=request_id, overage=command.beyond == "overage")
 
 
 def _well_formed(command: Hold) -> bool:
@@ -116,8 +98,9 @@ def hold_all(
     request_id: str | None,
     mark: Settlement | None = None,
     metadata: dict[str, Any] | None = None,
+    overage: bool = False,
 ) -> Reservation | Rejected:
-    """Hold every leg and every limit, or refuse.
+    """Hold every leg and every limit, or refuse; with *overage* what there is of the legs, and of the limits all.
 
     Payers, limits and the line may be the operator's wallets, and so another tenant's, but never of the other mode.
     """
@@ -150,7 +133,8 @@ def hold_all(
         open_period(draft, limit, command.asset, reference=command.reservation.reservation)
     slices: list[Slice] = []
     for number, leg in enumerate(command.legs):
-        held = _hold_leg(draft, reservation, number, amount=leg.amount, minimum=leg.minimum)
+        minimum = 0 if overage else leg.minimum
+        held = _hold_leg(draft, reservation, number, amount=leg.amount, minimum=minimum, overage=overage)
         if isinstance(held, Rejected):
             return held
         slices += held
@@ -174,14 +158,24 @@ def _distinct(wallets: tuple[WalletRef, ...]) -> tuple[WalletRef, ...]:
     return wallets if len(wallets) < 2 else tuple(dict.fromkeys(wallets))
 
 
-def _hold_leg(draft: Draft, reservation: Reservation, leg: int, *, amount: int, minimum: int) -> list[Slice] | Rejected:
-    """Hold *amount*, or what there is down to *minimum*, with what it draws on the limits and the unfunded line."""
+def _hold_leg(
+    draft: Draft, reservation: Reservation, leg: int, *, amount: int, minimum: int, overage: bool
+) -> list[Slice] | Rejected:
+    """Hold *amount*, or what there is down to *minimum*, with what it draws on the limits and the unfunded line.
+
+    With *overage* what the credits lack will be owed, so the limits must afford it, too, and hold it.
+    """
     refs = reservation.legs[leg].wallets
     limits = reservation.limits if leg == 0 else ()
     unfunded = reservation.unfunded
     wallets = [wallet for wallet in map(draft.wallet, refs) if wallet is not None and _usable(wallet)]
     left = {ref: draft.available(ref) for ref in limits}
     wanted = min(amount, *left.values()) if left else amount
+    if overage and any(wallet is not None and wallet.frozen for wallet in map(draft.wallet, refs)):
+        return Rejected(Reason.WALLET_FROZEN, needed=amount)
+    if overage and wanted < amount:
+        tightest = min(left, key=left.__getitem__)
+        return Rejected(Reason.LIMIT_REACHED, needed=amount, available=wanted, limit=tightest)
     line = None if unfunded is None else draft.available(unfunded)
     found = _find(draft, wallets, reservation.tags, wanted, line=line)
     held = total(found)
@@ -194,7 +188,7 @@ def _hold_leg(draft: Draft, reservation: Reservation, leg: int, *, amount: int, 
         return _refusal(draft, refs, needed=minimum, available=held)
     slices = _hold(draft, found, leg=leg)
     for ref in limits:
-        slices += _hold_plain(draft, ref, held, leg=LIMIT_LEG)
+        slices += _hold_plain(draft, ref, amount if overage else held, leg=LIMIT_LEG)
     if unfunded is not None:
         unpaid = total([part for part in found if not _operator_paid(part)])
         slices += _hold_plain(draft, unfunded, unpaid, leg=UNFUNDED_LEG)
@@ -272,7 +266,7 @@ def extend(state: State, command: Extend, now_us: int) -> Outcome:
         for limit in command.limits:
             if limit.wallet in reservation.limits:
                 open_period(draft, limit, reservation.asset, reference=reservation.ref.reservation)
-        more = _hold_leg(draft, reservation, 0, amount=command.amount, minimum=command.minimum)
+        more = _hold_leg(draft, reservation, 0, amount=command.amount, minimum=command.minimum, overage=command.overage)
         if isinstance(more, Rejected):
             return more
         slices = _merged([*slices, *more])

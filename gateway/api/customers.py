@@ -239,7 +239,7 @@ async def change_customer(
 @router.delete("/customers/{customer:path}", status_code=204)
 async def erase_customer(customer: CustomerPath, principal: Writer, services: Here) -> None:
     """Erase what is known of a person: external id, metadata, settings, metadata of their blocks, usage, reservations
-    and events, and the answers that are kept to be repeated.
+    and events, the names of their budgets, which end, and the answers that are kept to be repeated.
 
     The journal keeps its numbers under an id that names nobody. What is left of their credits is frozen. Whoever comes
     with the same external id afterwards is a new customer. Repeat it until it answers: 204 once all is gone, 404 after.

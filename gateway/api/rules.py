@@ -258,7 +258,7 @@ async def create_rule(
 
     In force is the version that took effect last; of several that took effect at once, the newest.
     """
-    rule, effective_from_us = body.rule(body.cost_type), _effective_from(body, services)
+    rule = body.rule(body.cost_type)
 
     async def act(transactions: Transactions) -> RuleView:
         billables = services.billables.within(transactions)
@@ -268,7 +268,7 @@ async def create_rule(
                 principal.mode,
                 body.billable_metric_key,
                 rule,
-                effective_from_us=effective_from_us,
+                effective_from_us=_effective_from(body, services),
             )
         )
 
@@ -326,7 +326,7 @@ async def revise_rule(
 
     With `If-Match`, only if the version that you have seen is the metric's newest.
     """
-    effective_from_us, expected = _effective_from(body, services), expected_version(request)
+    expected = expected_version(request)
 
     async def act(transactions: Transactions) -> RuleView:
         billables = services.billables.within(transactions)
@@ -337,7 +337,7 @@ async def revise_rule(
                 principal.mode,
                 rule_id,
                 body.rule(body.cost_type or COST_TYPES[type(known.rule)]),
-                effective_from_us=effective_from_us,
+                effective_from_us=_effective_from(body, services),
                 expected=expected,
             )
         )
@@ -367,6 +367,7 @@ async def archive_rule(
 
 
 def _effective_from(body: PriceBody, services: Services) -> int | None:
+    """Asked for what is new alone: a repetition is answered as it was, though its time has come by now."""
     if body.effective_from is None:
         return None
     at_us = time_us(body.effective_from)

@@ -16,11 +16,13 @@ from gateway.api.metrics import MetricKey
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here, Services
 from gateway.api.wire import Body, Credits, Metadata, Millicredits, Units, View, amounts, shown_units
+from gateway.billing.repetition import earlier
 from gateway.billing.usage import UsageAccepted, UsageEvent
 from gateway.errors import ApiError, idempotency_key_reused, invalid_request
 from gateway.identity.principals import Principal
 from gateway.refusals import REFUSALS, UNAFFORDABLE, unaffordable
 from ledger.commands import Key
+from ledger.model import Scope
 from pricing.charge import ChargeTooLarge
 from pricing.metering import microunits
 
@@ -232,12 +234,15 @@ async def _all_recorded(
             for index in indices:
                 outcomes[index] = await _outcome(bodies[index], keys[index], principal, services)
 
-    first = keys[0]
-    if first is not None and first.operation == BATCH_OPERATION:
-        # Alone, so that of a batch that reuses a key nothing is recorded.
+    handed_down = (index for index, key in enumerate(keys) if key is not None and key.operation == BATCH_OPERATION)
+    first = next(handed_down, None)
+    # Of a batch that reuses a key nothing is recorded.
+    if first == 0:
         await record_each([0])
         if isinstance(outcome := outcomes[0], ApiError) and outcome.code == "idempotency_key_reused":
             raise idempotency_key_reused()
+    elif first is not None:
+        await earlier(services.ledger, Scope(principal.tenant_id, principal.mode), keys[first], new_id=services.new_id)
     by_customer: dict[str, list[int]] = {}
     for index, body in enumerate(bodies):
         if index not in outcomes:

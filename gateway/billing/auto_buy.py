@@ -74,7 +74,7 @@ class AutoBuy:
         if not await self._falls_to(wallet, command, refused):
             raise refused
         preferred = await self._preferred(command.scope, customer_id)
-        if preferred is None or not _helps(preferred.pack, command.tags, refused):
+        if preferred is None or not _allowed(preferred.pack, command.tags):
             raise refused
         latest = await self._ledger.latest_plan(wallet)
         try:
@@ -82,6 +82,8 @@ class AutoBuy:
         except InsufficientCredits as again:
             refused = again
         buyer = Buyer(command.scope, customer_id, preferred.asset, app_id)
+        if not await self._helps(buyer, preferred.pack, command.tags, refused):
+            raise refused
         if not await self._buy(buyer, preferred.pack, after=latest, cause="refused"):
             raise refused
         return await self._ledger.execute(command)
@@ -116,6 +118,16 @@ class AutoBuy:
             return True
         view = await self._ledger.wallet_view(wallet, command.tags, unfunded=command.unfunded)
         return view is None or view.effective_balance < first.minimum
+
+    async def _helps(self, buyer: Buyer, pack: PackInfo, tags: Tags, refused: InsufficientCredits) -> bool:
+        """Whether the pack would pay what was refused: else a customer would buy one with every refusal.
+
+        Its price may come out of credits that could have paid, too.
+        """
+        view = await self._ledger.wallet_view(buyer.wallet)
+        blocks = () if view is None else view.blocks
+        given_up = self._packs.price_out_of(blocks, buyer, pack, tags)
+        return refused.available - given_up + pack.credits >= refused.needed
 
     async def _preferred(self, scope: Scope, customer_id: str) -> Preferred | None:
         """What the customer has agreed to have bought; None without an agreement, or when no such pack is offered."""
@@ -166,7 +178,6 @@ class AutoBuy:
         return True
 
 
-def _helps(pack: PackInfo, tags: Tags, refused: InsufficientCredits) -> bool:
-    """Whether what was refused could be paid with the pack: else a customer would buy one with every refusal."""
-    allowed = tags.priority_max is None or pack.priority <= tags.priority_max
-    return allowed and pack.restriction.allows(tags) and refused.available + pack.credits >= refused.needed
+def _allowed(pack: PackInfo, tags: Tags) -> bool:
+    """Whether the credits of the pack may pay for *tags*."""
+    return pack.restriction.allows(tags) and (tags.priority_max is None or pack.priority <= tags.priority_max)

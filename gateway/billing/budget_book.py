@@ -14,6 +14,7 @@ from gateway.database import Database, Transactions, of
 from gateway.identity.wallets import limit_wallet
 from gateway.ids import new_id
 from gateway.tables import Budget as BudgetRow
+from gateway.tables import Tenant
 from ledger.commands import Limit, LimitPeriod
 from ledger.model import Scope
 from pricing.periods import Period, Recurrence, period_at
@@ -123,7 +124,10 @@ class BudgetBook:
                 col(BudgetRow.archived).is_(False),
             )
         )
+        # Counted one after the other: those who are not committed are in nobody's count.
+        turn = select(col(Tenant.id)).where(col(Tenant.id) == scope.tenant).with_for_update(key_share=True)
         async with self._transactions.write(of(*scope)) as connection:
+            await connection.execute(turn)
             if (await connection.execute(in_force)).scalar_one() >= PER_SUBJECT_MAX:
                 raise errors.invalid_request(
                     f"This {subject.type} has {PER_SUBJECT_MAX} budgets: archive one of them first.", param="subject"

@@ -17,7 +17,7 @@ from gateway.billing.usage_erasure import erase_metadata
 from gateway.database import Database, of
 from gateway.identity.customer_rows import CUSTOMER_PREFIX
 from gateway.identity.wallets import customer_wallet
-from gateway.tables import Customer, KeptAnswer
+from gateway.tables import Budget, Customer, KeptAnswer
 from ledger.ledger import Ledger
 from ledger.model import Scope
 
@@ -71,6 +71,14 @@ class Erasure:
             hidden: dict[str, Any] = {"metadata": {}, "settings": {}, "welcome": None, "erased_at_us": self._now_us()}
             values = {table.c[column]: value for column, value in hidden.items()}
             await connection.execute(update(table).where(*theirs, table.c.id == customer_id).values(values))
+            # A budget has a name of the tenant's, and nobody to bound any more.
+            budgets = update(Budget).where(
+                col(Budget.tenant) == tenant_id,
+                col(Budget.mode) == mode,
+                col(Budget.subject_type) == "customer",
+                col(Budget.subject_id) == customer_id,
+            )
+            await connection.execute(budgets.values(name="", archived=True, version=col(Budget.version) + 1))
             # Answers that tell of somebody name them by our id. Whoever keeps one has the customer's row first.
             kept = cast(col(KeptAnswer.answer), String).contains(customer_id, autoescape=True)
             await connection.execute(

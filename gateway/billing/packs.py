@@ -1,6 +1,6 @@
 """Plan packs: what a tenant offers for credits, and the purchase of one out of a customer's own wallet."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -15,11 +15,13 @@ from gateway.database import Database, Transactions, of
 from gateway.identity.wallets import customer_wallet
 from gateway.ids import new_id, reserved_prefix
 from gateway.tables import Pack
+from ledger.burndown import payable
 from ledger.commands import Key, Purchase
 from ledger.errors import InvalidAmount
 from ledger.ledger import Ledger
-from ledger.model import UNRESTRICTED, Restriction, Scope, Tags, WalletRef
+from ledger.model import UNRESTRICTED, Block, Restriction, Scope, Tags, WalletRef
 from ledger.outcomes import Applied
+from ledger.purchasing import payers_of
 
 PACK_PREFIX: Final = "pck_"
 PACK_KEY_LENGTH_MAX: Final = 100
@@ -203,7 +205,36 @@ class Packs:
             PackArchived
             LedgerError: as `Ledger.execute` does for a purchase.
         """
-        purchase = Purchase(
+        purchase = self._purchase(buyer, pack, key=key, cause=cause, unless_active=unless_active, metadata=metadata)
+        try:
+            return await self._ledger.execute(purchase)
+        except InvalidAmount:
+            if pack.archived:
+                raise PackArchived(pack.key) from None
+            raise
+
+    def price_out_of(self, blocks: Collection[Block], buyer: Buyer, pack: PackInfo, tags: Tags) -> int:
+        """How much of the price would come out of *blocks*, as they are now, that could pay for *tags*, too."""
+        now_us = self._now_us()
+        able = {block.id for block in payable(blocks, tags, now_us)}
+        left, shared = pack.price, 0
+        for block in payers_of(blocks, self._purchase(buyer, pack, key=None, cause=""), now_us):
+            part = min(left, block.free)
+            left -= part
+            shared += part if block.id in able else 0
+        return shared
+
+    def _purchase(
+        self,
+        buyer: Buyer,
+        pack: PackInfo,
+        *,
+        key: Key | None,
+        cause: str,
+        unless_active: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Purchase:
+        return Purchase(
             id=self._new_id("cmd"),
             scope=buyer.scope,
             key=key,
@@ -223,12 +254,6 @@ class Packs:
             restriction=pack.restriction,
             metadata={**pack.metadata, **(metadata or {})},
         )
-        try:
-            return await self._ledger.execute(purchase)
-        except InvalidAmount:
-            if pack.archived:
-                raise PackArchived(pack.key) from None
-            raise
 
 
 def _fields(terms: PackTerms) -> dict[str, Any]:

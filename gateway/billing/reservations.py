@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import msgspec
 
-from gateway.billing.catalog import Catalog, OveragePolicy, PricedMetric
+from gateway.billing.catalog import Catalog, MetricNotFound, MetricNotPriced, OveragePolicy, PricedMetric
 from gateway.billing.charging import Charging, Spender
+from gateway.billing.repetition import earlier
 from gateway.billing.usage import MICROUNITS, SOURCE
 from gateway.identity.principals import Principal
 from gateway.identity.wallets import customer_wallet
@@ -21,6 +22,7 @@ from ledger.errors import InsufficientCredits, ReceivableOutstanding
 from ledger.ledger import Ledger
 from ledger.model import Charge, Reservation, ReservationRef, Scope, Settlement, Tags, UsageRecord
 from ledger.outcomes import Applied, ReservationChanged, Reserved
+from pricing.charge import ChargeTooLarge
 from pricing.metering import Rule, cost, microunits
 from pricing.money import Asset
 
@@ -128,11 +130,13 @@ class Reservations:
             LedgerError: as `Charging.ask`.
         """
         scope = Scope(principal.tenant_id, principal.mode)
-        priced: PricedMetric | None = None
-        if new.metric_key is not None:
-            priced = await self._catalog.priced(*scope, new.metric_key, at_us=self._now_us())
-        terms = _terms(new, priced)
-        amount = terms.price(new.estimate, principal.asset)
+        try:
+            terms, amount, tags = await self._agreed(scope, principal, new)
+        except (MetricNotFound, MetricNotPriced, ChargeTooLarge):
+            known = await earlier(self._ledger, scope, new.key, new_id=self._new_id)
+            if known is None:
+                raise
+            return await self._begun(principal, known)
         request_id = new.request_id or self._new_id("req")
         leg = ReserveLeg((customer_wallet(*scope, new.customer_id),), amount, amount)
         command = Reserve(
@@ -143,7 +147,7 @@ class Reservations:
             asset=principal.asset.code,
             legs=(leg,),
             developer=principal.app_id,
-            tags=Tags(app=principal.app_id) if priced is None else priced.tags(principal.app_id),
+            tags=tags,
             ttl_us=new.ttl_us,
             request_id=request_id,
             metadata={TERMS: msgspec.to_builtins(terms)},
@@ -155,10 +159,21 @@ class Reservations:
         except _NOT_THERE:
             if terms.overage_policy == "block":
                 raise
-            what_there_is = msgspec.structs.replace(leg, minimum=0)
-            command = msgspec.structs.replace(command, id=self._new_id("cmd"), legs=(what_there_is,))
+            command = msgspec.structs.replace(command, id=self._new_id("cmd"), overage=True)
             applied = await self._charging.ask(command, spender)
-        assert isinstance(applied.result, Reserved)
+        return await self._begun(principal, applied)
+
+    async def _agreed(self, scope: Scope, principal: Principal, new: NewTask) -> tuple[Terms, int, Tags]:
+        """The terms of *new* as of now, what they come to, and what for."""
+        if new.metric_key is None:
+            terms, tags = _terms(new, None), Tags(app=principal.app_id)
+        else:
+            priced = await self._catalog.priced(*scope, new.metric_key, at_us=self._now_us())
+            terms, tags = _terms(new, priced), priced.tags(principal.app_id)
+        return terms, terms.price(new.estimate, principal.asset), tags
+
+    async def _begun(self, principal: Principal, applied: Applied) -> Begun:
+        assert isinstance(applied.result, Reserved), "the key of a task stands for its reservation"
         made = [fact.reservation for fact in applied.facts if isinstance(fact, ReservationChanged)]
         task = _task(made[0]) if made else await self.find(principal, applied.result.reservation)
         return Begun(task, applied.result, applied.replayed)
@@ -241,6 +256,7 @@ class Reservations:
             reservation=ref,
             amount=amount,
             minimum=amount if task.terms.overage_policy == "block" else 0,
+            overage=task.terms.overage_policy != "block",
             ttl_us=ttl_us,
         )
         spender = Spender(task.reservation.tags.app, principal.key_id, task.terms.customer_id)

@@ -13,13 +13,14 @@ import msgspec
 
 from gateway.billing.catalog import Catalog, MetricNotFound, MetricNotPriced, PricedMetric
 from gateway.billing.charging import Charging, Spender
+from gateway.billing.repetition import earlier
 from gateway.identity.principals import Principal
 from gateway.identity.wallets import customer_wallet
-from ledger.commands import Debit, Key, Release, ReserveLeg
-from ledger.errors import NotFound
+from ledger.commands import Debit, Key, ReserveLeg
 from ledger.ledger import Ledger
 from ledger.model import Charge, ReservationRef, Scope, Settlement, UsageRecord
 from ledger.outcomes import Applied, Settled
+from pricing.charge import ChargeTooLarge
 from pricing.metering import cost, microunits
 
 MICROUNITS: Final = "microunits"
@@ -87,12 +88,12 @@ class Metering:
         at_us = self._now_us()
         try:
             priced = await self._catalog.priced(*scope, event.metric_key, at_us=at_us)
-        except (MetricNotFound, MetricNotPriced):
-            earlier = await self._earlier(scope, event.key)
-            if earlier is None:
+            command = self._debit(scope, principal, event, priced, at_us)
+        except (MetricNotFound, MetricNotPriced, ChargeTooLarge):
+            known = await earlier(self._ledger, scope, event.key, new_id=self._new_id)
+            if known is None:
                 raise
-            return _accepted(earlier)
-        command = self._debit(scope, principal, event, priced, at_us)
+            return _accepted(known)
         spender = Spender(app_id=principal.app_id, key_id=principal.key_id, customer_id=event.customer_id)
         return _accepted(await self._charging.ask(command, spender))
 
@@ -126,25 +127,6 @@ class Metering:
             beyond="refuse" if metric.overage_policy == "block" else "overage",
             tells_overage=metric.overage_policy == "notify",
         )
-
-    async def _earlier(self, scope: Scope, key: Key | None) -> Applied | None:
-        """What came of the event that *key* stands for; None when there is none.
-
-        The ledger looks at a command's key before it looks at the command. One that releases what nobody reserved
-        changes nothing, so all that it can come to is what the key stands for.
-
-        Raises:
-            KeyReused: the key is another event's.
-        """
-        if key is None:
-            return None
-        nobodys = ReservationRef(*scope, self._new_id("rsv"))
-        try:
-            return await self._ledger.execute(
-                Release(id=self._new_id("cmd"), scope=scope, key=key, reservation=nobodys)
-            )
-        except NotFound:
-            return None
 
 
 def _accepted(applied: Applied) -> UsageAccepted:

@@ -113,6 +113,8 @@ class Customers:
         self._ids: LRU[CustomerName, Remembered] = LRU(customers_max)
         """By the tenant's name, or by our id in its place: no name looks like one of our ids."""
         self._under_way: dict[CustomerName, asyncio.Task[str]] = {}
+        self._forgotten = 0
+        """How often all was."""
 
     async def resolve(self, tenant_id: str, mode: str, external_id: str, *, param: str = "user") -> str:
         """Our id (`cus_…`) of the customer, who is created if nobody has seen them before, and has their default grant.
@@ -142,10 +144,11 @@ class Customers:
         if not reference.startswith(CUSTOMER_PREFIX):
             return await self.resolve(tenant_id, mode, reference, param=param)
         if self.known(tenant_id, mode, reference) is None:
-            until_s = self._monotonic_s() + LEASE_S
+            until_s, forgotten = self._monotonic_s() + LEASE_S, self._forgotten
             row = await self._row(tenant_id, mode, reference)
             await self._greet(tenant_id, mode, row.id, row.welcome)
-            self._ids.put(CustomerName(tenant_id, mode, reference), Remembered(row.id, until_s))
+            if self._forgotten == forgotten:  # Otherwise they may have been erased since we read.
+                self._ids.put(CustomerName(tenant_id, mode, reference), Remembered(row.id, until_s))
         return reference
 
     def known(self, tenant_id: str, mode: str, reference: str, *, external: bool = False) -> str | None:
@@ -176,11 +179,12 @@ class Customers:
         name = CustomerName(tenant_id, mode, external_id)
         async with transactions.write(of(tenant_id, mode)) as connection:
             created = await self._create(connection, name, change)
+            query = select_customers(tenant_id, mode).where(named(external_id))
             if not created:
-                await connection.execute(update_customers(tenant_id, mode, change).where(named(external_id)))
-            found = (
-                await connection.execute(select_customers(tenant_id, mode).where(named(external_id)))
-            ).one_or_none()
+                before = (await connection.execute(query.with_for_update())).one_or_none()
+                changed = change if before is None else merged(change, before.settings)
+                await connection.execute(update_customers(tenant_id, mode, changed).where(named(external_id)))
+            found = (await connection.execute(query)).one_or_none()
         if found is None:
             raise _being_erased(external_id)
         return info_of(found), created
@@ -241,6 +245,7 @@ class Customers:
         """Look every name up anew: some may mean another customer, or nobody."""
         self._ids.clear()
         self._under_way.clear()
+        self._forgotten += 1
 
     async def _row(self, tenant_id: str, mode: str, reference: str) -> Row[Any]:
         if "\x00" in reference:  # PostgreSQL keeps no such text, nor looks for it.

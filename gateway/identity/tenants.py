@@ -261,6 +261,8 @@ class Tenants:
 
     async def app(self, tenant_id: str, app_id: str) -> AppInfo:
         """Raises ApiError 404, also for another tenant's app."""
+        if "\x00" in app_id:  # PostgreSQL keeps no such text, nor looks for it.
+            raise errors.not_found("this app")
         return _only(await self._select(AppInfo, App, of(tenant_id), tenant=tenant_id, id=app_id), f"app {app_id}")
 
     async def list_apps(self, tenant_id: str) -> list[AppInfo]:

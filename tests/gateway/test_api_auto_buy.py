@@ -32,6 +32,7 @@ from pricing.money import CREDIT
 from tests.conftest import Campaign
 from tests.gateway.office import Office
 from tests.gateway.rig import open_store
+from tests.gateway.test_api_webhooks import worked_off
 
 HOUR: Final = {"key": "hour", "name": "Hour", "price": 100_000, "credits": 200_000, "duration_seconds": 3600}
 RACES_AT_ONCE: Final = 50
@@ -228,6 +229,17 @@ async def test_none_is_bought_that_would_not_help(shop: Shop):
     assert await shop.plans(alice) == ["refused"]
 
 
+async def test_none_is_bought_that_costs_what_it_brings(shop: Shop):
+    """The price comes out of the very credits that were too few: each refusal would turn more of them into a plan."""
+    alice = await shop.customer("alice", credits=1000)
+    await shop.office.post("/v1/topup/grant", {"customer_id": "alice", "credits": 500_000})
+    for _ in range(2):
+        await refused(shop.send(alice, 602))
+    assert await shop.plans(alice) == []
+    await shop.send(alice, 601)
+    assert await shop.plans(alice) == ["refused"], "1 and 500 less the price, and 200 of the plan"
+
+
 async def test_a_plan_that_is_active_but_too_small_is_followed_by_another(shop: Shop):
     """What it has left, and the next, pay together."""
     alice = await shop.customer("alice")
@@ -351,6 +363,7 @@ async def races(first: Shop, second: Shop, seed: random.Random, *, rounds: int) 
         await asyncio.gather(*(first.send(customer) for customer in customers))
         first.office.clock.pass_s(3600)
         await asyncio.gather(*(race(first, second, customer, seed) for customer in customers))
+        await worked_off(first.office)  # The gateways' own outboxes react to the same ends meanwhile.
         for customer in customers:
             assert len(await first.plans(customer)) == 2, await first.plans(customer)
             assert await first.own(customer) == 800

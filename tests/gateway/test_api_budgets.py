@@ -1,5 +1,6 @@
 """Budgets over the API: who may set them, whom they stop, what they show, and when they are filled again."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -287,6 +288,7 @@ async def test_a_threshold_raises_an_event_once(funded: Office):
         ({"type": "key", "id": "key_nobody"}, "live", 404),
         ({"type": "app", "id": "app_nobody"}, "live", 403),
         ({"type": "app", "id": "app_nobody"}, "owner", 404),
+        ({"type": "app", "id": "\0"}, "owner", 404),
         ({"type": "customer", "id": "cus_nobody"}, "live", 404),
         ({"type": "tenant", "id": "ten_nobody"}, "owner", 400),
     ],
@@ -338,6 +340,13 @@ async def test_a_subject_has_only_so_many(office: Office):
     assert await office.refused("POST", "/v1/budgets", body) == (400, "invalid_request", "subject")
 
 
+async def test_a_subject_has_only_so_many_however_many_are_made_at_once(office: Office):
+    await office.post("/v1/customers", {"external_id": "alice"})
+    body = {"subject": {"type": "customer", "id": "alice"}, "credits": 1, "period": MONTH}
+    answers = await asyncio.gather(*(office.ask("POST", "/v1/budgets", body) for _ in range(20)))
+    assert sorted(answer.status_code for answer in answers) == [201] * 10 + [400] * 10
+
+
 # What others ask of it.
 
 
@@ -384,6 +393,32 @@ async def test_metered_usage_and_tasks_are_under_it_too(funded: Office):
     assert (now["spent"], now["reserved"], now["remaining"]) == (2_000, 3_000, 0)
     await funded.post(f"/v1/reservations/{held['id']}/release")
     assert (await shown(funded, made))["remaining"] == 3_000
+
+
+async def test_what_a_task_will_owe_is_under_it_too(office: Office):
+    """Nobody's wallet is drawn on for what is owed, so nothing but the budget bounds it."""
+    await office.post("/v1/billable-metrics", {"key": "page", "overage_policy": "allow"})
+    price = {"billable_metric_key": "page", "cost_type": "per_unit", "unit_cost": 1_000}
+    await office.post("/v1/metering-rules", price)
+    await office.post("/v1/topup/grant", {"customer_id": "alice", "credits": 500})
+    made = await budget(office, {"type": "customer", "id": "alice"}, 5_000)
+    task = {"customer_id": "alice", "billable_metric_key": "page", "estimated_units": 3}
+    held = await office.post("/v1/reservations", task)
+    assert held["reserved_amount"] == 500
+    assert (await shown(office, made))["remaining"] == 2_000
+    for path, body in (
+        ("/v1/reservations", task),
+        (f"/v1/reservations/{held['id']}/extend", {"units": 3}),
+        ("/v1/usage", {"customer_id": "alice", "billable_metric_key": "page", "units": 3}),
+    ):
+        refused = (await office.ask("POST", path, body)).json()["error"]
+        assert (refused["code"], refused["needed"], refused["available"]) == ("budget_exceeded", 3_000, 2_000), path
+    await office.post(f"/v1/reservations/{held['id']}/extend", {"units": 2})
+    assert (await shown(office, made))["remaining"] == 0
+    done = await office.post(f"/v1/reservations/{held['id']}/commit", {"units": 5})
+    assert (done["charged_amount"], done["balance"]) == (5_000, -4_500)
+    now = await shown(office, made)
+    assert (now["spent"], now["reserved"], now["remaining"]) == (5_000, 0, 0)
 
 
 async def test_a_check_counts_what_a_budget_leaves(office: Office) -> None:

@@ -42,6 +42,15 @@ async def test_a_change_replaces_metadata_and_those_settings_that_it_names(offic
     assert await office.get("/v1/customers/alice") == changed
 
 
+async def test_who_is_created_again_keeps_the_settings_that_are_not_named(office: Office):
+    await made(office, settings={"auto_buy_enabled": True, "auto_buy_pack": "weekly"})
+    again = await office.ask("POST", "/v1/customers", {"external_id": "alice", "settings": {"auto_buy_price": 5000}})
+    assert again.status_code == 200
+    agreed = {"auto_buy_enabled": True, "auto_buy_pack": "weekly", "auto_buy_price": 5000, "auto_buy_credits": None}
+    assert again.json()["settings"] == agreed
+    assert (await office.get("/v1/customers/alice"))["settings"] == agreed
+
+
 async def test_to_change_nothing_is_no_version(office: Office):
     before = await made(office)
     assert (await office.ask("PATCH", "/v1/customers/alice", {})).json() == before

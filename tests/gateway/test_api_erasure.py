@@ -45,7 +45,20 @@ async def live(office: Office, name: str = NAME, about: dict[str, Any] = ABOUT) 
     rule = {"billable_metric_key": "message", "cost_type": "flat", "credit_cost": 1}
     await office.post("/v1/metering-rules", rule, once="rule")
     event = {"customer_id": name, "billable_metric_key": "message", "metadata": about}
-    assert (await office.ask("POST", "/v1/usage", event)).status_code == 202
+    charged = await office.ask("POST", "/v1/usage", event)
+    assert charged.status_code == 202
+    await office.post(f"/v1/requests/{charged.json()['id']}/refund", {"reason": SAID}, once="refund")
+    task = {"customer_id": name, "credits": 1, "metadata": about}
+    held = await office.post("/v1/reservations", task, once="task")
+    await office.post(f"/v1/reservations/{held['id']}/commit", {"credits": 1}, once="commit")
+    batch = {"events": [event, {**event, "units": 2}]}
+    assert (await office.ask("POST", "/v1/usage/batch", batch, once="batch")).status_code == 202
+    pack = {"key": "hour", "name": "Hour", "price": 1, "credits": 1, "duration_seconds": 3600}
+    await office.post("/v1/packs", pack, once="pack")
+    await office.post(f"/v1/customers/{name}/packs", {"pack": "hour", "metadata": about}, once="buy")
+    subject = {"type": "customer", "id": name}
+    budget = {"subject": subject, "credits": 10**9, "period": {"every": "month"}, "name": f"{SAID}'s"}
+    await office.post("/v1/budgets", budget, once="budget")
     # As a reservation has it, and what is charged if nobody settles it.
     customer_id: str = made["id"]
     wallet, scope = customer_wallet(office.tenant, "live", customer_id), Scope(office.tenant, "live")
@@ -75,6 +88,7 @@ async def test_no_table_holds_what_was_known_of_a_person(office: Office):
     customer_id = await live(office)
     before = holders(office)
     assert before >= {
+        "budgets",
         "customers",
         "kept_answers",
         "ledger_block",
@@ -90,6 +104,8 @@ async def test_no_table_holds_what_was_known_of_a_person(office: Office):
     assert holders(office, "chatcmpl") == set()
     assert statement["data"], "numbers are kept"
     assert "ledger_transfer" in holders(office, customer_id)
+    (budget,) = (await office.get("/v1/budgets"))["data"]
+    assert (budget["subject"]["id"], budget["name"], budget["archived"]) == (customer_id, "", True)
     await verified(office)
 
 
@@ -125,6 +141,15 @@ async def test_who_comes_back_is_somebody_new(office: Office):
     assert customer["id"] != erased
     assert (customer["metadata"], customer["settings"]["auto_buy_pack"]) == (ABOUT, None)
     assert (await office.get(f"/v1/customers/{NAME}/credits"))["balance"] == 0
+
+
+async def test_a_grant_right_after_is_for_who_has_the_name_now(office: Office):
+    erased = await live(office)
+    before = await office.post("/v1/topup/grant", {"customer_id": NAME, "credits": 1000})
+    assert before["customer_id"] == erased
+    assert (await office.ask("DELETE", f"/v1/customers/{NAME}")).status_code == 204
+    after = await office.post("/v1/topup/grant", {"customer_id": NAME, "credits": 1000})
+    assert after["customer_id"] != erased
 
 
 async def test_another_process_that_knows_the_name_hears_of_it_or_looks_again(office: Office):

@@ -1,11 +1,13 @@
 """Billable metrics and metering rules: set up, listed, changed and archived, and refused where they say no price."""
 
 import asyncio
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.api.wire import time_us
 from gateway.billing.catalog import Catalog, MetricNotFound, MetricNotPriced
 from tests.gateway.office import Office, open_office
 
@@ -301,6 +303,20 @@ async def test_a_scheduled_price_takes_effect_at_its_time_and_can_be_called_off(
     assert await credits_for(office, 1) == "1"
 
 
+async def test_a_scheduled_price_is_repeated_as_it_was_when_its_time_has_come(office: Office):
+    await metered(office)
+    later = {"cost_type": "per_unit", "unit_cost": 2000, "effective_from": "2096-01-01T00:00:00Z"}
+    made = await office.ask("POST", RULES, {"billable_metric_key": "chat_message", **later}, once="one")
+    revised = await office.ask("PATCH", f"{RULES}/{made.json()['id']}", later, once="two")
+    office.clock.pass_s(75 * 366 * 86_400)
+    again = await office.ask("POST", RULES, {"billable_metric_key": "chat_message", **later}, once="one")
+    assert (again.status_code, again.json()) == (201, made.json())
+    again = await office.ask("PATCH", f"{RULES}/{made.json()['id']}", later, once="two")
+    assert (again.status_code, again.json()) == (201, revised.json())
+    new = {"billable_metric_key": "chat_message", **later}
+    assert await office.refused("POST", RULES, new, once="three") == (400, "invalid_request", "effective_from")
+
+
 async def test_a_metric_without_a_rule_in_force_is_not_metered(office: Office):
     await office.post(METRICS, {"key": "chat_message"})
     usage = {"customer_id": "alice", "billable_metric_key": "chat_message"}
@@ -350,6 +366,18 @@ async def test_a_price_is_asked_for_once_a_lease_and_at_once_after_a_change(tmp_
         third = (await office.ask("PATCH", f"{RULES}/{second}", {"unit_cost": 2})).json()["id"]
         catalog.invalidate()
         assert await price() == third
+
+
+async def test_a_lease_ends_at_the_instant_at_which_the_next_price_takes_effect(tmp_path: Path):
+    async with open_office(tmp_path) as office:
+        await metered(office)
+        later = {"billable_metric_key": "chat_message", "cost_type": "per_unit", "unit_cost": 2000}
+        second = await office.post(RULES, later | {"effective_from": "2096-01-01T00:00:00Z"})
+        catalog = Catalog(office.gateway.services.database, monotonic_s=lambda: 0.0)
+        instant_us = time_us(datetime(2096, 1, 1, tzinfo=UTC))
+        for at_us, expected in ((instant_us - 1, False), (instant_us, True), (instant_us - 1, False)):
+            found = await catalog.priced(office.tenant, "live", "chat_message", at_us=at_us)
+            assert (found.price_version == second["id"]) is expected, at_us
 
 
 async def test_what_is_not_there_is_remembered_too(tmp_path: Path):

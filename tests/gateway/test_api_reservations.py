@@ -276,6 +276,31 @@ async def test_a_creation_is_repeated_as_it_was_whatever_has_become_of_it(office
     assert refused == (422, "idempotency_key_reused", None)
 
 
+@pytest.mark.parametrize(("change", "status"), [("too dear", 400), ("archived", 404)])
+async def test_a_creation_is_repeated_though_it_could_not_be_asked_for_now(office: Office, change: str, status: int):
+    await metric(office)
+    await grant(office, 10_000)
+    five = {"billable_metric_key": "image", "estimated_units": 5}
+    first = await reserve(office, once="job-1", **five)
+    if change == "archived":
+        await office.post("/v1/billable-metrics/image/archive")
+    else:
+        await price(office, 10**12)
+    asked = {"customer_id": "ann", **five}
+    assert (await office.refused("POST", "/v1/reservations", asked, once="job-2"))[0] == status
+    assert await reserve(office, once="job-1", **five) == first
+    assert await credits(office) == (10_000, 5000, 5000)
+
+
+@pytest.mark.parametrize(("verb", "body"), [("release", None), ("extend", {"ttl_seconds": 60})])
+async def test_a_key_is_of_one_reservation(office: Office, verb: str, body: dict[str, Any] | None):
+    await metric(office)
+    await grant(office, 10_000)
+    one, other = await reserve(office), await reserve(office)
+    await office.post(path(one, verb), body, once="key")
+    assert (await office.refused("POST", path(other, verb), body, once="key"))[0] == 422
+
+
 async def test_a_partial_commit_is_repeated_as_it_was(office: Office):
     await metric(office)
     await grant(office, 10_000)

@@ -216,22 +216,24 @@ async def test_a_refusal_is_not_kept_under_the_key(office: Office):
     assert (await use(office, 3, once="one"))["balance_decimal"] == "7"
 
 
-@pytest.mark.parametrize("change", ["dearer", "archived", "unpriced"])
+@pytest.mark.parametrize("change", ["dearer", "too dear", "archived", "unpriced"])
 async def test_a_replay_is_the_first_answer_whatever_it_would_cost_by_now(office: Office, change: str):
     await meter(office)
     await grant(office, 10)
-    first = await use(office, 3, once="one")
+    first = await use(office, 5, once="one")
     (rule,) = (await office.get(RULES))["data"]
-    if change == "dearer":
-        await office.ask("PATCH", f"{RULES}/{rule['id']}", {"unit_cost": 100_000})
+    if change in ("dearer", "too dear"):
+        await office.ask("PATCH", f"{RULES}/{rule['id']}", {"unit_cost": 10**12 if change == "too dear" else 100_000})
+        status = 400 if change == "too dear" else 402
+        assert (await office.refused("POST", USAGE, event(5), once="another"))[0] == status
     else:
         await office.ask(
             "POST", f"{METRICS}/chat_message/archive" if change == "archived" else f"{RULES}/{rule['id']}/archive"
         )
-        assert (await office.refused("POST", USAGE, event(3), once="another"))[0] == 404
+        assert (await office.refused("POST", USAGE, event(5), once="another"))[0] == 404
         assert (await office.refused("POST", USAGE, event(4), once="one"))[0] == 422
-    assert await use(office, 3, once="one") == first
-    assert await balance(office) == "7"
+    assert await use(office, 5, once="one") == first
+    assert await balance(office) == "5"
 
 
 async def test_a_replay_by_another_process(office: Office):
@@ -410,6 +412,16 @@ async def test_a_batch_that_is_sent_again_charges_nothing_more(office: Office):
         None,
     )
     assert await balance(office) == "94"
+
+
+async def test_nothing_is_recorded_of_a_batch_that_reuses_a_key_though_its_first_event_has_its_own(office: Office):
+    await meter(office)
+    await grant(office, 100)
+    await office.ask("POST", f"{USAGE}/batch", {"events": [event(1, idempotency_key="a"), event(2)]}, once="batch-1")
+    other = {"events": [event(3, idempotency_key="b"), event(4), event(5)]}
+    refused = await office.refused("POST", f"{USAGE}/batch", other, once="batch-1")
+    assert refused == (422, "idempotency_key_reused", None)
+    assert await balance(office) == "97"
 
 
 async def test_what_was_refused_of_a_batch_is_charged_when_it_is_sent_again(office: Office):

@@ -1,6 +1,7 @@
 """Customers: one name is one customer, whoever sees it first and however many do at once."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -116,6 +117,27 @@ async def test_our_id_reaches_only_its_own_tenant_and_mode(customers: Customers,
         with pytest.raises(ApiError) as caught:
             await customers.named(tenant, mode, customer_id)
         assert caught.value.status == 404
+
+
+async def test_who_is_read_while_all_is_forgotten_is_not_remembered(
+    customers: Customers, tenant_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    """They may have been erased since the row was read."""
+    alice = await customers.resolve(tenant_id, "live", "alice")
+    customers.forget()
+    read = Customers._row
+
+    async def reading(*args: Any) -> Any:
+        row = await read(*args)
+        customers.forget()
+        return row
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Customers, "_row", reading)
+        await customers.named(tenant_id, "live", alice)
+    assert customers.known(tenant_id, "live", alice) is None
+    await customers.named(tenant_id, "live", alice)
+    assert customers.known(tenant_id, "live", alice) == alice
 
 
 async def test_one_who_leaves_does_not_stop_the_others(customers: Customers, tenant_id: str):
