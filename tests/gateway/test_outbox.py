@@ -121,6 +121,20 @@ async def test_what_somebody_asks_for_is_told_in_order_around_what_nobody_does(t
     assert (await told(tenants), await pending(tenants)) == ([("alice", 1), ("alice", 3), ("alice", 5)], 0)
 
 
+async def test_what_is_told_marks_nothing_that_lies_between(tenants: Database, monkeypatch: pytest.MonkeyPatch):
+    """It was left for the next round; by then somebody may have asked for it."""
+    monkeypatch.setattr(outbox_module, "BULK_PAGE", 1)
+    await subscribe(tenants, "credit.granted")
+    kinds = ("credit.granted", "usage.recorded", "credit.granted")
+    await happens(
+        tenants,
+        ("bob", 1, "usage.recorded"),
+        *(("alice", sequence, kind) for sequence, kind in enumerate(kinds, start=1)),
+    )
+    await working(tenants).round()
+    assert (await told(tenants), await pending(tenants)) == ([("alice", 1), ("alice", 3)], 1)
+
+
 async def test_who_asks_for_everything_is_told_everything(tenants: Database):
     await subscribe(tenants, "*")
     await happens(tenants, ("alice", 1, "usage.recorded"), ("bob", 1, "credit.granted"), ("alice", 2, "usage.recorded"))
