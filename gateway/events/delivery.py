@@ -1,7 +1,7 @@
 """The dispatcher: takes lanes that are due, and delivers what is in them.
 
-Every process has one. How many attempts are under way at once is bounded, in all and for each endpoint, so that one
-that hangs leaves room for the others.
+Every process has one. How many attempts are under way at once is bounded, in all, for each tenant and for each
+endpoint, so that one that hangs, and one who has many that do, leaves room for the others.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from gateway.events.post import Answer, Outcome, Poster
 from gateway.events.signing import signed_headers
 
 AT_ONCE_MAX: Final = 32
+AT_ONCE_OF_TENANT_MAX: Final = 16
 AT_ONCE_OF_ENDPOINT_MAX: Final = 8
 TRANSACTIONS_AT_ONCE: Final = 2
 """Of the few connections that a process has to its own tables, most stay with the callers."""
@@ -73,11 +74,14 @@ class Dispatcher:
         if len(self._visits) >= AT_ONCE_MAX:
             return
         busy = Counter(lane.endpoint for lane in self._visits)
+        of_tenant = Counter(lane.tenant for lane in self._visits)
         for lane in await self._lanes.due(of_each=2 * AT_ONCE_OF_ENDPOINT_MAX, page=PAGE):
             if len(self._visits) >= AT_ONCE_MAX:
                 break
-            if lane not in self._visits and busy[lane.endpoint] < AT_ONCE_OF_ENDPOINT_MAX:
+            room = busy[lane.endpoint] < AT_ONCE_OF_ENDPOINT_MAX and of_tenant[lane.tenant] < AT_ONCE_OF_TENANT_MAX
+            if lane not in self._visits and room:
                 busy[lane.endpoint] += 1
+                of_tenant[lane.tenant] += 1
                 visit = asyncio.create_task(self._visit(lane), name="webhook-visit")
                 self._visits[lane] = visit
                 visit.add_done_callback(partial(self._left, lane))
@@ -130,4 +134,8 @@ class Dispatcher:
             log.exception("an event could not be written", event_id=event.id, event_type=event.type)
             return Answer(Outcome.UNRENDERED, error="the event could not be written; we were told")
         headers = signed_headers(event.id, body, endpoint.secrets, now_us=self._now_us())
-        return await self._poster.post(endpoint.url, body.encode(), headers)
+        try:
+            return await self._poster.post(endpoint.url, body.encode(), headers)
+        except Exception:
+            log.exception("an attempt broke off", event_id=event.id, endpoint=endpoint.id)
+            return Answer(Outcome.BROKEN, error="the attempt broke off; we were told")

@@ -2,8 +2,8 @@
 
 How it works. A lane is there while its wallet has something for its endpoint. A process takes a lane that is due:
 nobody else does until its lease ends, also if it dies. It delivers one event after the other, each recorded before the
-next, and then gives the lane back, due when its next attempt is. Whoever adds a delivery or gives a lane back locks the
-lane's row last, respectively first, so that neither misses the other.
+next, and then gives the lane back, due when its next attempt is. Whoever adds a delivery, records one or gives a lane
+back locks the lane's row first, so that they neither miss each other nor wait for each other in a ring.
 
 An attempt is recorded after it was made: whoever dies in between makes it again. Hence «at least once».
 """
@@ -88,7 +88,10 @@ class Lanes:
         self._jitter = jitter
 
     async def due(self, *, of_each: int, page: int) -> list[LaneRef]:
-        """Lanes that somebody may take, at most *of_each* for every endpoint. Candidates, read without locks."""
+        """Lanes that somebody may take, at most *of_each* for every endpoint, and of each tenant one after the other.
+
+        Candidates, read without locks.
+        """
         values = {"now_us": self._now_us(), "of_each": of_each, "page": page}
         async with self._database.read(NOBODY) as connection:
             query = _DUE_POSTGRESQL if connection.dialect.name == "postgresql" else _DUE_SQLITE
@@ -115,7 +118,12 @@ class Lanes:
                 return None
             await connection.execute(
                 update(WebhookDelivery)
-                .where(*_within(job.lane), col(WebhookDelivery.sequence) == job.event.sequence)
+                .where(
+                    *_within(job.lane),
+                    col(WebhookDelivery.sequence) == job.event.sequence,
+                    # Else it was asked for again meanwhile, and is due anew.
+                    col(WebhookDelivery.started_at_us) == job.started_at_us,
+                )
                 .values(
                     attempts=job.attempts + 1,
                     last_status=attempted.status,
@@ -241,7 +249,6 @@ async def enqueue(
         added = added.on_conflict_do_update(index_elements=_KEY, set_=anew)
     else:
         added = added.on_conflict_do_nothing()
-    await connection.execute(added, rows)
     lanes = sorted({(each.endpoint, each.wallet) for each in deliveries})
     opened = _insert(connection, WebhookLane)
     due, holder = col(WebhookLane.due_at_us), col(WebhookLane.holder)
@@ -253,6 +260,7 @@ async def enqueue(
         for endpoint, wallet in lanes
     ]
     await connection.execute(opened, lane_rows)
+    await connection.execute(added, rows)
 
 
 def _insert(connection: AsyncConnection, table: Any) -> Any:
@@ -273,6 +281,7 @@ _DUE_SQLITE: Final = text(
     SELECT tenant, mode, endpoint, wallet FROM (
         SELECT *, row_number() OVER (PARTITION BY tenant, mode, endpoint ORDER BY due_at_us) AS place
         FROM webhook_lanes WHERE due_at_us <= :now_us
-    ) WHERE place <= :of_each ORDER BY due_at_us LIMIT :page
+    ) WHERE place <= :of_each
+    ORDER BY row_number() OVER (PARTITION BY tenant ORDER BY due_at_us), due_at_us LIMIT :page
     """
 )

@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from enum import StrEnum
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
@@ -18,6 +19,9 @@ TOTAL_S: Final = 15.0
 
 ANSWER_BYTES_MAX: Final = 64 * 1024
 """What is read of an answer's body before we hang up. It is not kept."""
+
+ANSWER_S: Final = 2.0
+"""How long an answer's body may take, of the time that is left. It is not needed: the status has come before it."""
 
 USER_AGENT: Final = f"Farebox/{__version__} (webhooks)"
 
@@ -135,13 +139,12 @@ class Poster:
 async def _read_some(response: httpx.Response) -> None:
     """Let the receiver finish what it says, within bounds. The status counts, however the rest ends."""
     size = 0
-    try:
-        async for part in response.aiter_raw():
-            size += len(part)
-            if size > ANSWER_BYTES_MAX:
-                return
-    except httpx.HTTPError:
-        return
+    with suppress(httpx.HTTPError, TimeoutError):
+        async with asyncio.timeout(ANSWER_S):
+            async for part in response.aiter_raw():
+                size += len(part)
+                if size > ANSWER_BYTES_MAX:
+                    return
 
 
 def answer_of(status: int) -> Answer:

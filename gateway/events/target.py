@@ -33,10 +33,15 @@ DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
-# Beyond what `ipaddress` knows not to be global: relays that carry a packet on to an address inside of it.
+# Beyond what `ipaddress` knows not to be global (in its older versions): relays that carry a packet on to an address
+# inside of it, and public addresses at which clouds answer their own machines alone.
 _PUBLIC_IPV6: Final = ipaddress.IPv6Network("2000::/3")
 _CARRIES_IPV4: Final = (ipaddress.IPv6Network("2001::/32"), ipaddress.IPv6Network("2002::/16"))
-_RELAYS: Final = ipaddress.IPv4Network("192.88.99.0/24")
+_WITHIN_IPV4: Final = (
+    ipaddress.IPv4Network("192.88.99.0/24"),
+    ipaddress.IPv4Network("192.0.0.0/24"),  # IETF protocols; Oracle's metadata
+    ipaddress.IPv4Network("168.63.129.16/32"),  # Azure's host
+)
 
 
 class TargetRefused(Exception):
@@ -129,7 +134,12 @@ def is_public(address: Address) -> bool:
             and not address.is_multicast
             and not any(address in network for network in _CARRIES_IPV4)
         )
-    return address.is_global and not address.is_multicast and not address.is_reserved and address not in _RELAYS
+    return (
+        address.is_global
+        and not address.is_multicast
+        and not address.is_reserved
+        and not any(address in network for network in _WITHIN_IPV4)
+    )
 
 
 def _address(text: str) -> Address | None:

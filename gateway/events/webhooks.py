@@ -34,6 +34,9 @@ CANCEL_S: Final = 1.0
 GATHER_S: Final = 0.02
 """A pause after each round, in which what comes next gathers: under load a round is then a page."""
 
+UNASKED_S: Final = 0.25
+"""The same after events that nobody had asked for: most are of that kind, and each round costs the ledger's disk."""
+
 PAUSE_LEAST: Final = 0.75
 """Each wait is drawn from this part of it to all of it: processes do not come in step."""
 
@@ -95,7 +98,7 @@ class Webhooks:
     def start(self, *, render: Render, reactions: Sequence[Reaction] = ()) -> None:
         """Begin to deliver, and to react; *render* writes an event as its JSON."""
         self._poster = Poster(self._resolve, allow_private=self._allow_private, total_s=self._total_s)
-        self._dispatcher = Dispatcher(
+        self._dispatcher = dispatcher = Dispatcher(
             Lanes(
                 self._database,
                 holder=self._holder,
@@ -118,16 +121,23 @@ class Webhooks:
         )
         retention = Retention(self._database, now_us=self._now_us)
 
-        async def work_off() -> None:
-            if await outbox.round():
+        async def work_off() -> float:
+            worked = await outbox.round()
+            if worked.more:
                 self._events_came.set()
+            return GATHER_S if worked.more or worked.asked else UNASKED_S
 
-        async def prune() -> None:
+        async def deliver() -> float:
+            await dispatcher.round()
+            return GATHER_S
+
+        async def prune() -> float:
             await retention.round()
+            return GATHER_S
 
         for name, loop in (
             ("outbox", _repeat("outbox", work_off, POLL_S, self._events_came)),
-            ("dispatcher", _repeat("dispatcher", self._dispatcher.round, POLL_S, self._lanes_due)),
+            ("dispatcher", _repeat("dispatcher", deliver, POLL_S, self._lanes_due)),
             ("retention", _later(RETENTION_PAUSE_S, _repeat("retention", prune, RETENTION_PAUSE_S, asyncio.Event()))),
         ):
             self._loops.append(asyncio.create_task(loop, name=f"events-{name}"))
@@ -157,18 +167,20 @@ async def _later(pause_s: float, work: Coroutine[Any, Any, None]) -> None:
     await work
 
 
-async def _repeat(name: str, work: Callable[[], Awaitable[None]], pause_s: float, woken: asyncio.Event) -> None:
+async def _repeat(name: str, work: Callable[[], Awaitable[float]], pause_s: float, woken: asyncio.Event) -> None:
+    """Do *work* when *woken*, or after *pause_s*; it says how long it rests in any case."""
     while True:
         woken.clear()
+        rest_s = GATHER_S
         try:
-            await work()
+            rest_s = await work()
         except (DatabaseUnavailable, LedgerUnavailable):
             log.warning("the database is away", events=name)
             woken.clear()
         except Exception:
             log.exception("events are held up", events=name)
             woken.clear()
-        await asyncio.sleep(GATHER_S)
+        await asyncio.sleep(rest_s)
         # Not `wait_for`, which before Python 3.12 swallows a cancellation that comes together with the event.
         with suppress(TimeoutError):
             async with asyncio.timeout(pause_s * random.uniform(PAUSE_LEAST, 1)):  # noqa: S311

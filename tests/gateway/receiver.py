@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Reply:
-    """*hang*: no answer comes. *cut*: the connection ends in the middle of it."""
+    """*hang*: no answer comes. *cut*: the connection ends in the middle of it. *stuck*: its body never ends."""
 
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
@@ -47,6 +48,7 @@ class Reply:
     hang: bool = False
     cut: bool = False
     endless: bool = False
+    stuck: bool = False
 
 
 Behave = Callable[[Received], Reply]
@@ -66,6 +68,7 @@ class Receiver:
     sent_bytes: int = 0
     at_once: int = 0
     at_once_max: int = 0
+    tls: ssl.SSLContext | None = None
     _server: asyncio.Server | None = None
     _open: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -74,7 +77,7 @@ class Receiver:
         return f"http://127.0.0.1:{self.port}/hooks?of=test"
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -119,10 +122,12 @@ class Receiver:
             writer.write(b"HTTP/1.1 2")
             await writer.drain()
             return
-        length = "" if reply.endless else f"Content-Length: {len(reply.body)}\r\n"
+        length = "" if reply.endless or reply.stuck else f"Content-Length: {len(reply.body)}\r\n"
         extra = "".join(f"{name}: {value}\r\n" for name, value in reply.headers)
         writer.write(f"HTTP/1.1 {reply.status} X\r\n{length}{extra}\r\n".encode() + reply.body)
         await writer.drain()
+        if reply.stuck:
+            await reader.read()
         while reply.endless:
             writer.write(b"x" * 65_536)
             self.sent_bytes += 65_536
@@ -130,8 +135,8 @@ class Receiver:
 
 
 @contextlib.asynccontextmanager
-async def receiving(behave: Behave = accept) -> AsyncIterator[Receiver]:
-    receiver = Receiver(behave)
+async def receiving(behave: Behave = accept, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Receiver]:
+    receiver = Receiver(behave, tls=tls)
     await receiver.start()
     try:
         yield receiver

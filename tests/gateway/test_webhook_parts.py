@@ -1,12 +1,15 @@
 """The parts of the webhooks that need no gateway: the schedule, the signatures, and where they may go."""
 
 import base64
-from collections.abc import Sequence
+import ssl
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from standardwebhooks import Webhook
 
+from gateway.events import post
 from gateway.events.post import Outcome, Poster, answer_of
 from gateway.events.schedule import (
     ATTEMPTS_MAX,
@@ -21,7 +24,7 @@ from gateway.events.schedule import (
 )
 from gateway.events.signing import SECRETS_MAX, Secret, new_secret, rotated, signed_headers
 from gateway.events.target import ADDRESSES_MAX, Target, TargetRefused, addresses_of, target_of
-from tests.gateway.receiver import receiving
+from tests.gateway.receiver import Reply, receiving
 
 S = 1_000_000
 HOUR, DAY = 3600, 24 * 3600
@@ -160,7 +163,9 @@ REFUSED_ADDRESSES = [
     "169.254.169.254",
     "172.16.0.1",
     "172.31.255.255",
+    "168.63.129.16",
     "192.0.0.1",
+    "192.0.0.192",
     "192.0.2.1",
     "192.88.99.1",
     "192.168.1.1",
@@ -247,6 +252,61 @@ async def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.Monk
         await poster.post(f"http://name.example:{receiver.port}/", b"{}", {})
         await poster.close()
     assert (len(proxy.received), len(receiver.received)) == (0, 1)
+
+
+# TLS: the certificate has to be the name's, wherever the connection goes.
+
+CERTIFICATES = Path(__file__).parent / "certificates"
+
+
+def trusting() -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=CERTIFICATES / "authority.pem")
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "outcome"),
+    [
+        ("name.example", trusting, Outcome.DELIVERED),
+        ("other.example", trusting, Outcome.UNREACHABLE),
+        ("127.0.0.1", trusting, Outcome.UNREACHABLE),
+        ("name.example", ssl.create_default_context, Outcome.UNREACHABLE),
+    ],
+    ids=["its own", "another's", "an address", "of nobody we trust"],
+)
+async def test_the_certificate_is_that_of_the_name(name: str, context: Callable[[], ssl.SSLContext], outcome: Outcome):
+    named: list[str | None] = []
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(CERTIFICATES / "name.example.pem")
+    tls.sni_callback = lambda _connection, server_name, _context: named.append(server_name)
+    async with receiving(tls=tls) as receiver:
+        poster = Poster(_fixed(["127.0.0.1"]), allow_private=True, new_context=context)
+        answer = await poster.post(f"https://{name}:{receiver.port}/", b"{}", {})
+        await poster.close()
+    assert answer.outcome is outcome
+    assert len(receiver.received) == (outcome is Outcome.DELIVERED)
+    assert named == [None if name == "127.0.0.1" else name]
+
+
+async def test_a_status_counts_though_the_body_after_it_never_ends(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(post, "ANSWER_S", 0.05)
+    async with receiving(lambda received: Reply(stuck=True)) as receiver:
+        poster = Poster(_fixed(["127.0.0.1"]), allow_private=True)
+        answer = await poster.post(f"http://name.example:{receiver.port}/", b"{}", {})
+        await poster.close()
+    assert answer.outcome is Outcome.DELIVERED
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://.example/", "http://a..b/", f"http://{'a' * 64}.b/", "http://[::1%25]:9/", 'http://"<>:9/', "http://a:0/"],
+)
+async def test_a_strange_name_is_an_answer_and_no_error(url: str):
+    """An error would be nobody's attempt: it would come again for ever."""
+    poster = Poster(_fixed(["127.0.0.1"]), allow_private=True, total_s=5)
+    for strange in (url, url.replace("http", "https")):
+        answer = await poster.post(strange, b"{}", {})
+        assert answer.outcome in (Outcome.FORBIDDEN, Outcome.UNREACHABLE, Outcome.BROKEN)
+    await poster.close()
 
 
 def test_what_a_status_means():

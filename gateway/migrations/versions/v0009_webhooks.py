@@ -10,7 +10,8 @@ down_revision = "0008"
 branch_labels = None
 depends_on = None
 
-# Both walk an index from one scope, or endpoint, to the next: however much one of them has to do, all are seen.
+# Both walk an index from one scope, or endpoint, to the next: however much one of them has to do, all are seen. Of the
+# lanes each tenant has its first, then each its second, and so on: who has many that are due does not hide the others.
 _PENDING = """
     SELECT walk.tenant, walk.mode FROM (
         WITH RECURSIVE scope AS (
@@ -46,7 +47,7 @@ _DUE = """
             ORDER BY l.due_at_us LIMIT of_each
         ) AS lane
     ) AS due
-    ORDER BY due.due_at_us LIMIT page
+    ORDER BY row_number() OVER (PARTITION BY due.tenant ORDER BY due.due_at_us), due.due_at_us LIMIT page
 """
 
 
