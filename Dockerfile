@@ -8,6 +8,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY gateway gateway
 COPY pricing pricing
 COPY ledger ledger
+COPY farebox farebox
 RUN /opt/farebox/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
 
 FROM python:3.11-slim

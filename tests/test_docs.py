@@ -32,7 +32,7 @@ from ledger.outcomes import Reason, Rejected
 from tests.ledger import spec
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE_ROOTS = ("", "gateway", "pricing", "ledger")
 START_TIMEOUT_S = 60
 PAGE_TIMEOUT_S = 180
@@ -153,6 +153,8 @@ def test_the_examples_of_a_page_run(
             "FAREBOX_URL": started["base_url"],
             "FAREBOX_KEY": started["live_key"],
             "FAREBOX_USER": started["user"],
+            "FAREBOX_BASE_URL": started["base_url"],
+            "FAREBOX_API_KEY": started["live_key"],
         }
     wanted = [[block.language, block.marks[0], block.text] for block in examples]
     done = subprocess.run(

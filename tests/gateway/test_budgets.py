@@ -207,9 +207,10 @@ async def test_nothing_is_asked_of_the_ledger_where_nobody_knows_the_limits(
 ):
     counted.away = True
     ledger: Any = NoLedger()
+    nobody: Any = None
     command: Any = type("Asked", (), {"scope": scope})()
     with pytest.raises(LedgerUnavailable) as away:
-        await Charging(ledger, budgets=budgets).ask(command, ALICE)
+        await Charging(ledger, budgets=budgets, auto_buy=nobody).ask(command, ALICE)
     assert not away.value.in_doubt
 
 
