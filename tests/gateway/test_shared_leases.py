@@ -258,3 +258,10 @@ async def test_what_is_no_word_of_ours_deafens_nobody(one: Process, other: Proce
     await one.hold()
     assert await other.change(books, 2) < LEASE_S / 2
     assert one.kept is None
+
+
+async def test_who_has_signed_anew_is_not_struck(one: Process, other: Process, books: Books):
+    await other.hold()
+    assert await one.link.ask("balance", STRIKE, (holders_key(REF),), other.leases.process, 1)
+    await one.change(books, 2)
+    await until(lambda: other.kept is None)
