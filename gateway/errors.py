@@ -91,10 +91,11 @@ class ApiError(Exception):
     def __repr__(self) -> str:
         return f"ApiError({self.code!r}, {self.message!r})"
 
-    def to_body(self, request_id: str) -> bytes:
-        """The envelope as JSON."""
+    def to_body(self, request_id: str, *, beside: bool = False) -> bytes:
+        """The envelope as JSON; with code and message *beside* it, too, for clients that look there."""
         named = {**self.inner, "request_id": request_id}
-        return msgspec.json.encode({"error": {**named, **self.facts}})
+        outer = {"code": self.code, "message": self.message} if beside else {}
+        return msgspec.json.encode({"error": {**named, **self.facts}, **outer})
 
     @property
     def inner(self) -> dict[str, Any]:

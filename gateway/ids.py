@@ -7,6 +7,7 @@ one source rise strictly; the step is random so that a forked process goes anoth
 Source: ULID (https://github.com/ulid/spec), TypeID for the prefix.
 """
 
+import hashlib
 import os
 import threading
 import time
@@ -62,6 +63,12 @@ class IdSource:
                 value = last + 1 + (random & (1 << STEP_BITS) - 1)
             self._last = value
         return f"{prefix}_{encode(value)}"
+
+
+def derived_id(prefix: str, *names: str) -> str:
+    """The id that these names always have. It lies somewhere in time."""
+    digest = hashlib.sha256("\x00".join(names).encode()).digest()
+    return f"{prefix}_{encode(int.from_bytes(digest[:16], 'big'))}"
 
 
 def encode(value: int) -> str:

@@ -51,6 +51,20 @@ def parse_decimal(text: str) -> Fraction:
     return Fraction(int(whole + decimals), 10 ** len(decimals))
 
 
+def _plain(number: str | Decimal) -> str:
+    """A decimal as it is written without an exponent.
+
+    Raises:
+        ValueError: it has none, or more digits than anybody would read.
+    """
+    if not isinstance(number, Decimal):
+        return number
+    # The size is checked first: 1E+999999 has a million digits.
+    if not number.is_finite() or abs(number.adjusted()) > DECIMAL_TEXT_MAX:
+        raise ValueError("an amount must be a finite number of a sensible size")
+    return format(number, "f")
+
+
 def format_decimal(value: int, scale: int) -> str:
     """value * 10**-scale as an exact decimal: no exponent, no trailing zeros."""
     digits = str(abs(value)).rjust(scale + 1, "0")
@@ -78,12 +92,13 @@ class Asset(msgspec.Struct, frozen=True):
         if not 0 < self.usd_value_picos <= USD_VALUE_PICOS_MAX:
             raise ValueError(f"one {self.code} must be worth more than nothing and at most $1,000,000")
 
-    def parse(self, text: str) -> int:
+    def parse(self, text: str | Decimal) -> int:
         """An exact decimal number of whole units, in smallest units.
 
         Raises:
             ValueError: not exactly representable at this scale, not a plain non-negative decimal, or too large.
         """
+        text = _plain(text)
         return self._exact(parse_decimal(text) * self._units_per_whole, text)
 
     def format(self, units: int) -> str:
@@ -110,11 +125,7 @@ class Asset(msgspec.Struct, frozen=True):
         Raises:
             ValueError: not exactly representable, negative, not finite, or too large.
         """
-        # format() writes a Decimal without an exponent. The size is checked first: 1E+999999 has a million digits.
-        if isinstance(usd, Decimal):
-            if not usd.is_finite() or abs(usd.adjusted()) > DECIMAL_TEXT_MAX:
-                raise ValueError("an amount in dollars must be a finite number of a sensible size")
-            usd = format(usd, "f")
+        usd = _plain(usd)
         return self._exact(parse_decimal(usd) * PICOS_PER_USD * self._units_per_whole / self.usd_value_picos, f"${usd}")
 
     def to_usd_text(self, units: int) -> str:

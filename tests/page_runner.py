@@ -1,6 +1,7 @@
 """Runs the examples of one page in their order, in a process and a folder of their own: see `tests/test_docs.py`.
 
-It reads the examples as JSON and writes what became of each. Those in Python share one namespace, as on the page.
+It reads the examples as JSON and writes what became of each. Those in Python share one namespace, and those in shell
+what they export, as on the page.
 """
 
 import contextlib
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 SHELL_TIMEOUT_S = 60
+EXPORTED = Path("exported.sh")
+SESSION = f"""[ -f {EXPORTED} ] && . ./{EXPORTED}
+trap 'export -p > {EXPORTED}' EXIT
+"""
+"""What makes several shells, one after the other, look like one."""
 
 
 def main() -> None:
@@ -42,7 +48,7 @@ def run_python(text: str, namespace: dict[str, Any]) -> dict[str, str | None]:
 
 def run_shell(text: str) -> dict[str, str | None]:
     done = subprocess.run(
-        ["sh", "-eu", "-c", text], capture_output=True, text=True, timeout=SHELL_TIMEOUT_S, check=False
+        ["sh", "-euc", SESSION + text], capture_output=True, text=True, timeout=SHELL_TIMEOUT_S, check=False
     )
     failure = f"exit code {done.returncode}\n{done.stdout}{done.stderr}" if done.returncode else None
     return {"failure": failure, "output": done.stdout}

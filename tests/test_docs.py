@@ -1,9 +1,10 @@
 """The pages are true: what they show runs, what they name is there, and their tables are those of the code.
 
 An example runs when its fence says so: `python runnable`, `sh runnable`. With `demo` behind it, it talks to a gateway,
-and has the demo's address, key and user in its environment. A fence `text output` behind an example holds what it
-prints. A fence `ledger runnable` is a table of `tests/ledger/spec.py`. A fence `toml farebox.toml` is written to that
-file, for the examples behind it.
+of its page's own, and has the demo's address, key and user in its environment. With `refused`, it ends with a refusal.
+A fence `text output` behind an example holds what it prints, a fence `json output` the answers, in which `…` stands for
+whatever was there. A fence `ledger runnable` is a table of `tests/ledger/spec.py`. A fence `toml farebox.toml` is
+written to that file, for the examples behind it.
 """
 
 import json
@@ -17,8 +18,9 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import typer
@@ -29,6 +31,7 @@ from gateway.errors import KINDS
 from gateway.proxy.settlement import TABLE
 from ledger.errors import error_of
 from ledger.outcomes import Reason, Rejected
+from tests.gateway.office import open_office
 from tests.ledger import spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,10 +39,12 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglo
 CODE_ROOTS = ("", "gateway", "pricing", "ledger")
 START_TIMEOUT_S = 60
 PAGE_TIMEOUT_S = 180
+ELLIPSIS = "…"
+"""Stands for what differs from one time to the next, as ids and times do."""
 
 
 class Block(NamedTuple):
-    """One fenced block. *output* is what the page says that it prints."""
+    """One fenced block. *output* is what the page says that it prints, as text or as *answers* in JSON."""
 
     page: str
     line: int
@@ -47,6 +52,7 @@ class Block(NamedTuple):
     marks: tuple[str, ...]
     text: str
     output: str | None
+    answers: str | None = None
 
     @property
     def place(self) -> str:
@@ -60,6 +66,8 @@ def blocks_of(page: Path) -> list[Block]:
         language, marks, content = match[1], tuple(match[2].split()), match[3]
         if (language, marks) == ("text", ("output",)):
             found[-1] = found[-1]._replace(output=content)
+        elif (language, marks) == ("json", ("output",)):
+            found[-1] = found[-1]._replace(answers=content)
         else:
             line = text.count("\n", 0, match.start()) + 1
             found.append(Block(page.relative_to(ROOT).as_posix(), line, language, marks, content, None))
@@ -93,12 +101,13 @@ def quoted(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the command `farebox`, and a curl that takes an error status for a failure."""
+    """A folder with the commands `farebox` and `python3`, and a curl that takes an error status for a failure."""
     folder = tmp_path_factory.mktemp("pages")
-    command = folder / "bin" / "farebox"
-    command.parent.mkdir()
-    command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m gateway.cli \"$@\"\n")
-    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    (folder / "bin").mkdir()
+    for name, does in (("farebox", "-m gateway.cli "), ("python3", "")):
+        command = folder / "bin" / name
+        command.write_text(f"#!/bin/sh\nexec '{sys.executable}' {does}\"$@\"\n")
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
     (folder / ".curlrc").write_text("fail-with-body\nshow-error\n")
     return folder
 
@@ -117,7 +126,7 @@ def environment(workshop: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def demo(workshop: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
     """A demo that runs; what its JSON line says."""
     running = subprocess.Popen(
@@ -153,6 +162,7 @@ def test_the_examples_of_a_page_run(
             "FAREBOX_URL": started["base_url"],
             "FAREBOX_KEY": started["live_key"],
             "FAREBOX_USER": started["user"],
+            "FAREBOX_ADMIN": started["admin_key"],
             "FAREBOX_BASE_URL": started["base_url"],
             "FAREBOX_API_KEY": started["live_key"],
         }
@@ -169,9 +179,37 @@ def test_the_examples_of_a_page_run(
     )
     assert done.returncode == 0, done.stderr
     for block, result in zip(examples, json.loads(done.stdout), strict=True):
-        assert result["failure"] is None, f"{block.place}\n{result['failure']}"
+        refused = "refused" in block.marks
+        assert (result["failure"] is not None) == refused, f"{block.place}\n{result['failure']}"
         if block.output is not None:
             assert result["output"] == block.output, block.place
+        if block.answers is not None:
+            shown, given = documents(block.answers), documents(result["output"])
+            assert fits(shown, given), f"{block.place}\n{json.dumps(given, indent=2)}"
+
+
+def documents(text: str) -> list[Any]:
+    """The JSON documents that *text* holds, one after the other."""
+    decoder, found, rest = json.JSONDecoder(parse_float=Decimal), [], text.strip()
+    while rest:
+        document, end = decoder.raw_decode(rest)
+        found.append(document)
+        rest = rest[end:].strip()
+    return found
+
+
+def fits(shown: Any, given: Any) -> bool:
+    """Whether *given* is what is *shown*; a member or an item `…` stands for those that are left out."""
+    if isinstance(shown, dict):
+        whole = ELLIPSIS in shown or shown.keys() == given.keys()
+        return whole and all(
+            name in given and fits(value, given[name]) for name, value in shown.items() if name != ELLIPSIS
+        )
+    if isinstance(shown, list):
+        return len(shown) == len(given) and all(map(fits, shown, given))
+    if isinstance(shown, str) and ELLIPSIS in shown:
+        return isinstance(given, str) and re.fullmatch(re.escape(shown).replace(ELLIPSIS, ".*"), given) is not None
+    return bool(shown == given)
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda block: block.place)
@@ -249,6 +287,31 @@ def test_the_table_of_commands_is_the_command_line():
 
 
 # Tables are those of the code.
+
+
+async def test_the_table_of_endpoints_is_the_apis(tmp_path: Path):
+    listed = [endpoint for row in rows("docs/api/README.md", "endpoint") for endpoint in quoted(row[0])]
+    async with open_office(tmp_path) as office:
+        paths = (await office.ask_plain("/openapi.json")).json()["paths"]
+    served = [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
+    assert sorted(listed) == sorted(served)
+
+
+@pytest.mark.parametrize(
+    ("shown", "given"),
+    [
+        ('{"a": 1}', '{"a": 2}'),
+        ('{"a": 1}', '{"a": 1, "b": 2}'),
+        ('{"a": 1, "…": ""}', '{"b": 1}'),
+        ('{"a": "cus_…"}', '{"a": "req_1"}'),
+        ("[1]", "[1, 2]"),
+        ("{}", "{} {}"),
+        ("0.1", "0.10000000000000001"),
+    ],
+)
+def test_an_answer_that_is_not_the_shown_one_is_noticed(shown: str, given: str):
+    assert fits(documents(shown), documents(shown.replace("…", "1")))
+    assert not fits(documents(shown), documents(given))
 
 
 def test_the_table_of_errors_is_the_codes():

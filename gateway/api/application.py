@@ -13,7 +13,9 @@ from starlette.types import ASGIApp
 from gateway import __version__
 from gateway.api import (
     apps,
+    autumn,
     budgets,
+    chargly,
     chat,
     credits,
     customers,
@@ -40,7 +42,7 @@ from gateway.api import (
     webhook_endpoints,
 )
 from gateway.api.access import SECURITY
-from gateway.api.frame import REFUSAL, REQUEST_ID, Frame
+from gateway.api.frame import ERROR_BESIDE, REFUSAL, REQUEST_ID, Frame
 from gateway.api.services import Services
 from gateway.errors import ApiError, internal_error, invalid_request, method_not_allowed, not_found
 from gateway.refusals import REFUSALS
@@ -80,6 +82,8 @@ RESOURCES: Final = (
     usage,
     usage_queries,
     budgets,
+    autumn,
+    chargly,
 )
 PLAIN: Final = (health, docs)
 """They need no key."""
@@ -148,7 +152,7 @@ def create_api(services: Services) -> ASGIApp:
 
 def _answer(request: Request, refusal: ApiError) -> Response:
     request.scope[REFUSAL] = refusal.code
-    body = refusal.to_body(request.scope[REQUEST_ID])
+    body = refusal.to_body(request.scope[REQUEST_ID], beside=request.scope.get(ERROR_BESIDE, False))
     return Response(body, refusal.status, dict(refusal.headers), media_type="application/json")
 
 

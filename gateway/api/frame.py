@@ -19,6 +19,9 @@ REQUEST_ID: Final = "farebox.request_id"
 REFUSAL: Final = "farebox.refusal"
 """Where in a request's scope the code of its refusal is."""
 
+ERROR_BESIDE: Final = "farebox.error_beside"
+"""Where in a request's scope it says that its client looks for an error's code beside the envelope."""
+
 UNMATCHED: Final = "unmatched"
 
 log = structlog.get_logger(__name__)

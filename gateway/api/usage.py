@@ -137,7 +137,7 @@ async def record_usage(body: NewUsage, request: Request, principal: Writer, serv
     otherwise. Repeated with the same idempotency key, the answer is the first one.
     """
     event = await _event(body, principal, services, key_of(request, body, OPERATION))
-    accepted = await _recorded(event, principal, services)
+    accepted = await recorded(event, principal, services)
     if accepted.replayed:
         mark_replayed(request)
     return _view(event, accepted, principal)
@@ -176,7 +176,7 @@ async def _event(body: NewUsage, principal: Principal, services: Services, key: 
     )
 
 
-async def _recorded(event: UsageEvent, principal: Principal, services: Services) -> UsageAccepted:
+async def recorded(event: UsageEvent, principal: Principal, services: Services) -> UsageAccepted:
     """Raises ApiError for what only the caller's asset can put into words, and whatever else `record` does."""
     try:
         return await services.metering.record(principal, event)
@@ -253,7 +253,7 @@ async def _all_recorded(
 async def _outcome(body: NewUsage, key: Key | None, principal: Principal, services: Services) -> Outcome:
     try:
         event = await _event(body, principal, services, key)
-        return event, await _recorded(event, principal, services)
+        return event, await recorded(event, principal, services)
     except Exception as error:
         refusal = REFUSALS.translate(error)
         if refusal is None:

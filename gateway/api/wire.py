@@ -9,7 +9,8 @@ from decimal import Decimal
 from typing import Annotated, Any, Final, Generic, TypeVar
 
 import msgspec
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from fastapi import Response
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from gateway.errors import invalid_request
 from pricing.metering import MICROS_PER_UNIT, UNITS_MAX, microunits
@@ -26,6 +27,8 @@ EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND: Final = timedelta(microseconds=1)
 
 T = TypeVar("T")
+
+_EXACT: Final = msgspec.json.Encoder(decimal_format="number")
 
 Millicredits = Annotated[int, Field(description="Thousandths of a credit, rounded down.", examples=[500000])]
 Credits = Annotated[str, Field(description="The exact amount in credits.", examples=["500"])]
@@ -63,6 +66,11 @@ def amounts(asset: Asset, **units: int) -> dict[str, Any]:
     return written
 
 
+def exact(view: View, *, status: int = 200) -> Response:
+    """*view* with its decimals as JSON numbers that have all of their digits, which no binary float would."""
+    return Response(_EXACT.encode(view.model_dump(by_alias=True)), status, media_type="application/json")
+
+
 def time_text(at_us: int) -> str:
     """RFC 3339 in UTC, exact to the microsecond."""
     return (EPOCH + at_us * MICROSECOND).isoformat().replace("+00:00", "Z")
@@ -89,7 +97,7 @@ def units_of_millis(millicredits: int, asset: Asset, *, param: str) -> int:
         raise invalid_request(f"{param}: {error}.", param=param) from None
 
 
-def units_of_credits(credits: str, asset: Asset, *, param: str) -> int:
+def units_of_credits(credits: str | Decimal, asset: Asset, *, param: str) -> int:
     """Decimal credits in the asset's smallest unit, exactly.
 
     Raises:
@@ -194,6 +202,9 @@ ExactDecimal = Annotated[
     Field(json_schema_extra={"type": "number"}, allow_inf_nan=False, ge=0),
 ]
 Units = Annotated[ExactDecimal, AfterValidator(_quantity), Field(le=UNITS_MAX)]
+Exactly = Annotated[Decimal, WithJsonSchema({"type": "number"})]
+"""A number in an answer that `exact` writes."""
+
 FutureTime = Annotated[
     AwareDatetime,
     BeforeValidator(_written_out),

@@ -42,7 +42,8 @@ class Entitlement(msgspec.Struct, frozen=True, kw_only=True):
     """What a check found. Amounts are in the smallest unit of the tenant's asset.
 
     `balance` is the whole wallet's, less what it owes; `effective_balance` is what this app could spend on this metric
-    now. `affordable_units` are whole units; None where nothing bounds them.
+    now. `affordable_units` are whole units; None where nothing bounds them. With `overage_allowed` the metric's policy
+    lets the wallet owe.
     """
 
     allowed: bool
@@ -53,6 +54,7 @@ class Entitlement(msgspec.Struct, frozen=True, kw_only=True):
     cost_per_unit: int
     cost_total: int
     affordable_units: int | None
+    overage_allowed: bool
 
 
 class Entitlements:
@@ -123,7 +125,8 @@ def _entitlement(
     effective = spendable if left is None else min(spendable, left)
     cost_total = cost(rule, units, asset)
     affordable = affordable_units(rule, effective, asset)
-    within = effective >= cost_total or priced.metric.overage_policy != "block"
+    overage_allowed = priced.metric.overage_policy != "block"
+    within = effective >= cost_total or overage_allowed
     return Entitlement(
         allowed=within and not frozen and (left is None or cost_total <= left),
         customer_id=customer_id,
@@ -133,4 +136,5 @@ def _entitlement(
         cost_per_unit=cost_total if units == ONE else cost(rule, ONE, asset),
         cost_total=cost_total,
         affordable_units=None if affordable is None else int(affordable),
+        overage_allowed=overage_allowed,
     )

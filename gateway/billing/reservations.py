@@ -50,7 +50,10 @@ class Quantity(msgspec.Struct, frozen=True):
 
 
 class NewTask(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be held, for whom. Without *metric_key* it is in credits, and so are its commits."""
+    """What is to be held, for whom. Without *metric_key* it is in credits, and so are its commits.
+
+    *request_id* is given where it derives from a name of the caller's (`derived_id`): one name is one task, for ever.
+    """
 
     customer_id: str
     metric_key: str | None
@@ -58,6 +61,7 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     ttl_us: int
     metadata: dict[str, Any]
     key: Key | None
+    request_id: str | None = None
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -129,13 +133,13 @@ class Reservations:
             priced = await self._catalog.priced(*scope, new.metric_key, at_us=self._now_us())
         terms = _terms(new, priced)
         amount = terms.price(new.estimate, principal.asset)
-        request_id = self._new_id("req")
+        request_id = new.request_id or self._new_id("req")
         leg = ReserveLeg((customer_wallet(*scope, new.customer_id),), amount, amount)
         command = Reserve(
             id=self._new_id("cmd"),
             scope=scope,
             key=new.key,
-            reservation=ReservationRef(*scope, f"rsv_{request_id.partition('_')[2]}"),
+            reservation=ReservationRef(*scope, reservation_id_of(request_id)),
             asset=principal.asset.code,
             legs=(leg,),
             developer=principal.app_id,
@@ -241,6 +245,11 @@ class Reservations:
         )
         spender = Spender(task.reservation.tags.app, principal.key_id, task.terms.customer_id)
         return await self._charging.ask(command, spender)
+
+
+def reservation_id_of(request_id: str) -> str:
+    """The id of the reservation that is charged as this request."""
+    return f"rsv_{request_id.partition('_')[2]}"
 
 
 def _terms(new: NewTask, priced: PricedMetric | None) -> Terms:

@@ -30,13 +30,17 @@ SOURCE: Final = "reported"
 
 
 class UsageEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """What a tenant's app reports. *units* are 0 to `UNITS_MAX`, with six decimal places at most."""
+    """What a tenant's app reports. *units* are 0 to `UNITS_MAX`, with six decimal places at most.
+
+    *amount*, in the asset's smallest unit, is what it costs where the app says so itself, whatever the rule.
+    """
 
     customer_id: str
     metric_key: str
     units: Decimal
     metadata: dict[str, Any]
     key: Key | None
+    amount: int | None = None
 
 
 class UsageAccepted(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,12 +98,12 @@ class Metering:
 
     def _debit(self, scope: Scope, principal: Principal, event: UsageEvent, priced: PricedMetric, at_us: int) -> Debit:
         metric = priced.metric
-        price = cost(priced.rule, event.units, principal.asset)
+        price = cost(priced.rule, event.units, principal.asset) if event.amount is None else event.amount
         request_id = self._new_id("req")
         usage = UsageRecord(
             request_id=request_id,
             units={MICROUNITS: microunits(event.units)},
-            price_version=priced.price_version,
+            price_version=priced.price_version if event.amount is None else None,
             source=SOURCE,
             app_id=principal.app_id,
             key_id=principal.key_id,

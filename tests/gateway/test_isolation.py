@@ -311,9 +311,52 @@ def attempts(things: Things) -> dict[str, list[Attempt]]:
         "POST /v1/billable-metrics/{metric}/archive": [
             Attempt(f"/v1/billable-metrics/{name}/archive") for name in metrics
         ],
+        **autumn_attempts(things),
+        "POST /chargly/v1/meter": [
+            Attempt("/chargly/v1/meter", {"customerId": person, "event": things.metric_key, "credits": 1}, once)
+            for person in people
+        ],
+        "GET /chargly/v1/wallet": [Attempt(f"/chargly/v1/wallet?customerId={person}") for person in people],
         "GET /health/live": [Attempt("/health/live")],
         "GET /health/ready": [Attempt("/health/ready")],
         "GET /metrics": [Attempt("/metrics", same=False)],
+    }
+
+
+def autumn_attempts(things: Things) -> dict[str, list[Attempt]]:
+    """The same in Autumn's dialect."""
+    once = {"Idempotency-Key": things.idempotency_key}
+    named = [
+        {"customer_id": person, "feature_id": metric}
+        for person in (things.customer, things.user)
+        for metric in (things.metric, things.metric_key)
+    ]
+    checks = [*named, {**named[1], "send_event": True}, {**named[3], "lock": {"lock_id": f"lock-of-{things.user}"}}]
+    bodies: dict[str, list[dict[str, Any]]] = {
+        "check": checks,
+        "balances.check": checks,
+        "entitled": named,
+        "track": named,
+        "events": named,
+        "balances.track": named,
+        "balances.batch_track": [{"events": named}],
+        "balances.finalize": [
+            {"lock_id": lock, "action": action}
+            for lock in (f"lock-of-{things.user}", things.reservation)
+            for action in ("confirm", "release")
+        ],
+        "customers": [{"id": things.customer}, {"id": things.user, "name": "Taken"}],
+    }
+    tried = {
+        f"POST /autumn/v1/{verb}": [Attempt(f"/autumn/v1/{verb}", body, once) for body in sent]
+        for verb, sent in bodies.items()
+    }
+    return {
+        **tried,
+        "GET /autumn/v1/customers": [Attempt(f"/autumn/v1/customers?cursor={things.customer}", same=False)],
+        "GET /autumn/v1/customers/{customer}": [
+            Attempt(f"/autumn/v1/customers/{person}") for person in (things.customer, things.user)
+        ],
     }
 
 
@@ -367,6 +410,8 @@ async def settle_in(office: Office, name: str) -> dict[str, Things]:
         assert answer.status_code == 200, answer.text
         (event, *_) = (await office.get(f"/v1/events?customer_id={user}", key=label))["data"]
         held = await office.post("/v1/reservations", {"customer_id": user, "credits": 1000}, key=label, once=once)
+        lock = {"customer_id": user, "feature_id": f"{name}-metric", "lock": {"lock_id": f"lock-of-{user}"}}
+        assert (await office.post("/autumn/v1/check", lock, key=label))["allowed"]
         pack = await office.post("/v1/packs", {**PACK, "key": user}, key=label, once=once)
         await office.post(f"/v1/customers/{user}/packs", {"pack": user}, key=label, once=once)
         # What was measured outside the proxy may have metadata of the tenant's own.
