@@ -43,6 +43,10 @@ LINGER_S: Final = 2.0
 HEAD_BYTES_MAX: Final = 64 * 1024
 """Of a request's line and headers together, give or take what one read from the socket brings."""
 
+UNREAD_BYTES_MAX: Final = 16 * 1024
+"""How much of what was written may wait for the client where an answer is written at once: one more does not fill the
+transport's buffer, for which an answer would have to wait."""
+
 POLL_S: Final = 0.05
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, RETIRE_SIGNAL)
 
@@ -93,7 +97,8 @@ class Connection(HttpToolsProtocol):
         that came in with it."""
         answer = None
         # Nothing may have to be waited for, and no further request may begin where this one ends.
-        if not (self.flow.write_paused or self.pipeline or self.server_state.draining):
+        unread = self.flow.write_paused or self.transport.get_write_buffer_size() > UNREAD_BYTES_MAX
+        if not (unread or self.pipeline or self.server_state.draining or self.transport.is_closing()):
             answer = self.server_state.answer_at_once(cast(Scope, cycle.scope))
         if answer is None:
             super()._start_asgi_task(cycle, app)

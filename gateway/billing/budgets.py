@@ -161,14 +161,18 @@ class Budgets:
         return tuple([budget.limit(at_us) for budget in served])
 
     def known_to_be_none(self, scope: Scope) -> bool:
-        """Whether it is at hand that nobody of *scope* is under any limit."""
-        shared = self._known.get(_Name(scope, None))
-        return (
-            shared is not None
-            and self._monotonic_s() < shared.until_s
-            and not shared.budgets
-            and not shared.of_customers
-        )
+        """Whether it is at hand that nobody of *scope* is under any limit.
+
+        A lease that is half over is renewed meanwhile, so that a tenant in steady use is never waited for.
+        """
+        name = _Name(scope, None)
+        shared = self._known.get(name)
+        left_s = 0.0 if shared is None else shared.until_s - self._monotonic_s()
+        if shared is None or left_s <= 0 or shared.budgets or shared.of_customers:
+            return False
+        if left_s < self._lease_s / 2 and len(self._under_way) < LOOK_UPS_MAX:
+            self._begin_look_up(name)
+        return True
 
     async def _lease(self, name: _Name) -> _Lease:
         lease = self._known.get(name)
@@ -190,14 +194,18 @@ class Budgets:
 
     async def _look_up_once(self, name: _Name) -> _Lease:
         """All who ask for the same while it is looked up get one answer; one who goes away does not stop the others."""
+        if name not in self._under_way and len(self._under_way) >= LOOK_UPS_MAX:
+            raise DatabaseUnavailable(f"{LOOK_UPS_MAX} look-ups are under way already")
+        return await asyncio.shield(self._begin_look_up(name))
+
+    def _begin_look_up(self, name: _Name) -> "asyncio.Task[_Lease]":
+        """The look-up that is under way, begun now if there is none."""
         task = self._under_way.get(name)
         if task is None:
-            if len(self._under_way) >= LOOK_UPS_MAX:
-                raise DatabaseUnavailable(f"{LOOK_UPS_MAX} look-ups are under way already")
             task = asyncio.create_task(self._look_up(name))
             self._under_way[name] = task
             task.add_done_callback(lambda done: self._landed(name, done))
-        return await asyncio.shield(task)
+        return task
 
     def _landed(self, name: _Name, task: asyncio.Task[_Lease]) -> None:
         if self._under_way.get(name) is task:

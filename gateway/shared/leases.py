@@ -109,6 +109,7 @@ class Leases:
         """Set while it hears what it is told. One that is deaf signs nowhere: it would be waited for in vain."""
 
     def start(self) -> None:
+        self._link.when_connected(self._copies.clear)  # Redis may have forgotten that we hold them.
         self._listening = asyncio.create_task(self._listen(), name="leases")
 
     async def stop(self) -> None:
@@ -125,9 +126,11 @@ class Leases:
         return self.process if self.heard.is_set() else ""
 
     def copy(self, ref: WalletRef) -> Copy | None:
-        """The copy that may be served now."""
+        """The copy that may be served now; none while Redis is away, whoever can reach it may find it empty."""
         copy = self._copies.get(ref)
-        return copy if copy is not None and self._monotonic_s() < copy.until_s else None
+        if copy is None or not self._link.up or self._monotonic_s() >= copy.until_s:
+            return None
+        return copy
 
     def wears_off(self, copy: Copy) -> bool:
         return self._monotonic_s() >= copy.renew_s
@@ -205,19 +208,23 @@ class Leases:
         for ticket in tickets:
             self._gone.pop(ticket, None)
 
-    async def acknowledged(self, holders: Mapping[int, Set[str]]) -> None:
-        """Wait until all *holders* of each ticket have let go, or their leases are over, which began before now."""
+    async def acknowledged(self, holders: Mapping[int, Set[str]]) -> dict[int, Set[str]]:
+        """Wait until all *holders* of each ticket have let go, or their leases are over, which began before now.
+
+        It returns by ticket who has said nothing.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(self._lease_s):
                 while not all(told <= self._gone[ticket] for ticket, told in holders.items()):
                     self._news.clear()
                     await self._news.wait()
+        return {ticket: told - self._gone[ticket] for ticket, told in holders.items()}
 
     # Hearing.
 
     async def _listen(self) -> None:
         while True:
-            with suppress(RedisError, OSError):
+            with suppress(RedisError, OSError, ValueError):  # The last for what is no word of ours.
                 await self._hear()
             self.heard.clear()
             await asyncio.sleep(links.LEASE_S)
@@ -250,7 +257,8 @@ class Leases:
                 self._news.set()
             return
         writer, ticket = rest
-        ref = WalletRef(*first.partition("{")[2].rpartition("}")[0].split("/", 2))
+        tenant, mode, wallet = first.partition("{")[2].rpartition("}")[0].split("/", 2)
+        ref = WalletRef(tenant, mode, wallet)
         self.let_go(ref)
         with suppress(RedisAway):
             answer = f"{ticket} {self.process}"

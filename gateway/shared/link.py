@@ -142,28 +142,29 @@ class Link:
     # What takes too long.
 
     def _look_late(self) -> None:
-        """The oldest command may be late: let the loop read what is there already, then judge."""
-        self._timer = asyncio.get_running_loop().call_later(GRACE_S, self._read_on, GRACE_TURNS)
+        """The oldest command may be late: let the loop read what is there already, then judge.
 
-    def _read_on(self, turns: int) -> None:
-        self._let_go()
-        loop = asyncio.get_running_loop()
-        if not turns or not self._waiting:
-            self._judge()
-        elif self._timer is not None:
-            self._timer = loop.call_later(0, self._read_on, turns - 1)
-
-    def _judge(self) -> None:
-        loop = asyncio.get_running_loop()
+        Only that command: where the loop is busy for long, each one after it seems late when its time has passed, too.
+        """
         self._timer = None
         self._let_go()
         if not self._waiting:
             return
-        late_s = loop.time() - self._waiting[0].asked_s - self.timeout_s
-        if late_s >= 0:
-            self._break(TimeoutError(f"no answer within {self.timeout_s * 1000:g} ms"))
+        loop = asyncio.get_running_loop()
+        oldest = self._waiting[0]
+        left_s = oldest.asked_s + self.timeout_s - loop.time()
+        if left_s > 0:
+            self._timer = loop.call_later(left_s, self._look_late)
         else:
-            self._timer = loop.call_later(-late_s, self._look_late)
+            self._timer = loop.call_later(GRACE_S, self._read_on, oldest, GRACE_TURNS)
+
+    def _read_on(self, late: Command, turns: int) -> None:
+        if late.reply.done():
+            self._look_late()
+        elif turns:
+            self._timer = asyncio.get_running_loop().call_later(0, self._read_on, late, turns - 1)
+        else:
+            self._break(TimeoutError(f"no answer within {self.timeout_s * 1000:g} ms"))
 
     # Making and losing the link.
 

@@ -22,7 +22,7 @@ import msgspec
 
 from gateway.shared.leases import CHANNEL, HOLDER_LIFE_S, LEASE_S, RENEWED, Ask, Copy, Leases
 from gateway.shared.link import Link
-from gateway.shared.wire import RedisAway, Script
+from gateway.shared.wire import Part, RedisAway, Script
 from ledger.model import WalletRef
 from ledger.store.protocol import WalletBlocks, WalletVersion
 
@@ -61,6 +61,7 @@ for i = 1, #holders, 2 do
     elseif holders[i] ~= ARGV[2] then
         redis.call('PUBLISH', '{CHANNEL}' .. holders[i], KEYS[1] .. ' ' .. ARGV[2] .. ' ' .. ARGV[4])
         reply[#reply + 1] = holders[i]
+        reply[#reply + 1] = holders[i + 1]
     end
 end
 {_SIGN.format(signature="ARGV[3]")}
@@ -68,8 +69,16 @@ return reply
 """
 )
 """KEYS: floor, value, holders. ARGV: the version that comes; who we are, our signature for what comes or nothing, our
-ticket. Also tells whether anybody looked lately, and who is told of it.
+ticket. Also tells whether anybody looked lately, and who is told of it, each with when they signed.
 """
+
+STRIKE: Final = Script(
+    """
+if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
+return 1
+"""
+)
+"""KEYS: holders. ARGV: one whose lease is over, and when they signed; not if they have signed anew."""
 
 LOOK: Final = Script(
     f"""{_NOW}
@@ -135,25 +144,34 @@ class SharedWallets:
             else:
                 await self._tell(self._leases, versions)
         except RedisAway:
-            # The commit goes on: what is cached goes by itself, a value's life later at most. Where Redis was lost, by
-            # all at once, it goes on when the leases from before are over. A link that comes and goes is not waited
-            # for each time: it would make every charge slow.
-            await asyncio.sleep(max(0.0, LEASE_S - self._link.lost_s))
+            # The commit goes on: what is cached goes by itself, a value's life later at most.
+            if self._leases is not None:
+                for ref, _ in versions:
+                    self._leases.let_go(ref)  # Nobody knows that we would hold what comes.
+        # Where Redis was lost, by all at once, it goes on when the leases from before are over: also where Redis is
+        # back, for it may have forgotten them. A link that comes and goes is not waited for each time: it would make
+        # every charge slow.
+        wait_s = LEASE_S - self._link.lost_s
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
 
     async def _tell(self, leases: Leases, versions: Sequence[WalletVersion]) -> None:
         told: list[tuple[int, WalletRef, asyncio.Future[Any]]] = []
-        holders: dict[int, frozenset[str]] = {}
+        holders: dict[int, dict[str, Part]] = {}
         try:
             for ref, version in versions:
                 signature = leases.process if leases.changing(ref) else ""
                 ticket = leases.ticket()
                 leases.unsure(ref)
-                holders[ticket] = frozenset()
+                holders[ticket] = {}
                 told.append((ticket, ref, self._raise(ref, version, leases.process, signature, ticket)))
             for ticket, ref, reply in told:
                 holders[ticket] = await self._raised(ref, reply)
             if any(holders.values()):
-                await leases.acknowledged(holders)
+                silent = await leases.acknowledged({ticket: signed.keys() for ticket, signed in holders.items()})
+                for ticket, ref, _ in told:
+                    for holder in silent[ticket]:  # Or each change would wait for one that died.
+                        self._link.ask("balance", STRIKE, (holders_key(ref),), holder, holders[ticket][holder])
         finally:
             leases.forget(holders)
             for ref, _ in versions[: len(holders)]:
@@ -162,12 +180,12 @@ class SharedWallets:
     def _raise(self, ref: WalletRef, version: int, process: str, signature: str, ticket: int) -> "asyncio.Future[Any]":
         return self._link.ask("balance", RAISE, _all_keys(ref), version, process, signature, ticket)
 
-    async def _raised(self, ref: WalletRef, reply: "asyncio.Future[Any]") -> frozenset[str]:
-        """Who is told of it."""
+    async def _raised(self, ref: WalletRef, reply: "asyncio.Future[Any]") -> dict[str, Part]:
+        """Who is told of it, and when they signed."""
         at_ms, wanted, *holders = await reply
         if wanted:
             self._raised_at_ms[ref] = at_ms
-        return frozenset(holder.decode() for holder in holders)
+        return {holder.decode(): signed for holder, signed in zip(holders[::2], holders[1::2], strict=True)}
 
     def changed(self, wallets: Sequence[WalletBlocks]) -> None:
         for value in wallets:

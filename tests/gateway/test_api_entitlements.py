@@ -202,6 +202,17 @@ async def test_at_once_is_counted_and_limited_like_any_other(tmp_path: Path):
         assert refused.headers["retry-after"]
 
 
+@pytest.mark.sqlite
+async def test_where_only_the_rate_limit_is_asked_for_the_rest_is_at_hand(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+):
+    await price(office)
+    path = f"/v1/customers/{await grant(office, 5000)}/entitlements/chat_message"
+    found = await office.get(path)
+    monkeypatch.setattr(office.gateway.services.entitlements, "check", None)
+    assert await office.get(path) == found
+
+
 async def test_what_is_refused(office: Office):
     await price(office)
     await office.post("/v1/billable-metrics", {"key": "unpriced"}, key="owner")

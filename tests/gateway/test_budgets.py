@@ -118,6 +118,26 @@ async def test_who_has_no_budgets_is_looked_up_once_a_lease_and_else_not_waited_
     assert counted.reads == 2
 
 
+async def test_that_there_are_none_is_looked_up_again_before_its_lease_ends(
+    budgets: Budgets, counted: CountedDatabase, book: BudgetBook, clock: Clock, scope: Scope
+):
+    assert not budgets.known_to_be_none(scope)
+    await budgets.limits(scope, ALICE)
+    assert budgets.known_to_be_none(scope)
+    assert counted.reads == 1
+    clock.pass_s(0.6 * LEASE_S)
+    counted.reading.clear()
+    counted.go_on.clear()
+    assert budgets.known_to_be_none(scope)
+    assert budgets.known_to_be_none(scope), "nobody waits for the look"
+    await counted.reading.wait()
+    assert counted.reads == 2, "it is one for all"
+    counted.go_on.set()
+    await budgets._under_way.popitem()[1]
+    clock.pass_s(LEASE_S)
+    assert not budgets.known_to_be_none(scope)
+
+
 async def test_customers_are_looked_up_one_by_one_where_any_has_a_budget(
     budgets: Budgets, counted: CountedDatabase, book: BudgetBook, scope: Scope
 ):

@@ -29,6 +29,7 @@ class Served:
     def __init__(self) -> None:
         self.state = State()
         self.go_on = asyncio.Event()
+        self.asked: list[str] = []
         self._config = uvicorn.Config(
             self._app, http=Connection, ws="none", lifespan="off", log_config=None, interface="asgi3"
         )
@@ -36,6 +37,7 @@ class Served:
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
+        self.asked.append(scope["method"])
         while (await receive()).get("more_body"):
             pass
         body = b"there" if scope["path"] == "/at-hand" else b"hello"
@@ -58,6 +60,12 @@ class Served:
         """Wait until so much of a head has come."""
         while not any(each._in_head and each._head_bytes >= len(head) for each in self.connections):  # noqa: ASYNC110
             await asyncio.sleep(0)
+
+    async def stuffed(self) -> None:
+        """Wait until a client has left so much unread that it waits in this process."""
+        async with asyncio.timeout(WAIT_S):
+            while not any(each.transport.get_write_buffer_size() for each in self.connections):  # noqa: ASYNC110
+                await asyncio.sleep(0)
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
@@ -118,6 +126,40 @@ async def test_what_is_at_hand_is_answered_in_order_with_all_else(served: Served
             assert await answered(reader) == (200, b"there" if path == b"/at-hand" else b"hello")
         writer.write(LEAST.replace(b"GET / ", b"GET /at-hand ") + b"Content-Length: 4\r\n\r\nbody" + LEAST + b"\r\n")
         assert [await answered(reader), await answered(reader)] == [(200, b"there"), (200, b"hello")]
+
+
+async def test_who_reads_no_answers_is_waited_for(served: Served):
+    """The head of an answer fills what the one before it has left of the buffer, and its body would have to wait."""
+    answer = Answer(b"there", [(b"content-length", b"5"), (b"x-long", b"a" * 40_000)])
+    served.state.answer_at_once = lambda scope: answer
+    async with served.connected() as (reader, writer):
+        asked = 400
+        writer.writelines([LEAST.replace(b"/ ", b"/at-hand ") + b"\r\n"] * asked)
+        await served.stuffed()
+        for _ in range(asked):
+            assert (await answered(reader))[0] == 200
+
+
+async def test_nothing_is_done_for_who_has_asked_to_close(served: Served):
+    served.state.answer_at_once = at_hand
+    async with served.connected() as (reader, writer):
+        first = LEAST.replace(b"GET / ", b"GET /at-hand ") + b"Connection: close\r\n\r\n"
+        writer.write(first + LEAST.replace(b"GET", b"POST") + b"Content-Length: 0\r\n\r\n")
+        assert await answered(reader) == (200, b"there")
+        assert await reader.read() == b""
+    assert served.asked == []
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
+async def test_what_is_at_hand_keeps_the_connection_as_all_else_does(served: Served, version: bytes):
+    served.state.answer_at_once = at_hand
+    async with served.connected() as (reader, writer):
+        writer.write(LEAST.replace(b"/ HTTP/1.1", b"/at-hand " + version) + b"\r\n")
+        assert await answered(reader) == (200, b"there")
+        if version == b"HTTP/1.0":
+            assert await reader.read() == b""
+        else:
+            assert served.connections[0].timeout_keep_alive_task is not None
 
 
 async def test_what_is_at_hand_leaves_no_task_behind(served: Served):

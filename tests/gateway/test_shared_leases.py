@@ -9,9 +9,9 @@ import pytest
 
 from gateway.clock import now_us
 from gateway.shared.balances import Balances
-from gateway.shared.leases import Leases
+from gateway.shared.leases import CHANNEL, Leases
 from gateway.shared.link import Link
-from gateway.shared.wallets import SharedWallets, holders_key
+from gateway.shared.wallets import STRIKE, SharedWallets, holders_key
 from gateway.telemetry import Metrics
 from ledger.model import Wallet, WalletRef
 from ledger.store.protocol import WalletBlocks, WalletVersion
@@ -80,8 +80,10 @@ class Process:
 
 
 @contextlib.asynccontextmanager
-async def started(books: Books, url: str, *, lease_s: float = LEASE_S, steady_s: float = 0.0) -> AsyncIterator[Process]:
-    link = Link(url, Metrics(), timeout_s=PATIENT_S, steady_s=steady_s)
+async def started(
+    books: Books, url: str, *, lease_s: float = LEASE_S, steady_s: float = 0.0, retry_s: float = 1.0
+) -> AsyncIterator[Process]:
+    link = Link(url, Metrics(), timeout_s=PATIENT_S, steady_s=steady_s, lease_s=retry_s)
     await link.start()
     process = Process(books, link, lease_s=lease_s)
     process.leases.start()
@@ -146,6 +148,10 @@ async def test_a_holder_that_hears_nothing_is_waited_for(
         monkeypatch.setattr(one.leases, "_lease_s", 0.3)
         assert await one.change(books, 2) >= 0.3
         assert hung.kept is None
+        await one.link.ask("balance", STRIKE, (holders_key(REF),), "nobody", 0)  # Which Redis has not known before.
+        assert await one.change(books, 3) < 0.2, "it is waited for once, until it signs anew"
+        await hung.hold()
+        assert await one.change(books, 4) >= 0.3
 
 
 async def test_what_was_asked_for_before_the_word_and_comes_after_it_is_void(one: Process):
@@ -209,3 +215,53 @@ async def test_when_redis_is_lost_a_change_waits_until_the_leases_are_over(books
             assert time.monotonic() - killed_s >= 1.0
     finally:
         server.close()
+
+
+async def test_a_redis_that_comes_back_has_forgotten_who_holds_what(books: Books):
+    server = ValkeyServer().start()
+    try:
+        async with (
+            started(books, server.url, retry_s=0.05) as steady,
+            started(books, server.url, retry_s=0.05, steady_s=60) as flapping,
+        ):
+            await steady.hold()
+            await flapping.hold()
+            killed_s = time.monotonic()
+            server.kill()
+            await until(lambda: not steady.link.up and not flapping.link.up)
+            assert (steady.kept, flapping.kept) == (None, None)
+            server.start()
+            await until(lambda: steady.link.up and flapping.link.up)
+            assert (steady.kept, flapping.kept) == (None, None), "nobody would be told to let go of it"
+            await steady.change(books, 2)
+            assert time.monotonic() - killed_s >= 1.0
+    finally:
+        server.close()
+
+
+async def test_what_it_could_not_tell_of_it_does_not_hold(
+    one: Process, other: Process, books: Books, monkeypatch: pytest.MonkeyPatch
+):
+    await one.hold()
+    with monkeypatch.context() as full:
+        full.setattr("gateway.shared.link.WAITING_MAX", 0)
+        await one.change(books, 2)
+    assert one.kept is None
+    await other.change(books, 3)
+    assert one.kept is None
+
+
+async def test_what_is_no_word_of_ours_deafens_nobody(one: Process, other: Process, books: Books):
+    one.link.ask("changes", None, (), "PUBLISH", f"{CHANNEL}{one.leases.process}", "what is that")
+    await until(lambda: not one.leases.heard.is_set())
+    await until(one.leases.heard.is_set)
+    await one.hold()
+    assert await other.change(books, 2) < LEASE_S / 2
+    assert one.kept is None
+
+
+async def test_who_has_signed_anew_is_not_struck(one: Process, other: Process, books: Books):
+    await other.hold()
+    assert await one.link.ask("balance", STRIKE, (holders_key(REF),), other.leases.process, 1)
+    await one.change(books, 2)
+    await until(lambda: other.kept is None)
