@@ -8,6 +8,7 @@ generated clients, and for the tests that walk from one to the next.
 Source: OpenAPI 3.1, Link Object.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -31,6 +32,8 @@ TAGS: Final[Mapping[str, str]] = {
     "tenants": "What you have chosen for all of your apps.",
     "metering": "Metrics, what they cost, usage, and questions about it.",
     "budgets": "Limits to what is spent in a period.",
+    "Autumn's dialect": "The same for clients of Autumn: they change their base URL. Amounts are credits.",
+    "Chargly's dialect": "The same for clients of Chargly: they change their base URL. Amounts are credits.",
     "operations": "Whether this process lives and can serve, and what it has counted.",
 }
 
@@ -170,8 +173,12 @@ class Documented(FastAPI):
 
 
 def operation_id(route: APIRoute) -> str:
-    """A function's name, which is also the method that a generated client has."""
-    return route.name
+    """A function's name, which is also the method that a generated client has; in a dialect, what is asked of it."""
+    dialect, _, asked = route.path.removeprefix("/").partition("/v1/")
+    if not asked or not dialect:
+        return route.name
+    (method,) = route.methods
+    return "_".join((dialect, method.lower(), *re.findall("[a-z]+", asked.partition(":")[0])))
 
 
 def completed(document: Document) -> Document:

@@ -83,7 +83,12 @@ async def fill(url: str, seed: random.Random) -> None:
         await office.post("/v1/customers/alice/packs", {"pack": "hour"})
         everybody = {"subject": {"type": "tenant"}, "credits": 90_000, "period": {"every": "month"}, "name": "Grüße"}
         await office.post("/v1/budgets", everybody, key="owner")
+        await office.post("/v1/webhook-endpoints", {"url": "https://receiver.invalid/"})
         await office.post("/v1/customers", {"external_id": "bob", "metadata": {"plan": ["é", 1, None]}}, once="bob")
+        await office.post("/v1/topup/grant", {"customer_id": "bob", "credits": 1})
+        async with asyncio.timeout(20):
+            while not count(url, "webhook_lanes"):
+                await asyncio.sleep(0.01)
     clock = Clock(us=office.clock.now_us() + LATER_US)
     store = await SqliteStore.open(url, clock=clock)
     source = RandomCommands(seed)

@@ -22,7 +22,7 @@ WHILE_IT_RUNS = 409
 SHOWN_ONCE = ("duplicate", "key", "secret")
 """Members of an answer that a repetition does not have, or that tell of the repetition itself."""
 
-CHANGES_NOTHING = {"POST /v1/quote"}
+CHANGES_NOTHING = {"POST /v1/quote", "POST /autumn/v1/entitled"}
 CHAT = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hello!"}]}
 PACK = {"key": "hour", "name": "Hour", "price": 1000, "credits": 2000, "duration_seconds": 3600}
 
@@ -264,6 +264,40 @@ async def batches(office: Office, asked: Asked) -> int:
     return events // 2 if events % 2 == 0 else -1
 
 
+def autumns(path: str, **more: Any) -> Callable[[Office], Awaitable[Asked]]:
+    """Two uses of a feature, tracked in Autumn's words."""
+
+    async def a_tracked_event(office: Office) -> Asked:
+        await a_usage_event(office)
+        body = {"customer_id": "ann", "feature_id": "chat_message", **more}
+        return Asked(f"/autumn/v1/{path}", body, {**body, "feature_id": "sms"})
+
+    return a_tracked_event
+
+
+async def autumns_batch(office: Office) -> Asked:
+    event = (await autumns("track", value=2)(office)).body
+    return Asked("/autumn/v1/balances.batch_track", {"events": [event, event]}, {"events": [event]})
+
+
+async def autumns_end_of_a_lock(office: Office) -> Asked:
+    await a_usage_event(office)
+    body = {"customer_id": "ann", "feature_id": "chat_message", "lock": {"lock_id": "one", "enabled": True}}
+    await office.post("/autumn/v1/check", body)
+    ended = {"lock_id": "one", "action": "confirm"}
+    return Asked("/autumn/v1/balances.finalize", ended, {**ended, "override_value": 3})
+
+
+async def autumns_customer(office: Office) -> Asked:
+    return Asked("/autumn/v1/customers", {"id": "ann"}, {"id": "bob"})
+
+
+async def charglys_event(office: Office) -> Asked:
+    await a_usage_event(office)
+    body = {"event": "chat_message", "customerId": "ann"}
+    return Asked("/chargly/v1/meter", body, {**body, "credits": 3})
+
+
 async def a_pack(office: Office) -> Asked:
     return Asked("/v1/packs", PACK, {**PACK, "price": 1})
 
@@ -442,6 +476,15 @@ TABLE = [
     Row("POST /v1/keys", a_key, keys, key="owner"),
     Row("POST /v1/keys/{key_id}/revoke", a_keys_end, revoked_keys, key="owner"),
     Row("PATCH /v1/tenants/{tenant}/config", a_tenants_choice, versions, key="owner"),
+    Row("POST /autumn/v1/track", autumns("track", value=2), charges),
+    Row("POST /autumn/v1/events", autumns("events", value=2), charges),
+    Row("POST /autumn/v1/balances.track", autumns("balances.track", value=2), charges),
+    Row("POST /autumn/v1/check", autumns("check", required_balance=2, send_event=True), charges),
+    Row("POST /autumn/v1/balances.check", autumns("balances.check", send_event=True), charges),
+    Row("POST /autumn/v1/balances.batch_track", autumns_batch, batches),
+    Row("POST /autumn/v1/balances.finalize", autumns_end_of_a_lock, charges),
+    Row("POST /autumn/v1/customers", autumns_customer, customers),
+    Row("POST /chargly/v1/meter", charglys_event, charges),
     Row("POST /v1/chat/completions", a_chat, charges),
     Row("POST /v1/users/{user}/chat/completions", a_users_chat, charges),
 ]
