@@ -177,8 +177,7 @@ def operation_id(route: APIRoute) -> str:
     dialect, _, asked = route.path.removeprefix("/").partition("/v1/")
     if not asked or not dialect:
         return route.name
-    (method,) = route.methods
-    return "_".join((dialect, method.lower(), *re.findall("[a-z]+", asked.partition(":")[0])))
+    return "_".join((dialect, *map(str.lower, route.methods or ()), *re.findall("[a-z]+", asked.partition(":")[0])))
 
 
 def completed(document: Document) -> Document:

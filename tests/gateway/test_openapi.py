@@ -169,7 +169,7 @@ async def test_every_example_of_a_body_is_accepted(office: Office, document: dic
     assert tried >= 35
 
 
-METRICS = ("chat_message", "chat.reply", "image_generation", "images", "sms", "small-model-tokens")
+METRICS = ("chat_message", "chat.reply", "image.generation", "image_generation", "images", "sms", "small-model-tokens")
 
 
 async def path_with_things(office: Office, path: str, name: str) -> str:
