@@ -173,7 +173,7 @@ async def test_apps_are_made_and_changed(office: Office):
     changed = (await office.ask("PATCH", f"/v1/apps/{made['id']}", body, key="admin")).json()
     assert changed == {**made, **body, "version": 2}
     back = (await office.ask("PATCH", f"/v1/apps/{made['id']}", {"on_disconnect": "default"}, key="admin")).json()
-    assert back == {**changed, "on_disconnect": None}
+    assert back == {**changed, "on_disconnect": None, "version": 3}
     assert (await office.get("/v1/apps", key="owner"))["data"][1] == back
     for wrong in ({"markup_bps": -1}, {"markup_bps": 1_000_001}, {"markup_bps": "5"}, {"billing_mode": "free"}):
         assert (await office.refused("PATCH", f"/v1/apps/{made['id']}", wrong, key="admin"))[0] == 400
