@@ -438,4 +438,7 @@ def _record(
         "request_id": usage.request_id,
         "charged": sum(charge.total for charge in charged),
     }
+    for name, value in (("metric", usage.metric), ("action", usage.action), ("model", usage.model)):
+        if value is not None:
+            body[name] = value
     draft.raise_event(reservation.legs[0].wallets[0], "usage.recorded", body)

@@ -33,6 +33,9 @@ NAMES: Final[Mapping[str, str]] = {
     "reason": "reason",
     "cause": "cause",
     "pack": "pack",
+    "metric": "billable_metric_key",
+    "action": "action",
+    "model": "model",
     "threshold_bps": "threshold_bps",
 }
 """What we call a fact, by what the ledger calls it. Those of other types than a text or a number are not told."""

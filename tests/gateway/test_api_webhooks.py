@@ -162,7 +162,8 @@ async def test_what_a_charge_cost_the_provider_is_told_to_nobody(office: Office,
     answer = await office.chat()
     await comes(lambda: receiver.received)
     data = receiver.received[0].event["data"]
-    assert data.keys() == {"reservation_id", "request_id", "charged", "charged_decimal"}
+    assert data.keys() == {"reservation_id", "request_id", "model", "charged", "charged_decimal"}
+    assert data["model"] == "gpt-4o-mini"
     assert data["request_id"] == answer.headers["x-request-id"]
     assert data["charged_decimal"] == answer.json()["usage"]["cost"]
 
