@@ -5,12 +5,12 @@ A lack of credits is not in the table: who asked knows the asset, and what to do
 
 from typing import Final
 
-from gateway.api.wire import time_text_or_none
 from gateway.billing.budgets import BudgetExceeded
 from gateway.billing.catalog import MetricNotFound, MetricNotPriced
 from gateway.billing.packs import PackArchived
 from gateway.billing.reservations import TaskNotFound
 from gateway.billing.usage_queries import PeriodTooWide, UsageBehind
+from gateway.clock import time_text_or_none
 from gateway.database import DatabaseUnavailable
 from gateway.errors import (
     ApiError,

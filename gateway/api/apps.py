@@ -10,7 +10,8 @@ from gateway.api.idempotency import key_of, once
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here
 from gateway.api.versions import etag, expected_version
-from gateway.api.wire import Body, Page, Time, View, time_text
+from gateway.api.wire import Body, Page, Time, View
+from gateway.clock import time_text
 from gateway.database import Transactions
 from gateway.identity.principals import BillingMode, OnDisconnect
 from gateway.identity.tenants import AppInfo

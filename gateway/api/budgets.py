@@ -22,11 +22,10 @@ from gateway.api.wire import (
     View,
     Word,
     amounts,
-    time_text,
-    time_text_or_none,
     units_of_millis,
 )
 from gateway.billing.budget_book import Budget, Subject
+from gateway.clock import time_text, time_text_or_none
 from gateway.database import Transactions
 from gateway.errors import invalid_request, not_found, permission_denied
 from gateway.identity.keys import KeyScope

@@ -10,17 +10,8 @@ from pydantic import BaseModel, Field
 from gateway.api.access import Reader
 from gateway.api.customers import Cursor, CustomerPath, Limit
 from gateway.api.services import Here
-from gateway.api.wire import (
-    PAGE_DEFAULT,
-    Credits,
-    Millicredits,
-    Page,
-    Time,
-    View,
-    amounts,
-    time_text,
-    time_text_or_none,
-)
+from gateway.api.wire import PAGE_DEFAULT, Credits, Millicredits, Page, Time, View, amounts
+from gateway.clock import time_text, time_text_or_none
 from gateway.errors import invalid_request
 from gateway.identity.wallets import customer_wallet, unfunded_wallet
 from ledger.burndown import burn_order

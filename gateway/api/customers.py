@@ -20,9 +20,9 @@ from gateway.api.wire import (
     Time,
     View,
     Word,
-    time_text,
     units_of_millis,
 )
+from gateway.clock import time_text
 from gateway.database import Transactions
 from gateway.identity.customer_rows import CustomerChange, CustomerInfo
 from gateway.identity.customers import check_external_id

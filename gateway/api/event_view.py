@@ -13,7 +13,8 @@ from sqlmodel import col
 
 from gateway.api.credits import block_view
 from gateway.api.customers import customer_view
-from gateway.api.wire import amounts, time_text
+from gateway.api.wire import amounts
+from gateway.clock import time_text
 from gateway.database import Database, of
 from gateway.errors import ApiError
 from gateway.events.event import CUSTOMER_WALLET, LIMIT_WALLET, StoredEvent, customer_of

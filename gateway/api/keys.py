@@ -9,7 +9,8 @@ from gateway.api.access import Administrator
 from gateway.api.idempotency import key_of, once
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here
-from gateway.api.wire import Body, Page, Text, Time, View, time_text, time_text_or_none
+from gateway.api.wire import Body, Page, Text, Time, View
+from gateway.clock import time_text, time_text_or_none
 from gateway.database import Transactions
 from gateway.errors import not_found, permission_denied
 from gateway.identity.keys import KeyScope

@@ -11,9 +11,10 @@ from gateway.api.idempotency import key_of, once
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here
 from gateway.api.versions import etag, expected_version
-from gateway.api.wire import PAGE_DEFAULT, Body, Page, Text, Time, View, time_text
+from gateway.api.wire import PAGE_DEFAULT, Body, Page, Text, Time, View
 from gateway.billing.catalog import Metric, OveragePolicy
 from gateway.billing.metrics import MetricChange
+from gateway.clock import time_text
 from gateway.database import Transactions
 from gateway.tables import METRIC_KEY_LENGTH_MAX, NAME_LENGTH_MAX
 from ledger.model import PRIORITY_MAX

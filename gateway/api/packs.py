@@ -25,11 +25,10 @@ from gateway.api.wire import (
     View,
     Word,
     amounts,
-    time_text,
-    time_text_or_none,
     units_of_millis,
 )
 from gateway.billing.packs import PACK_KEY_LENGTH_MAX, Buyer, PackInfo, PackTerms
+from gateway.clock import time_text, time_text_or_none
 from gateway.database import Transactions
 from gateway.errors import insufficient_credits
 from gateway.identity.wallets import customer_wallet

@@ -7,7 +7,8 @@ from pydantic import Field
 
 from gateway.api.access import Reader, sees_margins
 from gateway.api.services import Here, Services
-from gateway.api.wire import Credits, Millicredits, Time, View, amounts, time_text, time_text_or_none
+from gateway.api.wire import Credits, Millicredits, Time, View, amounts
+from gateway.clock import time_text, time_text_or_none
 from gateway.errors import not_found
 from gateway.identity.principals import Principal
 from gateway.proxy.open_serving import LEDGER_AWAY

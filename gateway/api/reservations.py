@@ -22,11 +22,10 @@ from gateway.api.wire import (
     View,
     amounts,
     shown_units,
-    time_text,
-    time_text_or_none,
     units_of_millis,
 )
 from gateway.billing.reservations import NewTask, NoMetric, Quantity, Task
+from gateway.clock import time_text, time_text_or_none
 from gateway.errors import invalid_request
 from gateway.refusals import UNAFFORDABLE, unaffordable
 from ledger.model import ReservationState

@@ -25,10 +25,10 @@ from gateway.api.wire import (
     Time,
     View,
     shown_units,
-    time_text,
     time_us,
 )
 from gateway.billing.metrics import RuleVersion
+from gateway.clock import time_text
 from gateway.database import Transactions
 from gateway.errors import invalid_request
 from gateway.tables import METRIC_KEY_LENGTH_MAX

@@ -21,10 +21,10 @@ from gateway.api.wire import (
     View,
     Word,
     amounts,
-    time_text,
     time_us,
     units_of_millis,
 )
+from gateway.clock import time_text
 from gateway.errors import ApiError, invalid_request
 from gateway.identity.wallets import customer_wallet
 from ledger.commands import Grant

@@ -12,21 +12,11 @@ from pydantic import ConfigDict, Field
 from gateway.api.access import Reader, sees_margins
 from gateway.api.customers import Limit
 from gateway.api.services import Here, Services
-from gateway.api.wire import (
-    EPOCH,
-    MICROSECOND,
-    PAGE_DEFAULT,
-    Credits,
-    Millicredits,
-    Page,
-    View,
-    amounts,
-    shown_units,
-    time_us,
-)
+from gateway.api.wire import PAGE_DEFAULT, Credits, Millicredits, Page, View, amounts, shown_units, time_us
 from gateway.billing.usage_facts import DAY_US, KEY_BYTES_MAX, PAIRS_MAX, VALUE_BYTES_MAX
 from gateway.billing.usage_queries import UsageSum
 from gateway.billing.usage_statement import DAY, GROUPS, GROUPS_MAX, METADATA, Key, UsageQuestion
+from gateway.clock import EPOCH, MICROSECOND
 from gateway.errors import invalid_request
 from gateway.identity.principals import Principal
 from gateway.tables import EXTERNAL_ID_LENGTH_MAX

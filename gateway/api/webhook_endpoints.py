@@ -11,7 +11,8 @@ from gateway.api.idempotency import key_of, once
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here
 from gateway.api.versions import etag, expected_version
-from gateway.api.wire import PAGE_DEFAULT, Body, Page, Text, Time, View, time_text, time_text_or_none
+from gateway.api.wire import PAGE_DEFAULT, Body, Page, Text, Time, View
+from gateway.clock import time_text, time_text_or_none
 from gateway.database import Transactions
 from gateway.errors import invalid_request
 from gateway.events.endpoints import Endpoint

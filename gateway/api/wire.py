@@ -4,7 +4,7 @@ An amount is an integer of millicredits, floored, and beside it a twin with the 
 decimal credits. Times are RFC 3339, UTC.
 """
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any, Final, Generic, TypeVar
 
@@ -12,6 +12,7 @@ import msgspec
 from fastapi import Response
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from gateway.clock import EPOCH, MICROSECOND
 from gateway.errors import invalid_request
 from pricing.metering import MICROS_PER_UNIT, UNITS_MAX, microunits
 from pricing.money import Asset, parse_decimal
@@ -22,9 +23,6 @@ TEXT_LENGTH_MAX: Final = 500
 PAGE_DEFAULT: Final = 50
 PAGE_MAX: Final = 200
 CURSOR_LENGTH_MAX: Final = 200
-
-EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-MICROSECOND: Final = timedelta(microseconds=1)
 
 T = TypeVar("T")
 
@@ -69,15 +67,6 @@ def amounts(asset: Asset, **units: int) -> dict[str, Any]:
 def exact(view: View, *, status: int = 200) -> Response:
     """*view* with its decimals as JSON numbers that have all of their digits, which no binary float would."""
     return Response(_EXACT.encode(view.model_dump(by_alias=True)), status, media_type="application/json")
-
-
-def time_text(at_us: int) -> str:
-    """RFC 3339 in UTC, exact to the microsecond."""
-    return (EPOCH + at_us * MICROSECOND).isoformat().replace("+00:00", "Z")
-
-
-def time_text_or_none(at_us: int | None) -> str | None:
-    return None if at_us is None else time_text(at_us)
 
 
 def time_us(at: datetime) -> int:

@@ -11,9 +11,9 @@ from gateway.cli.shared import (
     print_json,
     print_table,
     settings_from,
-    time_of,
     with_books,
 )
+from gateway.clock import time_text
 
 if TYPE_CHECKING:
     from gateway.installation import Books
@@ -45,7 +45,7 @@ def list_keys(tenant: TenantOption = None, config: ConfigOption = None, as_json:
                 key.name,
                 key.last4,
                 " ".join(key.scopes),
-                "" if key.revoked_at_us is None else time_of(key.revoked_at_us),
+                "" if key.revoked_at_us is None else time_text(key.revoked_at_us),
             )
             for key in found
         ],

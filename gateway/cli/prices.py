@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gateway.cli.shared import EXIT_FAILED, ConfigOption, JsonOption, print_json, print_table, settings_from, time_of
+from gateway.cli.shared import EXIT_FAILED, ConfigOption, JsonOption, print_json, print_table, settings_from
+from gateway.clock import time_text
 
 if TYPE_CHECKING:
     from pricing.book import RateCard
@@ -102,7 +103,7 @@ def _price(card: "RateCard") -> dict[str, Any]:
         "model": card.model,
         "provider": card.provider,
         "version": card.version,
-        "effective_from": time_of(card.effective_from_us),
+        "effective_from": time_text(card.effective_from_us),
         "rates": _rates(card.rates),
         "tiers": [{"input_tokens_above": tier.input_tokens_above, "rates": _rates(tier.rates)} for tier in card.tiers],
         "context_window": card.context_window,

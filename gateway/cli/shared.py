@@ -76,12 +76,6 @@ def credits_text(units: int) -> str:
     return CREDIT.format(units)
 
 
-def time_of(at_us: int) -> str:
-    from gateway.api.wire import time_text  # noqa: PLC0415
-
-    return time_text(at_us)
-
-
 def time_us_of(text: str) -> int:
     from gateway.api.wire import time_us, year_that_fits  # noqa: PLC0415
 

@@ -11,10 +11,10 @@ from gateway.cli.shared import (
     print_json,
     print_table,
     settings_from,
-    time_of,
     units_of,
     with_books,
 )
+from gateway.clock import time_text
 
 DAY_S: Final = 86_400
 
@@ -28,7 +28,7 @@ def list_tenants(config: ConfigOption = None, as_json: JsonOption = False) -> No
 
     found = with_books(settings_from(config), lambda books: books.tenants.list_tenants())
     if as_json:
-        print_json([{**asdict(tenant), "created_at": time_of(tenant.created_at_us)} for tenant in found])
+        print_json([{**asdict(tenant), "created_at": time_text(tenant.created_at_us)} for tenant in found])
         return
     print_table(
         ("id", "name", "first", ">unfunded limit", ">open allowance", "created"),
@@ -39,7 +39,7 @@ def list_tenants(config: ConfigOption = None, as_json: JsonOption = False) -> No
                 "yes" if tenant.is_first else "",
                 "none" if tenant.unfunded_limit is None else credits_text(tenant.unfunded_limit),
                 credits_text(tenant.open_allowance) if tenant.open_allowance else "",
-                time_of(tenant.created_at_us),
+                time_text(tenant.created_at_us),
             )
             for tenant in found
         ],

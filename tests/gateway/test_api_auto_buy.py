@@ -13,11 +13,11 @@ import pytest
 from sqlalchemy import select, update
 from sqlmodel import col
 
-from gateway.api.wire import time_text
 from gateway.app import Gateway
 from gateway.billing.auto_buy import AutoBuy
 from gateway.billing.charging import Spender
 from gateway.billing.packs import Packs
+from gateway.clock import time_text
 from gateway.database import of
 from gateway.events.event import StoredEvent
 from gateway.identity.wallets import app_wallet, customer_wallet

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from gateway.api.wire import time_text
+from gateway.clock import time_text
 from gateway.identity.wallets import customer_wallet
 from ledger.commands import Grant
 from ledger.model import Funding, Scope

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gateway.api.wire import time_text
+from gateway.clock import time_text
 from ledger.model import ReservationRef, ReservationState
 from tests.gateway.office import Office
 

@@ -12,7 +12,7 @@ from sqlalchemy import func, select
 from sqlmodel import col
 from standardwebhooks import WebhookVerificationError
 
-from gateway.api.wire import time_text
+from gateway.clock import time_text
 from gateway.database import of
 from gateway.events.event import Reaction, StoredEvent
 from gateway.events.lanes import LEASE_S
