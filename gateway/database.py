@@ -307,11 +307,21 @@ async def _locked_soon(path: str) -> int:
     """As `_locked`, off the event loop, for TURN_TIMEOUT_S at most."""
     waiting = asyncio.ensure_future(asyncio.to_thread(_locked, path))
     try:
-        return await asyncio.wait_for(asyncio.shield(waiting), TURN_TIMEOUT_S)
-    except (asyncio.CancelledError, TimeoutError):
-        # The thread cannot be stopped: it gets its turn later, and gives it back at once.
-        waiting.add_done_callback(lambda late: None if late.exception() else os.close(late.result()))
+        # Not `wait_for`, which may take a cancellation for its own and go on.
+        done, _ = await asyncio.wait((waiting,), timeout=TURN_TIMEOUT_S)
+    except asyncio.CancelledError:
+        waiting.add_done_callback(_given_back)
         raise
+    if not done:
+        waiting.add_done_callback(_given_back)
+        raise TimeoutError
+    return waiting.result()
+
+
+def _given_back(late: "asyncio.Future[int]") -> None:
+    """The thread cannot be stopped: it gets its turn later, and gives it back at once."""
+    if not late.cancelled() and late.exception() is None:
+        os.close(late.result())
 
 
 def _locked(path: str) -> int:
