@@ -1,6 +1,5 @@
 """The tenants' budgets as they are kept: made, read, changed and archived. Who enforces them is `Budgets`."""
 
-from collections.abc import Callable
 from typing import Any, Final, Literal, cast
 
 import msgspec
@@ -9,10 +8,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from gateway import errors
-from gateway.clock import now_us
-from gateway.database import Database, Transactions, of
+from gateway.database import of
 from gateway.identity.wallets import limit_wallet
-from gateway.ids import new_id
+from gateway.records import Records
 from gateway.tables import Budget as BudgetRow
 from gateway.tables import Tenant
 from ledger.commands import Limit, LimitPeriod
@@ -67,25 +65,8 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.id}_{period.start_us}"
 
 
-class BudgetBook:
+class BudgetBook(Records):
     """Every method is one transaction."""
-
-    def __init__(
-        self,
-        database: Database,
-        *,
-        transactions: Transactions | None = None,
-        now_us: Callable[[], int] = now_us,
-        new_id: Callable[[str], str] = new_id,
-    ) -> None:
-        self._database = database
-        self._transactions = transactions or database
-        self._now_us = now_us
-        self._new_id = new_id
-
-    def within(self, transactions: Transactions) -> "BudgetBook":
-        """The same, as a part of other work that commits as one."""
-        return BudgetBook(self._database, transactions=transactions, now_us=self._now_us, new_id=self._new_id)
 
     async def create(
         self,

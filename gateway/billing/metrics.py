@@ -5,7 +5,6 @@ price is a further version. Archiving a version takes it out of force, for what 
 before it holds again: so a price that was scheduled is called off.
 """
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -16,9 +15,9 @@ from sqlmodel import col
 
 from gateway import errors
 from gateway.billing.catalog import Metric, MetricNotFound, OveragePolicy, metric_from, metrics_of
-from gateway.clock import now_us
-from gateway.database import Database, Transactions, of
-from gateway.ids import new_id, reserved_prefix
+from gateway.database import of
+from gateway.ids import reserved_prefix
+from gateway.records import Records
 from gateway.tables import METRIC_KEY_LENGTH_MAX, BillableMetric, MeteringRule
 from pricing.metering import Rule, rule_as_dict, rule_from
 
@@ -47,25 +46,8 @@ class MetricChange(msgspec.Struct, frozen=True):
     archived: bool | msgspec.UnsetType = msgspec.UNSET
 
 
-class BillableMetrics:
+class BillableMetrics(Records):
     """Every method is one transaction, or a part of the one that was given."""
-
-    def __init__(
-        self,
-        database: Database,
-        *,
-        transactions: Transactions | None = None,
-        now_us: Callable[[], int] = now_us,
-        new_id: Callable[[str], str] = new_id,
-    ) -> None:
-        self._database = database
-        self._transactions = transactions or database
-        self._now_us = now_us
-        self._new_id = new_id
-
-    def within(self, transactions: Transactions) -> "BillableMetrics":
-        """The same, as a part of other work that commits as one."""
-        return BillableMetrics(self._database, transactions=transactions, now_us=self._now_us, new_id=self._new_id)
 
     async def create(
         self,

@@ -10,14 +10,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
 from gateway import errors
-from gateway.clock import now_us
-from gateway.database import Database, Rows, Transactions, of
+from gateway.database import Rows, of
 from gateway.identity import keys
 from gateway.identity.availability import Availability, Chosen, chosen, open_allowance, with_availability
 from gateway.identity.default_grant import DefaultGrant, default_grant, with_default_grant
 from gateway.identity.keys import APP_SCOPES, INSTALLATION_SCOPES, KeyKind, KeyScope
 from gateway.identity.principals import BillingMode, OnDisconnect
-from gateway.ids import new_id
+from gateway.records import Records
 from gateway.tables import AMOUNT_MAX, MARKUP_BPS_MAX, NAME_LENGTH_MAX, ApiKey, App, AssetVersion, Tenant
 from ledger.model import PRIORITY_MAX
 from pricing.money import CREDIT, Asset
@@ -115,25 +114,8 @@ class NewKey(msgspec.Struct, frozen=True):
     info: KeyInfo
 
 
-class Tenants:
+class Tenants(Records):
     """Every method is one transaction. A revocation or a change of an app is seen by all processes within a lease."""
-
-    def __init__(
-        self,
-        database: Database,
-        *,
-        transactions: Transactions | None = None,
-        now_us: Callable[[], int] = now_us,
-        new_id: Callable[[str], str] = new_id,
-    ) -> None:
-        self._database = database
-        self._transactions = transactions or database
-        self._now_us = now_us
-        self._new_id = new_id
-
-    def within(self, transactions: Transactions) -> "Tenants":
-        """The same, as a part of other work that commits as one."""
-        return Tenants(self._database, transactions=transactions, now_us=self._now_us, new_id=self._new_id)
 
     async def create_tenant(
         self,
