@@ -49,6 +49,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "rate_limit_exceeded": Kind(429, "rate_limit_error"),
     "internal_error": Kind(500, "api_error"),
     "upstream_error": Kind(502, "api_error"),
+    "payments_unavailable": Kind(503, "api_error"),
     "ledger_unavailable": Kind(503, "api_error"),
     "shutting_down": Kind(503, "api_error"),
     "upstream_timeout": Kind(504, "api_error"),
@@ -291,6 +292,18 @@ def charge_waits() -> ApiError:
         "The ledger cannot be reached. The work is done and will be charged, once, when it is back; "
         "a request with an idempotency key can then be repeated to get its answer.",
         headers=retry_after(1),
+    )
+
+
+def payments_not_set_up() -> ApiError:
+    return ApiError("not_found", "This installation takes no payments: its operator has set up no payment processor.")
+
+
+def payments_unavailable(*, retry_after_s: int = 5) -> ApiError:
+    return ApiError(
+        "payments_unavailable",
+        "The payment processor does not answer. Nothing was paid; try again shortly.",
+        headers=retry_after(retry_after_s),
     )
 
 

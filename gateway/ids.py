@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 PREFIXES: Final = frozenset(
-    {"app", "blk", "bud", "cus", "evt", "key", "mtr", "pck", "req", "rsv", "rul", "sub", "ten", "wal", "whk"}
+    {"app", "blk", "bud", "cus", "evt", "key", "mtr", "ord", "pck", "req", "rsv", "rul", "sub", "ten", "wal", "whk"}
 )
 """What our ids begin with, and therefore no tenant's external id may."""
 

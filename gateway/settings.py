@@ -227,6 +227,22 @@ class ActionSettings(Section):
     credits: ExactDecimal
 
 
+class PackageSettings(Section):
+    """What customers can buy: *price* in *currency*, for credits worth *worth* dollars, and *bonus* dollars on top.
+
+    The worth is the price unless it is said; for another currency than the dollar it has to be.
+    """
+
+    id: Name
+    price: ExactDecimal
+    currency: Annotated[str, Field(pattern=r"^[a-z]{3}$")] = "usd"
+    worth: ExactDecimal | None = None
+    bonus: ExactDecimal = "0"
+
+
+DEFAULT_PACKAGES: Final = tuple(PackageSettings(id=f"usd-{price}", price=str(price)) for price in (5, 10, 25, 50))
+
+
 class Settings(BaseSettings):
     """All settings, frozen. Fields that hold a password are kept out of the repr."""
 
@@ -247,6 +263,7 @@ class Settings(BaseSettings):
     stripe_secret_key: Secret | None = None
     stripe_webhook_secret: Secret | None = None
     stripe_api_base: BaseURL | None = None
+    packages: tuple[PackageSettings, ...] = DEFAULT_PACKAGES
 
     user_header: str = Field(default="X-Quota-User", pattern=r"^[A-Za-z0-9-]{1,64}$")
     rate_limit_per_minute: int = Field(default=100, ge=0, le=1_000_000)
@@ -327,6 +344,7 @@ class Settings(BaseSettings):
             ("upstream", [upstream.name for upstream in self.upstreams]),
             ("model", [model.name for model in self.models]),
             ("action", [action.key for action in self.actions]),
+            ("package", [package.id for package in self.packages]),
         ):
             for name in sorted({name for name in names if names.count(name) > 1}):
                 yield f'the {kind} "{name}" is listed more than once'

@@ -70,6 +70,60 @@ class Grant(Command, frozen=True, kw_only=True, tag="grant"):
     accumulation_cap: int | None = None
 
 
+class TopUp(Command, frozen=True, kw_only=True, tag="top_up"):
+    """A payment has come in: open the block of what was paid for, and one of the operator's *bonus*, in one step.
+
+    It repays the wallet's receivable first, and creates the wallet on first use. The bonus is the block with the id
+    *block_id* + ``_bonus``. *amount* + *spread* is what the payment is worth: the spread is what the operator keeps.
+
+    Attributes:
+        payment: our id of the payment, the reference of its entries and of the blocks.
+        body: what the event ``topup.succeeded`` tells besides the amounts.
+    """
+
+    wallet: WalletRef
+    asset: str
+    block_id: str
+    amount: int
+    payment: str
+    bonus: int = 0
+    spread: int = 0
+    source: str = ""
+    metadata: dict[str, Any] = {}
+    body: dict[str, Any] = {}
+
+
+class Reverse(Command, frozen=True, kw_only=True, tag="reverse"):
+    """Let what a payment bought be taken back in the part *taken* / *paid* of it: no more, and no less.
+
+    It says how much is to be taken in all, not what is to be done now: what was taken too much is given back, exactly
+    as it was taken. So it is repeatable, and of several only the one with the highest *revision* counts; an older one
+    changes nothing. With *frozen* what is left of the payment's blocks pays for nothing.
+
+    Attributes:
+        block_id: that of the `TopUp`.
+        taken, paid: in the currency of the payment, 0 <= taken <= paid. Credits are rounded down.
+        reference: what took it, for the event.
+    """
+
+    wallet: WalletRef
+    block_id: str
+    taken: int
+    paid: int
+    frozen: bool
+    revision: int
+    reference: str | None = None
+
+
+class Tell(Command, frozen=True, kw_only=True, tag="tell"):
+    """Raise an event of a wallet: something happened to it, or did not, that moved no credits."""
+
+    wallet: WalletRef
+    asset: str
+    type: str
+    body: dict[str, Any] = {}
+
+
 class Purchase(Command, frozen=True, kw_only=True, tag="purchase"):
     """Buy a pack of credits out of the wallet's own: the price goes and the credits come in one step, or neither.
 

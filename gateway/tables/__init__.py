@@ -20,6 +20,14 @@ from gateway.tables.identity import (
     Tenant,
 )
 from gateway.tables.packs import PACK_DURATION_S_MAX, Pack
+from gateway.tables.payments import (
+    REDIRECT_LENGTH_MAX,
+    PaymentCustomer,
+    PaymentObservation,
+    PaymentOrder,
+    PaymentSweep,
+    ProcessorTransaction,
+)
 from gateway.tables.rollups import UsageByCustomer, UsageByMetadata, UsageRollup
 from gateway.tables.webhooks import URL_LENGTH_MAX, OutboxLease, WebhookDelivery, WebhookEndpoint, WebhookLane
 
@@ -30,6 +38,7 @@ __all__ = [
     "METRIC_KEY_LENGTH_MAX",
     "NAME_LENGTH_MAX",
     "PACK_DURATION_S_MAX",
+    "REDIRECT_LENGTH_MAX",
     "URL_LENGTH_MAX",
     "ApiKey",
     "App",
@@ -41,6 +50,11 @@ __all__ = [
     "MeteringRule",
     "OutboxLease",
     "Pack",
+    "PaymentCustomer",
+    "PaymentObservation",
+    "PaymentOrder",
+    "PaymentSweep",
+    "ProcessorTransaction",
     "Tenant",
     "UsageByCustomer",
     "UsageByMetadata",

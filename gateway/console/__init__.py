@@ -1,0 +1,1 @@
+"""Pages for people: the small ones that an end user is sent to."""

@@ -1,0 +1,1 @@
+"""Money in: checkout, what the payment processor tells, refunds and disputes, automatic top-ups, the books."""

@@ -1,0 +1,123 @@
+"""Orders: what a customer is to pay for, written down before the processor is asked for anything.
+
+The terms of an order never change. An order is `open`, and ends once as `paid`, `failed` or `expired`; only `paid` is
+for ever: who pays late pays all the same. Refunds and disputes are not its business: they are told by observations.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, Literal
+
+import msgspec
+from sqlalchemy import Select, select, update
+from sqlmodel import col
+
+from gateway.database import insert_new, of
+from gateway.records import Records
+from gateway.tables import PaymentOrder
+from ledger.model import Scope
+
+OrderKind = Literal["checkout", "auto"]
+OrderStatus = Literal["open", "paid", "failed", "expired"]
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """The columns of `PaymentOrder`, which says what they mean."""
+
+    tenant: str
+    mode: str
+    id: str
+    kind: OrderKind
+    status: OrderStatus
+    customer_id: str
+    package: str
+    price_minor: int
+    currency: str
+    asset: str
+    credited: int
+    bonus: int
+    spread: int
+    created_at_us: int
+    save_payment_method: bool = False
+    success_url: str | None = None
+    cancel_url: str | None = None
+    digest: str = ""
+    session_id: str | None = None
+    checkout_url: str | None = None
+    payment_intent: str | None = None
+    failure: str | None = None
+    settled_at_us: int | None = None
+
+    @property
+    def scope(self) -> Scope:
+        return Scope(self.tenant, self.mode)
+
+    @property
+    def block_id(self) -> str:
+        """The block of what it pays for."""
+        return f"blk_{self.id.removeprefix(ORDER_PREFIX)}"
+
+
+ORDER_PREFIX: Final = "ord_"
+
+_COLUMNS: Final = tuple(getattr(PaymentOrder, name) for name in Order.__struct_fields__)
+
+
+class Orders(Records):
+    """Orders of all tenants; each method names whose."""
+
+    async def add(self, order: Order) -> bool:
+        """Keep *order*; False where there is one with its id, or an open automatic one of its customer, already."""
+        async with self._transactions.write(of(order.tenant, order.mode)) as connection:
+            row = msgspec.structs.asdict(order)
+            added = await connection.execute(insert_new(PaymentOrder, connection.dialect.name), row)
+            return bool(added.rowcount)
+
+    async def find(self, scope: Scope, order_id: str) -> Order | None:
+        found = await self._all(_select(scope).where(col(PaymentOrder.id) == order_id), scope)
+        return found[0] if found else None
+
+    async def of_customer(self, scope: Scope, customer_id: str, *, since_us: int = 0) -> list[Order]:
+        """Newest first."""
+        query = _select(scope).where(
+            col(PaymentOrder.customer_id) == customer_id, col(PaymentOrder.created_at_us) >= since_us
+        )
+        return await self._all(query.order_by(col(PaymentOrder.created_at_us).desc()), scope)
+
+    async def note_session(self, order: Order, *, session_id: str, checkout_url: str) -> None:
+        """The processor has made a Checkout Session for it."""
+        await self._change(order, session_id=session_id, checkout_url=checkout_url)
+
+    async def note_payment(self, order: Order, payment_intent: str) -> None:
+        """The processor's payment for it is known."""
+        await self._change(order, payment_intent=payment_intent)
+
+    async def paid(self, order: Order) -> None:
+        await self._change(order, status="paid", failure=None, settled_at_us=self._now_us())
+
+    async def ended(self, order: Order, status: Literal["failed", "expired"], *, failure: str | None = None) -> bool:
+        """It will not be paid, as far as one can tell; False where it had ended before."""
+        changed = await self._change(order, _if_open=True, status=status, failure=failure, settled_at_us=self._now_us())
+        return changed == 1
+
+    async def _change(self, order: Order, *, _if_open: bool = False, **values: Any) -> int:
+        matches = [
+            col(PaymentOrder.tenant) == order.tenant,
+            col(PaymentOrder.mode) == order.mode,
+            col(PaymentOrder.id) == order.id,
+        ]
+        if _if_open:
+            matches.append(col(PaymentOrder.status) == "open")
+        async with self._transactions.write(of(order.tenant, order.mode)) as connection:
+            return (await connection.execute(update(PaymentOrder).where(*matches).values(**values))).rowcount
+
+    async def _all(self, query: Select[Any], scope: Scope) -> list[Order]:
+        async with self._transactions.read(of(*scope)) as connection:
+            return [_order(row) for row in await connection.execute(query)]
+
+
+def _select(scope: Scope) -> Select[Any]:
+    return select(*_COLUMNS).where(col(PaymentOrder.tenant) == scope.tenant, col(PaymentOrder.mode) == scope.mode)
+
+
+def _order(row: Sequence[Any]) -> Order:
+    return Order(**dict(zip(Order.__struct_fields__, row, strict=True)))
