@@ -25,6 +25,7 @@ from gateway.events.webhooks import Webhooks
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
+from gateway.payments.links import TopUpURL
 from gateway.prices import ServedModels
 from gateway.proxy.quoting import Quoter
 from gateway.proxy.rate_limit import RateLimit
@@ -70,6 +71,7 @@ class Services:
     usage_queries: UsageQueries
     webhooks: Webhooks
     event_view: EventViews
+    top_up_url: TopUpURL
 
 
 def services_of(request: Request) -> Services:

@@ -31,6 +31,14 @@ _MAC_BYTES: Final = 32
 _SEPARATOR: Final = b"\x00"
 
 
+TopUpURL = Callable[[Scope, str], str | None]
+"""From a customer's id to the page where they add credits; None where there is none."""
+
+
+def no_page(scope: Scope, customer_id: str) -> None:
+    """The `TopUpURL` of an installation that takes no payments."""
+
+
 class LinkInvalid(Exception):
     """The token is none of ours: cut off, changed, or signed with another key."""
 
