@@ -404,6 +404,11 @@ class Settings(BaseSettings):
         return self.default_upstream or (self.upstreams[0].name if self.upstreams else None)
 
 
+def moves_money(stripe_key: str) -> bool:
+    """Whether it is a live key of Stripe's, rather than a test key."""
+    return stripe_key.startswith(("sk_live_", "rk_live_"))
+
+
 def load(config: Path | None = None) -> Settings:
     """The settings from the environment, over the TOML file *config* (or `FAREBOX_CONFIG`), over the defaults.
 
