@@ -381,7 +381,7 @@ async def running_parts(
                 ledger,
                 now_us=now_us,
                 announce=changes.announce,
-                forget_payer=None if payments is None else payments.forget,
+                forget_customer=None if payments is None else payments.forget,
             ),
             rate_limit=rate_limit,
             router=router,

@@ -30,7 +30,7 @@ from gateway.errors import (
 )
 from gateway.payments.checkout import PackageNotFound, PackageWorthless, ReturnUnknown, SandboxNotServed
 from gateway.payments.operator import NoOperator
-from gateway.payments.processor_customers import PayerErased
+from gateway.payments.processor_customers import CustomerErased
 from gateway.payments.stripe_api import ProcessorRefused, ProcessorUnavailable
 from ledger.errors import (
     AlreadyExists,
@@ -81,7 +81,7 @@ REFUSALS: Final = ErrorTable(
         ProcessorUnavailable: lambda error: payments_unavailable(),
         ProcessorRefused: lambda error: payments_unavailable(),
         NoOperator: lambda error: payments_not_set_up(),
-        PayerErased: lambda error: not_found("such customer: they are being erased"),
+        CustomerErased: lambda error: not_found("such customer: they are being erased"),
         PackageNotFound: lambda error: ApiError(
             "not_found",
             f"There is no package {error.package_id[:64]!r}. GET /v1/packages lists them.",

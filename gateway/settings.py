@@ -313,8 +313,12 @@ class Settings(BaseSettings):
     @field_validator("stripe_webhook_secret")
     @classmethod
     def _stripes_secret(cls, secret: SecretStr | None) -> SecretStr | None:
-        if secret is not None and not re.match(r"whsec_.", secret.get_secret_value()):
-            raise ValueError("it must be the signing secret of Stripe's webhook endpoint: whsec_…")
+        if secret is not None and not re.fullmatch(
+            r"(whsec_[^,\s]+)(\s*,\s*whsec_[^,\s]+)*", secret.get_secret_value()
+        ):
+            raise ValueError(
+                "it must be the signing secret of Stripe's webhook endpoint, whsec_…, or several with commas"
+            )
         return secret
 
     @field_validator("redis_url")

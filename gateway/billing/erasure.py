@@ -27,7 +27,7 @@ class Erasure:
 
     Args:
         announce: tells all processes to look names up anew.
-        forget_payer: makes whoever takes payments forget a customer, by our id; None where nobody does. Repeatable.
+        forget_customer: makes whoever takes payments forget a customer, by our id; None where nobody does. Repeatable.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class Erasure:
         *,
         now_us: Callable[[], int],
         announce: Callable[[], None],
-        forget_payer: Callable[[Scope, str], Awaitable[None]] | None = None,
+        forget_customer: Callable[[Scope, str], Awaitable[None]] | None = None,
     ) -> None:
         self._database = database
         self._ledger = ledger
         self._now_us = now_us
         self._announce = announce
-        self._forget_payer = forget_payer
+        self._forget_customer = forget_customer
 
     async def erase(self, tenant_id: str, mode: str, reference: str) -> None:
         """Forget the customer whom *reference* names, by our id or the tenant's. What is left of credits is frozen.
@@ -57,8 +57,8 @@ class Erasure:
         self._announce()
         await erase_metadata(self._database, Scope(tenant_id, mode), customer_id)
         await self._ledger.erase(customer_wallet(tenant_id, mode, customer_id), customer_id=customer_id)
-        if self._forget_payer is not None:
-            await self._forget_payer(Scope(tenant_id, mode), customer_id)
+        if self._forget_customer is not None:
+            await self._forget_customer(Scope(tenant_id, mode), customer_id)
         async with self._database.write(of(tenant_id, mode)) as connection:
             done = update(Customer).where(
                 col(Customer.tenant) == tenant_id, col(Customer.mode) == mode, col(Customer.id) == customer_id

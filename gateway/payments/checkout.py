@@ -22,7 +22,7 @@ from gateway.ids import derived_id
 from gateway.payments.links import Links
 from gateway.payments.orders import Order, Orders
 from gateway.payments.packages import Packages
-from gateway.payments.processor_customers import PayerErased, ProcessorCustomers
+from gateway.payments.processor_customers import CustomerErased, ProcessorCustomers
 from gateway.payments.stripe_api import (
     ProcessorRefused,
     ProcessorUnavailable,
@@ -126,7 +126,7 @@ class Checkout:
 
         Raises:
             SandboxNotServed, PackageNotFound, PackageWorthless, ReturnUnknown, KeyReused: the caller's fault.
-            PayerErased: the customer is going.
+            CustomerErased: the customer is going.
             ProcessorUnavailable: the order may be there without a page; repeat it with its key.
         """
         if not self.serves(wanted.scope.mode):
@@ -204,7 +204,7 @@ class Checkout:
             return replace(order, status="expired")
         try:
             session = await self._page(order, asset, success_url=order.success_url, cancel_url=order.cancel_url)
-        except PayerErased:
+        except CustomerErased:
             await self._orders.ended(order, "expired")
             raise
         except ProcessorUnavailable:

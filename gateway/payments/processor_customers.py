@@ -19,11 +19,11 @@ from gateway.tables import Customer, PaymentCustomer
 from ledger.model import Scope
 
 
-class PayerErased(Exception):
+class CustomerErased(Exception):
     """The customer is being erased, or was: nobody pays for them any more."""
 
 
-class Payer(msgspec.Struct, frozen=True):
+class ProcessorCustomer(msgspec.Struct, frozen=True):
     """The columns of `PaymentCustomer`, which says what they mean."""
 
     customer_id: str
@@ -35,7 +35,7 @@ class Payer(msgspec.Struct, frozen=True):
     created_at_us: int
 
 
-_COLUMNS = tuple(getattr(PaymentCustomer, name) for name in Payer.__struct_fields__)
+_COLUMNS = tuple(getattr(PaymentCustomer, name) for name in ProcessorCustomer.__struct_fields__)
 
 
 class ProcessorCustomers:
@@ -44,22 +44,22 @@ class ProcessorCustomers:
         self._stripe = stripe
         self._now_us = now_us
 
-    async def find(self, scope: Scope, customer_id: str) -> Payer | None:
+    async def find(self, scope: Scope, customer_id: str) -> ProcessorCustomer | None:
         """What is kept of the customer; None of one who was never about to pay."""
         query = select(*_COLUMNS).where(*_named(scope, customer_id))
         async with self._database.read(of(*scope)) as connection:
             row = (await connection.execute(query)).one_or_none()
-        return None if row is None else Payer(*row)
+        return None if row is None else ProcessorCustomer(*row)
 
     async def processor_id(self, scope: Scope, customer_id: str) -> str:
         """The processor's id of the customer, whom it gets to know now if it did not before.
 
         Raises:
-            PayerErased, ProcessorUnavailable, ProcessorRefused
+            CustomerErased, ProcessorUnavailable, ProcessorRefused
         """
-        payer = await self.find(scope, customer_id)
-        if payer is not None and payer.processor_id is not None:
-            return payer.processor_id
+        known = await self.find(scope, customer_id)
+        if known is not None and known.processor_id is not None:
+            return known.processor_id
         return await self._keep(scope, customer_id, await self._stripe.create_customer(scope, customer_id))
 
     async def replaced(self, scope: Scope, customer_id: str, *, gone: str) -> str:
@@ -68,7 +68,7 @@ class ProcessorCustomers:
         That is so when the operator's key is of another account than before, or somebody deleted the customer there.
 
         Raises:
-            PayerErased, ProcessorUnavailable, ProcessorRefused
+            CustomerErased, ProcessorUnavailable, ProcessorRefused
         """
         made = await self._stripe.create_customer(scope, customer_id, instead_of=gone)
         return await self._keep(scope, customer_id, made, instead_of=gone)
@@ -79,11 +79,11 @@ class ProcessorCustomers:
         Raises:
             ProcessorUnavailable, ProcessorRefused: it has not; do it again.
         """
-        payer = await self.find(scope, customer_id)
-        if payer is None:
+        known = await self.find(scope, customer_id)
+        if known is None:
             return
-        if payer.processor_id is not None:
-            await self._stripe.delete_customer(payer.processor_id)
+        if known.processor_id is not None:
+            await self._stripe.delete_customer(known.processor_id)
         nothing: dict[str, Any] = dict.fromkeys(("processor_id", "payment_method", "not_before_us", "last_failure"))
         async with self._database.write(of(*scope)) as connection:
             await connection.execute(update(PaymentCustomer).where(*_named(scope, customer_id)).values(**nothing))
@@ -114,7 +114,7 @@ class ProcessorCustomers:
                 assert known is not None, "an id that was kept is not there"
                 return known
         await self._stripe.delete_customer(processor_id)
-        raise PayerErased
+        raise CustomerErased
 
 
 def _named(scope: Scope, customer_id: str) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.app import Gateway
 from gateway.payments import checkout, stripe_api
-from gateway.payments.processor_customers import Payer
+from gateway.payments.processor_customers import ProcessorCustomer
 from gateway.payments.service import Payments
 from ledger.model import Scope
 from tests.gateway.office import PUBLIC_URL, Office, open_office, paid_with
@@ -36,7 +36,7 @@ def payments_of(office: Office) -> Payments:
     return payments
 
 
-async def payer(office: Office, name: str = "ann") -> Payer | None:
+async def known_at_stripes(office: Office, name: str = "ann") -> ProcessorCustomer | None:
     customer = (await office.get(f"/v1/customers/{name}"))["id"]
     return await payments_of(office).customers.find(Scope(office.tenant, "live"), customer)
 
@@ -133,8 +133,8 @@ async def test_a_checkout_is_an_order_with_a_page_to_pay_on(till: Office, stripe
     ours = {"farebox_order": sold["order_id"], "farebox_tenant": till.tenant, "farebox_mode": "live"}
     assert session["metadata"] == ours
     assert (session["amount_total"], session["currency"]) == (1000, "usd")
-    (payer,) = stripe.all("customer")
-    assert session["customer"] == payer["id"]
+    (made,) = stripe.all("customer")
+    assert session["customer"] == made["id"]
     # Neither the person nor the provider's cost is any business of the processor.
     assert "ann" not in json.dumps([asked.params for asked in stripe.requests])
     order = await till.get(f"/v1/orders/{sold['order_id']}")
@@ -335,7 +335,7 @@ async def test_a_customer_whom_stripe_does_not_know_any_more_is_made_anew(till: 
     stripe.delete_customer(before["id"])
     sold = await till.post("/v1/checkout", ANN)
     assert sold["checkout_url"] is not None
-    found = await payer(till)
+    found = await known_at_stripes(till)
     assert found is not None
     assert found.processor_id not in (None, before["id"])
     assert {session["customer"] for session in sessions(stripe)} == {before["id"], found.processor_id}

@@ -259,6 +259,10 @@ def test_a_mistake_in_the_environment_names_the_variable(monkeypatch: pytest.Mon
         load()
 
 
+def test_while_a_webhooks_secret_is_replaced_there_are_two():
+    assert Settings(stripe_secret_key="rk_live_a", stripe_webhook_secret="whsec_a, whsec_b").stripe_webhook_secret
+
+
 def test_mistakes_in_payments_are_told_beside_all_others(tmp_path: Path):
     said = problems(tmp_path, "stripe_secret_key = 'sk_test_a'\nheartbeat_s = 100\n" + PACKAGE.format("0"))
     assert all(place in said for place in ("stripe_webhook_secret is not", "heartbeat_s", 'the package "a"'))
