@@ -444,6 +444,23 @@ async def test_a_checkout_that_meets_an_erasure_leaves_nobody_at_stripes(
     assert [asked.method for asked in stripe.requests] == ["POST", "DELETE"]
 
 
+async def test_a_page_that_is_made_while_its_customer_goes_is_closed(
+    till: Office, stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch
+):
+    payments = payments_of(till)
+    make = payments.stripe.create_session
+
+    async def meanwhile(*order: Any, **named: Any) -> Any:
+        made = await make(*order, **named)
+        assert (await till.ask("DELETE", "/v1/customers/ann")).status_code == 204
+        return made
+
+    monkeypatch.setattr(payments.stripe, "create_session", meanwhile)
+    sold = await till.post("/v1/checkout", ANN)
+    assert (sold["status"], sold["checkout_url"]) == ("expired", None)
+    assert sessions(stripe)[0]["status"] == "expired"
+
+
 # Chargly's dialect.
 
 
