@@ -267,7 +267,7 @@ class Settler:
                 key=Key("payment_failed", order.id, ""),
                 wallet=_wallet(order),
                 asset=order.asset,
-                type="topup.failed",
+                event="topup.failed",
                 body={**_told(order), "reason": reason},
             )
         )
