@@ -386,6 +386,9 @@ class SetLimit(Command, frozen=True, kw_only=True, tag="set_limit"):
 
 AnyCommand = (
     Grant
+    | TopUp
+    | Reverse
+    | Tell
     | Purchase
     | Reserve
     | Extend
