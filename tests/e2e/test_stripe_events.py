@@ -56,8 +56,8 @@ async def test_fifty_deliveries_at_once_to_two_processes_are_one_credit(
 
 async def deliver(client: httpx.AsyncClient, stripe: FakeStripe, gateway: Gateway, event: Object) -> int:
     body, signature = stripe.signed(event)
-    answer = await client.post(f"{gateway.base_url.removesuffix('/v1')}{WEBHOOK}", content=body, headers={"Stripe-Signature": signature})
-    return answer.status_code
+    url = gateway.base_url.removesuffix("/v1") + WEBHOOK
+    return (await client.post(url, content=body, headers={"Stripe-Signature": signature})).status_code
 
 
 async def an_order(farebox: Farebox, gateway: Gateway, stripe: FakeStripe) -> str:

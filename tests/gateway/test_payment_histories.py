@@ -10,6 +10,7 @@ from ledger.core import decide
 from ledger.model import Charge, ReservationRef, Scope, Settlement, WalletRef
 from ledger.outcomes import Applied
 from ledger.state import State, evolve
+from pricing.money import CREDIT
 from tests.gateway.payment_histories import CREDITED, PRICE, Payment, Told, deliveries, histories, order, session_for
 from tests.servers.stripe_account import StripeAccount
 
@@ -58,7 +59,7 @@ def top_up(step: int) -> TopUp:
         id=f"t{step}",
         scope=SCOPE,
         wallet=WALLET,
-        asset="CREDIT",
+        asset=CREDIT.code,
         block_id=BLOCK,
         amount=CREDITED,
         payment="ord_1",
@@ -83,7 +84,7 @@ def spend(step: int) -> Debit:
         id=f"d{step}",
         scope=SCOPE,
         reservation=ReservationRef(*SCOPE, f"rsv_{step}"),
-        asset="CREDIT",
+        asset=CREDIT.code,
         legs=(ReserveLeg((WALLET,), SPENT, SPENT),),
         settlement=Settlement((Charge(SPENT),)),
     )
