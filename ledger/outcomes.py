@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from ledger.model import (
+    Alert,
     Block,
     Charge,
     Payment,
@@ -147,6 +148,8 @@ class WalletChanged(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, t
     events_raised: int = 0
     frozen: bool | None = None
     overdraft_limit: int | None = None
+    alerts: tuple[Alert, ...] | None = None
+    rung: tuple[Alert, ...] | None = None
 
 
 class BlockOpened(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="block_opened"):

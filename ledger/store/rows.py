@@ -9,6 +9,7 @@ from ledger.commands import StoredResponse
 from ledger.erasable import facts_to_keep
 from ledger.model import (
     UNRESTRICTED,
+    Alert,
     Block,
     Charge,
     Funding,
@@ -31,6 +32,7 @@ _decode_reservation = msgspec.json.Decoder(Reservation).decode
 _decode_restriction = msgspec.json.Decoder(Restriction).decode
 _decode_wallet_ref = msgspec.json.Decoder(WalletRef).decode
 _decode_mapping = msgspec.json.Decoder(dict[str, Any]).decode
+_decode_alerts = msgspec.json.Decoder(tuple[Alert, ...]).decode
 _decode_units = msgspec.json.Decoder(dict[str, int]).decode
 _decode_charges = msgspec.json.Decoder(tuple[Charge, ...]).decode
 _decode_headers = msgspec.json.Decoder(tuple[tuple[str, str], ...]).decode
@@ -54,6 +56,16 @@ def result_from(body: str) -> Result:
 
 
 def wallet_row(wallet: Wallet) -> Row:
+    return (*wallet_books(wallet), *wallet_watched(wallet))
+
+
+def wallet_watched(wallet: Wallet) -> Row:
+    """What few commands change of a wallet."""
+    return (to_json(wallet.alerts) if wallet.alerts else None, to_json(wallet.rung) if wallet.rung else None)
+
+
+def wallet_books(wallet: Wallet) -> Row:
+    """A wallet's row without what it is watched for."""
     return (
         *wallet.ref,
         wallet.asset,
@@ -80,6 +92,8 @@ def wallet_from(row: Sequence[Any]) -> Wallet:
         last_fact_us=row[9],
         blocks_opened=row[10],
         events_raised=row[11],
+        alerts=() if row[12] is None else _decode_alerts(row[12]),
+        rung=() if row[13] is None else _decode_alerts(row[13]),
     )
 
 

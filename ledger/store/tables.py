@@ -76,6 +76,8 @@ class LedgerTransferRow(SQLModel, table=True):
 
 
 class LedgerWalletRow(SQLModel, table=True):
+    """*alerts* and *rung* are JSON, NULL where there are none."""
+
     __tablename__ = "ledger_wallet"
     __table_args__ = (
         CheckConstraint("overdraft_limit >= 0", name="ck_ledger_wallet_overdraft_limit"),
@@ -96,6 +98,8 @@ class LedgerWalletRow(SQLModel, table=True):
     last_fact_us: int = Field(sa_type=BigInteger)
     blocks_opened: int = Field(sa_type=BigInteger)
     events_raised: int = Field(sa_type=BigInteger)
+    alerts: str | None = Field(default=None, sa_type=Text)
+    rung: str | None = Field(default=None, sa_type=Text)
 
 
 class LedgerBlockRow(SQLModel, table=True):

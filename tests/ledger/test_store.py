@@ -10,7 +10,7 @@ import pytest
 
 from ledger.batch import RESPONSE_LIFE_US, AppliedBefore, CommandRef, fold, kind_of
 from ledger.commands import AnyCommand, Limit, LimitPeriod
-from ledger.model import UNRESTRICTED, Block, Charge, Funding, Restriction, Settlement, Wallet, WalletRef
+from ledger.model import UNRESTRICTED, Alert, Block, Charge, Funding, Restriction, Settlement, Wallet, WalletRef
 from ledger.outcomes import Applied, Granted, Outcome, Reason, Rejected, Reserved, Revoked, Settled
 from ledger.state import State
 from ledger.store import postgres_batch
@@ -668,6 +668,8 @@ def test_every_field_of_a_wallet_and_a_block_goes_through_its_row() -> None:
         last_fact_us=5,
         blocks_opened=6,
         events_raised=7,
+        alerts=(Alert("low", 50), Alert("exhausted", 1)),
+        rung=(Alert("low", 50),),
     )
     amounts = {name: 2 for name in Block.__struct_fields__ if name in {"consumed", "expired", "revoked", "clawed"}}
     block = Block(
