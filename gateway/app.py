@@ -22,6 +22,7 @@ from gateway.api.entitlements import Answer, Checks, route_of
 from gateway.api.event_view import Rendering, customer_object
 from gateway.api.frame import Frame
 from gateway.api.services import Services
+from gateway.billing.alerts import Alerts
 from gateway.billing.auto_buy import AutoBuy
 from gateway.billing.budget_book import BudgetBook
 from gateway.billing.budgets import Budgets
@@ -306,7 +307,14 @@ async def running_parts(
         budget_book = BudgetBook(database, now_us=now_us)
         budgets = Budgets(budget_book, ledger, now_us=now_us)
         catalog, billables = Catalog(database), BillableMetrics(database, now_us=now_us)
-        caches = (principals.invalidate, customers.forget, catalog.invalidate, budgets.invalidate)
+        alerts = Alerts(database)
+        caches = (
+            principals.invalidate,
+            customers.forget,
+            catalog.invalidate,
+            budgets.invalidate,
+            alerts.invalidate,
+        )
         changes = Changes(*caches, url=settings.redis_url, link=link)
         _run(changes, stack)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
@@ -319,7 +327,7 @@ async def running_parts(
 
         packs = Packs(database, ledger, now_us=now_us)
         auto_buy = AutoBuy(database, ledger, packs)
-        charging = Charging(ledger, budgets=budgets, auto_buy=auto_buy)
+        charging = Charging(ledger, budgets=budgets, alerts=alerts, auto_buy=auto_buy)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -374,6 +382,7 @@ async def running_parts(
             charging=charging,
             budgets=budgets,
             budget_book=budget_book,
+            alerts=alerts,
             refunds=Refunds(ledger, new_id=new_id),
             reservations=Reservations(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             packs=packs,

@@ -47,6 +47,8 @@ AMOUNTS: Final[Mapping[str, str]] = {
     "refunded": "refunded",
     "price": "price",
     "owed": "owed",
+    "threshold": "threshold",
+    "balance": "balance",
 }
 
 CustomerObject = Callable[[str, str, str], Awaitable[dict[str, Any] | None]]

@@ -1,4 +1,4 @@
-"""What a wallet's balance is watched for.
+"""What a wallet's balance is watched for, and which customers have a say in it.
 
 Most batches change nothing of that, and go on calling the functions as they are. The two new ones call them, then write
 what wallets are watched for. An older release beside this one leaves these columns alone.
@@ -53,6 +53,14 @@ _WATCH = """UPDATE ledger_wallet AS w SET alerts = n.alerts, rung = n.rung
 def upgrade() -> None:
     for name in ("alerts", "rung"):
         op.add_column("ledger_wallet", sa.Column(name, sa.Text(), nullable=True))
+    op.add_column("customers", sa.Column("own_alerts", sa.Boolean(), nullable=False, server_default=sa.text("false")))
+    op.create_index(
+        "customers_own_alerts",
+        "customers",
+        ["tenant", "mode"],
+        sqlite_where=sa.text("own_alerts"),
+        postgresql_where=sa.text("own_alerts"),
+    )
     if op.get_bind().dialect.name == "postgresql":
         connection = op.get_bind()
         connection.exec_driver_sql(
