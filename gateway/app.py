@@ -48,6 +48,9 @@ from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
 from gateway.ids import new_id
 from gateway.logs import masked
+from gateway.payments.links import no_page
+from gateway.payments.packages import Packages
+from gateway.payments.service import open_payments
 from gateway.prices import ServedModels, price_book
 from gateway.proxy.chat import ChatProxy
 from gateway.proxy.hold import LiveHolds
@@ -306,8 +309,7 @@ async def running_parts(
         tenants = Tenants(database, now_us=now_us)
         budget_book = BudgetBook(database, now_us=now_us)
         budgets = Budgets(budget_book, ledger, now_us=now_us)
-        catalog, billables = Catalog(database), BillableMetrics(database, now_us=now_us)
-        alerts = Alerts(database)
+        catalog, billables, alerts = Catalog(database), BillableMetrics(database, now_us=now_us), Alerts(database)
         caches = (
             principals.invalidate,
             customers.forget,
@@ -328,6 +330,12 @@ async def running_parts(
         packs = Packs(database, ledger, now_us=now_us)
         auto_buy = AutoBuy(database, ledger, packs)
         charging = Charging(ledger, budgets=budgets, alerts=alerts, auto_buy=auto_buy)
+        packages = Packages(settings.packages)
+        payments = open_payments(
+            settings, packages=packages, database=database, tenants=tenants, now_us=now_us, new_id=new_id
+        )
+        if payments is not None:
+            stack.push_async_callback(payments.close)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -352,6 +360,7 @@ async def running_parts(
             live=live,
             journal=journal,
             shield=shield,
+            top_up_url=no_page if payments is None else payments.links.url_of,
             errors=REFUSALS,
             new_counter=lambda model: TextCounter(encoding_for(model)),
             new_id=new_id,
@@ -400,6 +409,8 @@ async def running_parts(
             usage_queries=UsageQueries(database),
             webhooks=webhooks,
             event_view=rendering.view,
+            packages=packages,
+            payments=payments,
         )
         webhooks.start(render=rendering.text, reactions=(Reaction(frozenset({"credit.expired"}), auto_buy.on_event),))
         stack.push_async_callback(webhooks.stop)

@@ -26,6 +26,8 @@ from gateway.events.webhooks import Webhooks
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
+from gateway.payments.packages import Packages
+from gateway.payments.service import Payments
 from gateway.prices import ServedModels
 from gateway.proxy.quoting import Quoter
 from gateway.proxy.rate_limit import RateLimit
@@ -35,6 +37,7 @@ from gateway.settings import Settings
 from gateway.shared.changes import Changes
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
+from ledger.model import Scope
 
 EventViews = Callable[[StoredEvent], Awaitable[dict[str, Any]]]
 
@@ -72,6 +75,12 @@ class Services:
     usage_queries: UsageQueries
     webhooks: Webhooks
     event_view: EventViews
+    packages: Packages
+    payments: Payments | None
+
+    def top_up_url(self, scope: Scope, customer_id: str) -> str | None:
+        """The page where this customer adds credits; None where there is none."""
+        return None if self.payments is None else self.payments.links.url_of(scope, customer_id)
 
 
 def services_of(request: Request) -> Services:

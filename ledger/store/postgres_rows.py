@@ -21,6 +21,7 @@ from ledger.store.rows import (
     facts_json,
     key_row,
     reservation_row,
+    reversal_json,
     to_json,
     transfer_row,
     usage_row,
@@ -75,13 +76,14 @@ def _changes_of(block: Block) -> Row:
         *block_amounts(block),
         block.live,
         block.frozen,
+        reversal_json(block),
     )
 
 
 class Written(NamedTuple):
-    """What a batch writes: the parameters of ``farebox_write_v1``, in its order, and the texts of the reservations.
+    """What a batch writes: the parameters of ``farebox_write_v2``, in its order, and the texts of the reservations.
 
-    What wallets are watched for comes last, for ``farebox_write_v2``, and only where that has changed.
+    What wallets are watched for comes last, for ``farebox_write_v3``, and only where that has changed.
     """
 
     parameters: tuple[Any, ...]

@@ -13,14 +13,14 @@ branch_labels = None
 depends_on = None
 
 _WRITES = {
-    "wallets_opened": "farebox_wallet_row_v1[]",
-    "wallets_changed": "farebox_wallet_change_v1[]",
+    "wallets_opened": "farebox_wallet_row_v2[]",
+    "wallets_changed": "farebox_wallet_change_v2[]",
     "keys_freed": "farebox_key_name_v1[]",
     "keys_taken": "farebox_key_row_v1[]",
     "commands": "farebox_command_row_v1[]",
     "transfers": "farebox_transfer_row_v1[]",
-    "blocks_opened": "farebox_block_row_v1[]",
-    "blocks_changed": "farebox_block_change_v1[]",
+    "blocks_opened": "farebox_block_row_v2[]",
+    "blocks_changed": "farebox_block_change_v2[]",
     "reservations_opened": "farebox_reservation_row_v1[]",
     "reservations_changed": "farebox_reservation_row_v1[]",
     "responses": "farebox_response_row_v1[]",
@@ -67,20 +67,20 @@ def upgrade() -> None:
             "CREATE TYPE farebox_wallet_watch_v1 AS (tenant text, mode text, wallet text, alerts text, rung text)"
         )
         connection.exec_driver_sql(f"""
-            CREATE FUNCTION farebox_write_v2({_declared({**_WRITES, **_WATCHED})}) RETURNS void LANGUAGE plpgsql
+            CREATE FUNCTION farebox_write_v3({_declared({**_WRITES, **_WATCHED})}) RETURNS void LANGUAGE plpgsql
             SET enable_seqscan = off AS $$
             BEGIN
-                PERFORM farebox_write_v1({", ".join(_WRITES)});
+                PERFORM farebox_write_v2({", ".join(_WRITES)});
                 {_WATCH};
             END $$
         """)
         connection.exec_driver_sql(f"""
-            CREATE FUNCTION farebox_apply_v2({_declared({**_APPLIES, **_WATCHED})}) RETURNS text LANGUAGE plpgsql
+            CREATE FUNCTION farebox_apply_v3({_declared({**_APPLIES, **_WATCHED})}) RETURNS text LANGUAGE plpgsql
             SET enable_seqscan = off AS $$
             DECLARE
                 answer text;
             BEGIN
-                answer := farebox_apply_v1({", ".join(_APPLIES)});
+                answer := farebox_apply_v2({", ".join(_APPLIES)});
                 IF answer::json -> 'moved' IS NULL THEN
                     {_WATCH};
                 END IF;
