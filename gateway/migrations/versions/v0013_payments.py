@@ -16,6 +16,7 @@ def upgrade() -> None:
     _customers()
     _observations()
     _processor()
+    _clearing()
     for table in (
         "payment_orders",
         "payment_customers",
@@ -186,3 +187,19 @@ def _processor() -> None:
         sa.ForeignKeyConstraint(["tenant"], ["tenants.id"]),
         sa.PrimaryKeyConstraint("tenant", "mode", "name"),
     )
+
+
+def _clearing() -> None:
+    """By time and by payment: the account's entries are few among all."""
+    on_account = sa.text("debit = 'clearing' OR credit = 'clearing'")
+    for name, column in (
+        ("ix_ledger_transfer_clearing_time", "at_us"),
+        ("ix_ledger_transfer_clearing_payment", "reference"),
+    ):
+        op.create_index(
+            name,
+            "ledger_transfer",
+            ["tenant", "mode", column],
+            sqlite_where=on_account,
+            postgresql_where=on_account,
+        )

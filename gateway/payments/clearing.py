@@ -1,0 +1,157 @@
+"""What the journal has on the clearing account: there, and only there, credits stand against the processor's money.
+
+How it works. A credit books clearing -> wallet, and clearing -> package_spread for what the operator keeps; what is
+taken back goes the other way. An entry names its payment, or its block does.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy import Select, and_, case, func, select, text
+from sqlmodel import col
+
+from gateway.database import Database, of
+from gateway.payments.processor_transactions import OrderRef
+from ledger.model import WALLET_PREFIX, Account, Scope
+from ledger.store.tables import LedgerBlockRow, LedgerCommandRow, LedgerTransferRow
+
+PAGE_ROWS: Final = 500
+
+REFERENCES_MAX: Final = 200
+"""How many payments one statement asks for."""
+
+CREDITING: Final = ("top_up", "grant")
+"""The kinds of commands that bring credits in; what others move on the account is taken back, or given back again."""
+
+# Word for word what the indexes say that are to be used.
+_ON_CLEARING: Final = text("(debit = 'clearing' OR credit = 'clearing')")
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """An entry of the account: *amount* > 0 went out of it, for credits, and < 0 came back."""
+
+    seq: int
+    position: int
+    kind: str
+    block: str | None
+    amount: int
+    asset: str
+    at_us: int
+    payment: str | None
+
+
+class Booked(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the journal has of one payment, in the asset's smallest unit.
+
+    *blocks* are those that were opened for it, *credited* what came in for it in all, spread and all, and *returned*
+    what has gone back since.
+    """
+
+    order: OrderRef
+    asset: str
+    blocks: tuple[str, ...]
+    credited: int
+    returned: int
+    at_us: int
+
+
+class Clearing:
+    """The clearing accounts of all tenants; each method names whose."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def since(self, scope: Scope, since_us: int) -> list[Entry]:
+        """The account's entries that were booked from then on."""
+        return await self._pages(scope, _select(scope).where(col(LedgerTransferRow.at_us) >= since_us))
+
+    async def of_payments(self, scope: Scope, payments: Collection[str]) -> list[Entry]:
+        """All entries that name one of *payments*, whenever they were booked."""
+        found: list[Entry] = []
+        wanted = sorted(payments)
+        for first in range(0, len(wanted), REFERENCES_MAX):
+            page = wanted[first : first + REFERENCES_MAX]
+            found += await self._pages(scope, _select(scope).where(col(LedgerTransferRow.reference).in_(page)))
+        return found
+
+    async def _pages(self, scope: Scope, query: "Select[*tuple[Any, ...]]") -> list[Entry]:
+        found: list[Entry] = []
+        seq, position = col(LedgerTransferRow.seq), col(LedgerTransferRow.position)
+        while True:
+            page = query
+            if found:
+                last = found[-1]
+                page = query.where((seq > last.seq) | and_(seq == last.seq, position > last.position))
+            async with self._database.read(of(*scope)) as connection:
+                rows = (await connection.execute(page.order_by(seq, position).limit(PAGE_ROWS))).all()
+            found += map(_entry, rows)
+            if len(rows) < PAGE_ROWS:
+                return found
+
+
+def booked(scope: Scope, entries: Iterable[Entry]) -> list[Booked]:
+    """*entries* by their payment. One that names none is a payment of its own, by the name of its block."""
+    grouped: dict[str, dict[tuple[int, int], Entry]] = defaultdict(dict)
+    for entry in entries:
+        grouped[entry.payment or f"block {entry.block}"][entry.seq, entry.position] = entry
+    return [_booked(OrderRef(scope, payment), list(found.values())) for payment, found in sorted(grouped.items())]
+
+
+def _booked(order: OrderRef, entries: Sequence[Entry]) -> Booked:
+    credits = [entry for entry in entries if entry.kind in CREDITING]
+    blocks = dict.fromkeys(entry.block for entry in credits if entry.block is not None)
+    return Booked(
+        order=order,
+        asset=entries[0].asset,
+        blocks=tuple(blocks),
+        credited=sum(entry.amount for entry in credits),
+        returned=-sum(entry.amount for entry in entries if entry.kind not in CREDITING),
+        at_us=max(entry.at_us for entry in entries),
+    )
+
+
+def _select(scope: Scope) -> "Select[*tuple[Any, ...]]":
+    """The entries on the account, with the kind of their command and the payment that their block is for."""
+    transfer, command, block = LedgerTransferRow, LedgerCommandRow, LedgerBlockRow
+    account = case((col(transfer.debit) == Account.CLEARING, col(transfer.credit)), else_=col(transfer.debit))
+    this = (col(transfer.tenant) == scope.tenant, col(transfer.mode) == scope.mode)
+    return (
+        select(
+            col(transfer.seq),
+            col(transfer.position),
+            col(command.kind),
+            col(transfer.block),
+            col(transfer.credit),
+            col(transfer.amount),
+            col(transfer.asset),
+            col(transfer.at_us),
+            col(transfer.reference),
+            col(block.payment_reference),
+        )
+        .join(
+            command,
+            and_(
+                col(command.seq) == col(transfer.seq),
+                col(command.tenant) == scope.tenant,
+                col(command.mode) == scope.mode,
+            ),
+        )
+        .outerjoin(
+            block,
+            and_(
+                col(block.tenant) == scope.tenant,
+                col(block.mode) == scope.mode,
+                col(block.id) == col(transfer.block),
+                col(block.wallet) == func.substr(account, len(WALLET_PREFIX) + 1),
+            ),
+        )
+        .where(*this, _ON_CLEARING)
+    )
+
+
+def _entry(row: Any) -> Entry:
+    seq, position, kind, block, credit, amount, asset, at_us, reference, of_block = row
+    signed = -amount if credit == Account.CLEARING else amount
+    return Entry(seq, position, kind, block, signed, asset, at_us, of_block or reference)
