@@ -6,6 +6,7 @@ from typing import Final
 
 import typer
 
+from gateway.cli.accounting import accounting
 from gateway.cli.credits import grant, statement
 from gateway.cli.installing import copy, init, migrate, verify
 from gateway.cli.keys import keys
@@ -37,6 +38,7 @@ for command in (serve, demo, init, migrate, verify, copy, grant, statement):
 cli.add_typer(keys, name="keys")
 cli.add_typer(tenants, name="tenants")
 cli.add_typer(prices, name="prices")
+cli.add_typer(accounting, name="accounting")
 
 
 def main() -> None:
