@@ -13,6 +13,7 @@ from gateway.cli.keys import keys
 from gateway.cli.prices import prices
 from gateway.cli.serving import demo, serve
 from gateway.cli.shared import EXIT_FAILED
+from gateway.cli.stripe import stripe
 from gateway.cli.tenants import tenants
 
 CONNECT_ADVICE: Final = "Does the server run, and does database_url name its host and port?"
@@ -38,6 +39,7 @@ for command in (serve, demo, init, migrate, verify, copy, grant, statement):
 cli.add_typer(keys, name="keys")
 cli.add_typer(tenants, name="tenants")
 cli.add_typer(prices, name="prices")
+cli.add_typer(stripe, name="stripe")
 cli.add_typer(accounting, name="accounting")
 
 

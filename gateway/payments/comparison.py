@@ -72,6 +72,15 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     found: int | None = None
     at_us: int = 0
 
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """What there is to tell of it, flat."""
+        told = msgspec.structs.asdict(self)
+        del told["at_us"], told["order"]
+        if self.order is not None:
+            told |= {"tenant": self.order.scope.tenant, "mode": self.order.scope.mode, "order": self.order.order_id}
+        return {name: value for name, value in told.items() if value is not None}
+
 
 def payments_of(movements: Iterable[Movement]) -> list[Paid]:
     """What *movements*, all that there are of each payment, come to. What may yet fail is not there yet."""
