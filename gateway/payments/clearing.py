@@ -1,7 +1,8 @@
 """What the journal has on the clearing account: there, and only there, credits stand against the processor's money.
 
 How it works. A credit books clearing -> wallet, and clearing -> package_spread for what the operator keeps; what is
-taken back goes the other way. An entry names its payment, or its block does.
+taken back goes the other way. Every entry names the block that the payment paid for. Which payment that is, the block
+says, or the entry that filled it; other entries refer to what took the credits.
 """
 
 from collections import defaultdict
@@ -19,10 +20,11 @@ from ledger.store.tables import LedgerBlockRow, LedgerCommandRow, LedgerTransfer
 
 PAGE_ROWS: Final = 500
 
-REFERENCES_MAX: Final = 200
-"""How many payments one statement asks for."""
+NAMES_MAX: Final = 200
+"""How many payments or blocks one statement asks for."""
 
-CREDITING: Final = ("top_up", "grant")
+TOP_UP: Final = "top_up"
+CREDITING: Final = (TOP_UP, "grant")
 """The kinds of commands that bring credits in; what others move on the account is taken back, or given back again."""
 
 # Word for word what the indexes say that are to be used.
@@ -67,14 +69,23 @@ class Clearing:
         """The account's entries that were booked from then on."""
         return await self._pages(scope, _select(scope).where(col(LedgerTransferRow.at_us) >= since_us))
 
-    async def of_payments(self, scope: Scope, payments: Collection[str]) -> list[Entry]:
-        """All entries that name one of *payments*, whenever they were booked."""
-        found: list[Entry] = []
-        wanted = sorted(payments)
-        for first in range(0, len(wanted), REFERENCES_MAX):
-            page = wanted[first : first + REFERENCES_MAX]
-            found += await self._pages(scope, _select(scope).where(col(LedgerTransferRow.reference).in_(page)))
-        return found
+    async def whole(self, scope: Scope, entries: Sequence[Entry], payments: Collection[str]) -> list[Entry]:
+        """All entries of *payments* and of those that *entries* belong to, whenever they were booked."""
+        found = {(each.seq, each.position): each for each in entries}
+        await self._add(found, scope, LedgerTransferRow.block, _blocks(found.values()))
+        known = {*payments, *payment_of_block(found.values()).values()}
+        await self._add(found, scope, LedgerTransferRow.reference, known)
+        await self._add(found, scope, LedgerTransferRow.block, _blocks(found.values()))
+        return list(found.values())
+
+    async def _add(
+        self, found: dict[tuple[int, int], Entry], scope: Scope, column: Any, values: Collection[str]
+    ) -> None:
+        wanted = sorted(values)
+        for first in range(0, len(wanted), NAMES_MAX):
+            page = wanted[first : first + NAMES_MAX]
+            for each in await self._pages(scope, _select(scope).where(col(column).in_(page))):
+                found[each.seq, each.position] = each
 
     async def _pages(self, scope: Scope, query: "Select[*tuple[Any, ...]]") -> list[Entry]:
         found: list[Entry] = []
@@ -91,12 +102,23 @@ class Clearing:
                 return found
 
 
+def payment_of_block(entries: Iterable[Entry]) -> dict[str, str]:
+    """Which payment each block is for, as far as *entries* tell."""
+    return {each.block: each.payment for each in entries if each.block is not None and each.payment is not None}
+
+
+def _blocks(entries: Iterable[Entry]) -> set[str]:
+    return {each.block for each in entries if each.block is not None}
+
+
 def booked(scope: Scope, entries: Iterable[Entry]) -> list[Booked]:
-    """*entries* by their payment. One that names none is a payment of its own, by the name of its block."""
-    grouped: dict[str, dict[tuple[int, int], Entry]] = defaultdict(dict)
+    """*entries* by their payment. A block that is for none is a payment of its own."""
+    entries = list(entries)
+    payments = payment_of_block(entries)
+    grouped: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
-        grouped[entry.payment or f"block {entry.block}"][entry.seq, entry.position] = entry
-    return [_booked(OrderRef(scope, payment), list(found.values())) for payment, found in sorted(grouped.items())]
+        grouped[payments.get(entry.block or "", f"block {entry.block}")].append(entry)
+    return [_booked(OrderRef(scope, payment), found) for payment, found in sorted(grouped.items())]
 
 
 def _booked(order: OrderRef, entries: Sequence[Entry]) -> Booked:
@@ -154,4 +176,5 @@ def _select(scope: Scope) -> "Select[*tuple[Any, ...]]":
 def _entry(row: Any) -> Entry:
     seq, position, kind, block, credit, amount, asset, at_us, reference, of_block = row
     signed = -amount if credit == Account.CLEARING else amount
-    return Entry(seq, position, kind, block, signed, asset, at_us, of_block or reference)
+    payment = of_block or (reference if kind == TOP_UP else None)
+    return Entry(seq, position, kind, block, signed, asset, at_us, payment)

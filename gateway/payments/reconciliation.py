@@ -18,7 +18,7 @@ import structlog
 
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
-from gateway.payments.clearing import Booked, Clearing, Entry, booked
+from gateway.payments.clearing import Booked, Clearing, Entry, booked, payment_of_block
 from gateway.payments.comparison import MENDABLE, Difference, Paid, compare, payments_of
 from gateway.payments.orders import Order, Orders
 from gateway.payments.processor_transactions import (
@@ -138,9 +138,8 @@ class Reconciler:
             recent = [each for each in await self._clearing.since(scope, since_us) if each.at_us < until_us]
             entries += len(recent)
             refs = {ref.order_id for ref in named if ref.scope == scope}
-            refs |= {each.payment for each in recent if each.payment is not None}
-            found.entries[scope] = recent + await self._clearing.of_payments(scope, refs)
-            await self._add_orders(found, scope, refs)
+            found.entries[scope] = await self._clearing.whole(scope, recent, refs)
+            await self._add_orders(found, scope, refs | {*payment_of_block(found.entries[scope]).values()})
         differences, others = self._compare(found)
         late_us = began_us - GRACE_S * SECOND_US
         in_flight = [each for each in differences if each.kind in MENDABLE and each.at_us > late_us]
@@ -248,7 +247,7 @@ class Reconciler:
         for each in objects:
             await self._tell(each)
         found = _Found(paid={payment_intent: _asked(objects)})
-        found.entries[ref.scope] = await self._clearing.of_payments(ref.scope, [ref.order_id])
+        found.entries[ref.scope] = await self._clearing.whole(ref.scope, [], [ref.order_id])
         await self._add_orders(found, ref.scope, [ref.order_id])
         return not self._compare(found)[0]
 

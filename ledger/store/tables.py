@@ -76,6 +76,14 @@ class LedgerTransferRow(SQLModel, table=True):
             sqlite_where=text("debit = 'clearing' OR credit = 'clearing'"),
             postgresql_where=text("debit = 'clearing' OR credit = 'clearing'"),
         ),
+        Index(
+            "ix_ledger_transfer_clearing_block",
+            "tenant",
+            "mode",
+            "block",
+            sqlite_where=text("debit = 'clearing' OR credit = 'clearing'"),
+            postgresql_where=text("debit = 'clearing' OR credit = 'clearing'"),
+        ),
         {"sqlite_with_rowid": False},
     )
 

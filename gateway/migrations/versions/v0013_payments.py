@@ -190,11 +190,12 @@ def _processor() -> None:
 
 
 def _clearing() -> None:
-    """By time and by payment: the account's entries are few among all."""
+    """By time, payment and block: the account's entries are few among all."""
     on_account = sa.text("debit = 'clearing' OR credit = 'clearing'")
     for name, column in (
         ("ix_ledger_transfer_clearing_time", "at_us"),
         ("ix_ledger_transfer_clearing_payment", "reference"),
+        ("ix_ledger_transfer_clearing_block", "block"),
     ):
         op.create_index(
             name,
