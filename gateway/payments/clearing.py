@@ -14,7 +14,7 @@ from sqlalchemy import Select, and_, case, func, select, text
 from sqlmodel import col
 
 from gateway.database import Database, of
-from gateway.payments.processor_transactions import OrderRef
+from gateway.payments.observed import OrderRef
 from ledger.model import WALLET_PREFIX, Account, Scope
 from ledger.store.tables import LedgerBlockRow, LedgerCommandRow, LedgerTransferRow
 

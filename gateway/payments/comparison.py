@@ -12,8 +12,9 @@ from typing import Final, Literal
 import msgspec
 
 from gateway.payments.clearing import Booked
+from gateway.payments.observed import OrderRef
 from gateway.payments.orders import Order
-from gateway.payments.processor_transactions import Movement, OrderRef
+from gateway.payments.processor_transactions import Movement
 
 DifferenceKind = Literal[
     "missing_credit",
@@ -121,7 +122,7 @@ def compare(
             by_order[payment.order].append(payment)
     in_journal = {each.order: each for each in booked}
     differences: list[Difference] = []
-    for ref in sorted({*by_order, *in_journal}):
+    for ref in sorted({*by_order, *in_journal}, key=lambda ref: (ref.scope, ref.order_id)):
         differences += _of_order(ref, orders.get(ref), by_order.get(ref, []), in_journal.get(ref))
     return differences, foreign
 

@@ -14,6 +14,8 @@ from sqlalchemy import func, select
 from sqlmodel import col
 
 from gateway.database import insert_new, of
+from gateway.payments.observed import OrderRef
+from gateway.payments.stripe_objects import MODE, ORDER, TENANT
 from gateway.records import Records
 from gateway.tables import ProcessorTransaction
 from ledger.model import Scope
@@ -27,18 +29,6 @@ MovementKind = Literal["charge", "refund", "dispute"]
 
 KINDS: Final[Mapping[str, MovementKind]] = {"charge": "charge", "refund": "refund", "dispute": "dispute"}
 """What a movement's source can be that belongs to a payment."""
-
-ORDER: Final = "farebox_order"
-TENANT: Final = "farebox_tenant"
-MODE: Final = "farebox_mode"
-"""The metadata by which whoever meets an object finds its order."""
-
-
-class OrderRef(msgspec.Struct, frozen=True, order=True):
-    """Which order of whom an object says that it belongs to."""
-
-    scope: Scope
-    order_id: str
 
 
 class Movement(msgspec.Struct, frozen=True, kw_only=True):

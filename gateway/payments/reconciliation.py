@@ -20,15 +20,16 @@ from gateway.database import Database
 from gateway.identity.tenants import Tenants
 from gateway.payments.clearing import Booked, Clearing, Entry, booked, payment_of_block
 from gateway.payments.comparison import MENDABLE, Difference, Paid, compare, payments_of
+from gateway.payments.observed import Observed, OrderRef, Unreadable, facts_of
 from gateway.payments.orders import Order, Orders
 from gateway.payments.processor_transactions import (
     SECOND_US,
     Movement,
-    OrderRef,
     ProcessorTransactions,
     movement_of,
     order_of,
 )
+from gateway.payments.settling import NotBooked, Outcome
 from gateway.payments.stripe_api import ProcessorNotFound, StripeMode
 from ledger.model import Scope
 
@@ -59,6 +60,14 @@ class Processor(Protocol):
     async def refunds_of(self, payment_intent_id: str) -> list[Mapping[str, Any]]: ...
 
     async def disputes_of(self, payment_intent_id: str) -> list[Mapping[str, Any]]: ...
+
+
+class Hears(Protocol):
+    """Who makes true what follows from news of a payment: a part of `Settler`."""
+
+    async def observe(self, observed: Observed) -> Outcome: ...
+
+    async def settle(self, order: Order) -> Order: ...
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +103,7 @@ class Reconciler:
 
     Args:
         operator: the scope that the processor's movements are kept in.
-        tell: hears what the processor has, as if it came by an event; repeatable.
+        settler: is told again what the journal may have missed, as if it came by an event.
     """
 
     def __init__(
@@ -105,14 +114,14 @@ class Reconciler:
         tenants: Tenants,
         orders: Orders,
         operator: Callable[[], Awaitable[Scope]],
-        tell: Callable[[Mapping[str, Any]], Awaitable[object]],
+        settler: Hears,
         now_us: Callable[[], int],
     ) -> None:
         self._processor = processor
         self._tenants = tenants
         self._orders = orders
         self._operator = operator
-        self._tell = tell
+        self._settler = settler
         self._now_us = now_us
         self._clearing = Clearing(database)
         self._transactions = ProcessorTransactions(database, now_us=now_us)
@@ -242,14 +251,24 @@ class Reconciler:
             return False
         try:
             objects = await self._objects(payment_intent)
-        except ProcessorNotFound:
+            await self._tell(ref, objects)
+        except (ProcessorNotFound, NotBooked, Unreadable) as error:
+            log.exception("a payment cannot be told again", payment_intent=payment_intent, reason=type(error).__name__)
             return False
-        for each in objects:
-            await self._tell(each)
         found = _Found(paid={payment_intent: _asked(objects)})
         found.entries[ref.scope] = await self._clearing.whole(ref.scope, [], [ref.order_id])
         await self._add_orders(found, ref.scope, [ref.order_id])
         return not self._compare(found)[0]
+
+    async def _tell(self, ref: OrderRef, objects: Iterable[Mapping[str, Any]]) -> None:
+        """Let the settler know *objects*; what it knew of them already it makes true again."""
+        for each in objects:
+            observed = facts_of(each)
+            if observed is not None:
+                await self._settler.observe(observed)
+        order = await self._orders.find(ref.scope, ref.order_id)
+        if order is not None:
+            await self._settler.settle(order)
 
 
 def _asked(objects: Sequence[Mapping[str, Any]]) -> Paid:

@@ -10,8 +10,10 @@ from gateway.payments.links import Links
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
+from gateway.payments.reconciliation import Reconciler
 from gateway.payments.settling import Settler
 from gateway.payments.stripe_api import StripeAPI
+from gateway.payments.sweeps import Sweeps
 from gateway.settings import Settings
 from ledger.ledger import Ledger
 
@@ -25,6 +27,8 @@ class Payments:
     links: Links
     settler: Settler
     intake: Intake
+    reconciler: Reconciler
+    sweeps: Sweeps
 
     async def close(self) -> None:
         """Let go of connections. Whoever works with it has ended."""
@@ -65,4 +69,14 @@ def open_payments(
         links=Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us),
         settler=settler,
         intake=Intake(stripe, settler),
+        reconciler=Reconciler(
+            processor=stripe,
+            database=database,
+            tenants=tenants,
+            orders=orders,
+            operator=operator,
+            settler=settler,
+            now_us=now_us,
+        ),
+        sweeps=Sweeps(database, operator, now_us=now_us),
     )

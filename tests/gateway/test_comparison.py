@@ -6,8 +6,9 @@ import pytest
 
 from gateway.payments.clearing import Booked
 from gateway.payments.comparison import Difference, Paid, compare, payments_of
+from gateway.payments.observed import OrderRef
 from gateway.payments.orders import Order
-from gateway.payments.processor_transactions import Movement, OrderRef, movement_of
+from gateway.payments.processor_transactions import Movement, movement_of
 from ledger.model import Scope
 
 LIVE = Scope("ten_a", "live")
