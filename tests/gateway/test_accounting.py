@@ -3,21 +3,25 @@
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 
 import pytest
 
 from gateway.cli.accounting import csv_text
 from gateway.clock import time_text
-from gateway.payments.accounting import Books, Month, Place, Statement, StatementLine
+from gateway.payments.accounting import Accounts, Books, Month, Place, Statement, StatementLine
 from gateway.payments.credit_flows import CreditFlows
+from gateway.stores import open_store
 from ledger.batch import fold
 from ledger.commands import AnyCommand
 from ledger.model import Funding, Scope, WalletRef
 from ledger.outcomes import Applied, Outcome, Settled, Transfer
 from ledger.state import State
 from ledger.store.protocol import JournalEntry
+from pricing.money import CREDIT
 from tests.conftest import Campaign
+from tests.gateway.till import Till, open_till, selected
 from tests.ledger.rig import SCOPE, SECOND_US, RandomCommands, Say
 
 NOVEMBER = Month(2023, 11)
@@ -164,6 +168,47 @@ def test_what_was_paid_for_is_earned_as_it_is_used_or_expires(journal: Journal, 
     assert position(lines, "account.breakage") == {"in": 700, "closing": 700}
 
 
+def test_of_a_package_the_spread_is_kept_and_the_bonus_given(journal: Journal, say: Say) -> None:
+    journal.must(say.top_up("a", "1", 850, bonus=100, spread=150), say.debit("a", "1", 900))
+    lines = accounts(journal.entries)
+    assert position(lines, "account.clearing") == {"out": -1_000, "closing": -1_000}
+    assert position(lines, "account.package_spread") == {"in": 150, "closing": 150}
+    assert position(lines, "deferred_revenue") == {"brought_in": 850, "revenue": -850}
+    assert position(lines, "given_credits") == {"brought_in": 100, "revenue": -50, "closing": 50}
+    assert position(lines, "account.revenue") == {"in": 900, "closing": 900}
+
+
+def test_a_payment_that_is_taken_back_leaves_what_was_spent_of_it_owed(journal: Journal, say: Say) -> None:
+    journal.must(
+        say.top_up("a", "1", 850, spread=150),
+        say.debit("a", "1", 300),
+        say.reverse("a", "1", 1_000, 1_000, revision=1),
+    )
+    lines = accounts(journal.entries)
+    assert position(lines, "account.clearing") == {"out": -1_000, "in": 1_000}
+    assert position(lines, "account.package_spread") == {"in": 150, "out": -150}
+    assert position(lines, "deferred_revenue") == {
+        "brought_in": 850,
+        "revenue": -300,
+        "taken_back": -850,
+        "debts": 300,
+    }
+    assert position(lines, "receivables") == {"increase": 300, "closing": 300}
+
+
+def test_a_dispute_that_is_won_leaves_no_trace_in_what_is_deferred(journal: Journal, say: Say) -> None:
+    journal.must(
+        say.top_up("a", "1", 850, spread=150),
+        say.debit("a", "1", 300),
+        say.reverse("a", "1", 1_000, 1_000, revision=1),
+    )
+    journal.at_us = NOVEMBER.end_us
+    journal.must(say.reverse("a", "1", 0, 1_000, revision=2))
+    december = accounts(journal.entries, Month(2023, 12))
+    assert position(december, "deferred_revenue") == {"taken_back": 850, "debts": -300, "closing": 550}
+    assert position(december, "receivables") == {"opening": 300, "decrease": -300}
+
+
 def test_what_is_not_paid_for_defers_no_revenue(journal: Journal, say: Say) -> None:
     journal.must(
         say.grant("a", "1", 100, funding=Funding.PROMOTIONAL, priority=2),
@@ -294,3 +339,43 @@ def test_the_export_is_exact_and_no_cell_is_a_formula() -> None:
         '2026-11,ten_a,live,usd,"\'=HYPERLINK(""x"")",0.05,\r\n'
         "2026-11,ten_a,live,jpy,stripe.charge.fee,-150,\r\n"
     )
+
+
+# Over real stores.
+
+
+@pytest.fixture
+async def till(tmp_path: Path) -> AsyncIterator[Till]:
+    async with open_till(tmp_path) as opened:
+        yield opened
+
+
+async def test_the_journal_and_the_processor_stand_in_one_statement(till: Till) -> None:
+    """What was paid, less what was refunded, and Stripe's fees; per tenant and mode."""
+    services = till.gateway.services
+    asset = (await services.tenants.tenant(till.office.tenant)).asset_code
+    terms = {"asset": asset, "price_minor": 1_000, "credited": CREDIT.parse("1000"), "spread": 0}
+    live, sandbox = await till.sale(**terms), await till.sale(mode="test", **terms)
+    for sale in (live, sandbox):
+        await till.outcomes(sale.pay())
+    await live.spend(CREDIT.parse("250"))
+    await till.outcomes(selected(till.stripe.refund(live.payment, 500)))
+    month = Month.parse(time_text(services.now_us())[:7])
+    await till.payments.reconciler.run(month.start_us, month.end_us)
+    store = await open_store(services.settings.database_url, clock=services.now_us)
+    books = Accounts(store, services.database, operator=till.office.tenant)
+    statement, other = await books.month(month), await books.month(month, tenant="ten_other")
+    await store.close()
+    scope = live.order.scope
+    said = {line.line: (line.decimal, line.usd) for line in statement.lines if (line.tenant, line.mode) == scope}
+    assert said["deferred_revenue.brought_in"] == ("1000", "10")
+    assert said["deferred_revenue.revenue"] == ("-250", "-2.5")
+    assert said["deferred_revenue.taken_back"] == ("-500", "-5")
+    assert said["deferred_revenue.closing"] == ("250", "2.5")
+    assert said["proof.difference"] == ("0", "0")
+    assert statement.amount(sandbox.order.scope, "deferred_revenue.closing", asset) == CREDIT.parse("1000")
+    # The processor's account is in its test mode, and serves both of ours.
+    assert statement.amount(sandbox.order.scope, "stripe.charge.amount") == 2_000
+    assert statement.amount(sandbox.order.scope, "stripe.charge.fee") == -2 * 59
+    assert statement.amount(sandbox.order.scope, "stripe.refund.amount") == -500
+    assert other.lines == ()
