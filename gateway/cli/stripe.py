@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 DAYS_DEFAULT: Final = 7
 
+EXIT_UNKNOWN: Final = 2
+"""Stripe has not answered: nobody knows whether the books agree."""
+
 stripe = typer.Typer(help="Stripe: compare its books with ours.", no_args_is_help=True)
 
 
@@ -46,7 +49,7 @@ def reconcile(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare every payment at Stripe with the journal: exit 0, or 1 with the differences.
+    """Compare every payment at Stripe with the journal: exit 0, 1 with the differences, or 2 without an answer.
 
     What Stripe moved less than an hour ago is not held against the journal: the news may be on its way.
     """
@@ -67,8 +70,10 @@ async def _report(settings: "Settings", books: "Books", since_us: int, until_us:
     from gateway.clock import now_us  # noqa: PLC0415
     from gateway.ids import new_id  # noqa: PLC0415
     from gateway.installation import CannotInstall  # noqa: PLC0415
+    from gateway.payments.operator import NoOperator  # noqa: PLC0415
     from gateway.payments.packages import Packages  # noqa: PLC0415
     from gateway.payments.service import open_payments  # noqa: PLC0415
+    from gateway.payments.stripe_api import ProcessorRefused, ProcessorUnavailable  # noqa: PLC0415
 
     payments = open_payments(
         settings,
@@ -83,6 +88,11 @@ async def _report(settings: "Settings", books: "Books", since_us: int, until_us:
         raise CannotInstall("Stripe is not set up: set stripe_secret_key and stripe_webhook_secret.")
     try:
         return await payments.reconciler.run(since_us, until_us, repair=repair)
+    except NoOperator:
+        raise CannotInstall("There is no tenant yet: run `farebox init` first.") from None
+    except (ProcessorUnavailable, ProcessorRefused) as error:
+        typer.echo(f"Nothing was compared: {error}.", err=True)
+        raise typer.Exit(EXIT_UNKNOWN) from None
     finally:
         await payments.close()
 
