@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import Select, and_, case, func, select, text
+from sqlalchemy import ColumnElement, Select, and_, case, func, select, text
 from sqlmodel import col
 
 from gateway.database import Database, of
@@ -27,7 +27,9 @@ TOP_UP: Final = "top_up"
 CREDITING: Final = (TOP_UP, "grant")
 """The kinds of commands that bring credits in; what others move on the account is taken back, or given back again."""
 
-# Word for word what the indexes say that are to be used.
+# SQLite takes the primary key wherever it can, and would look through a whole journal. So the account stands here word
+# for word as the indexes have it, and what begins that key stands in expressions.
+_SEQ: Final = col(LedgerTransferRow.seq) + 0
 _ON_CLEARING: Final = text("(debit = 'clearing' OR credit = 'clearing')")
 
 
@@ -67,7 +69,9 @@ class Clearing:
 
     async def since(self, scope: Scope, since_us: int) -> list[Entry]:
         """The account's entries that were booked from then on."""
-        return await self._pages(scope, _select(scope).where(col(LedgerTransferRow.at_us) >= since_us))
+        transfer = LedgerTransferRow
+        this = (col(transfer.tenant) == scope.tenant, col(transfer.mode) == scope.mode)
+        return await self._pages(scope, _select(scope).where(*this, col(transfer.at_us) >= since_us))
 
     async def whole(self, scope: Scope, entries: Sequence[Entry], payments: Collection[str]) -> list[Entry]:
         """All entries of *payments* and of those that *entries* belong to, whenever they were booked."""
@@ -84,12 +88,13 @@ class Clearing:
         wanted = sorted(values)
         for first in range(0, len(wanted), NAMES_MAX):
             page = wanted[first : first + NAMES_MAX]
-            for each in await self._pages(scope, _select(scope).where(col(column).in_(page))):
+            query = _select(scope).where(col(column).in_(page), _of_scope(scope))
+            for each in await self._pages(scope, query):
                 found[each.seq, each.position] = each
 
     async def _pages(self, scope: Scope, query: "Select[*tuple[Any, ...]]") -> list[Entry]:
         found: list[Entry] = []
-        seq, position = col(LedgerTransferRow.seq), col(LedgerTransferRow.position)
+        seq, position = _SEQ, col(LedgerTransferRow.position)
         while True:
             page = query
             if found:
@@ -134,11 +139,15 @@ def _booked(order: OrderRef, entries: Sequence[Entry]) -> Booked:
     )
 
 
+def _of_scope(scope: Scope) -> ColumnElement[bool]:
+    named = col(LedgerTransferRow.tenant) + "/" + col(LedgerTransferRow.mode)
+    return named == f"{scope.tenant}/{scope.mode}"
+
+
 def _select(scope: Scope) -> "Select[*tuple[Any, ...]]":
     """The entries on the account, with the kind of their command and the payment that their block is for."""
     transfer, command, block = LedgerTransferRow, LedgerCommandRow, LedgerBlockRow
     account = case((col(transfer.debit) == Account.CLEARING, col(transfer.credit)), else_=col(transfer.debit))
-    this = (col(transfer.tenant) == scope.tenant, col(transfer.mode) == scope.mode)
     return (
         select(
             col(transfer.seq),
@@ -152,14 +161,8 @@ def _select(scope: Scope) -> "Select[*tuple[Any, ...]]":
             col(transfer.reference),
             col(block.payment_reference),
         )
-        .join(
-            command,
-            and_(
-                col(command.seq) == col(transfer.seq),
-                col(command.tenant) == scope.tenant,
-                col(command.mode) == scope.mode,
-            ),
-        )
+        # By its number alone, which is the journal's: with the scope, SQLite would look through all commands of it.
+        .join(command, col(command.seq) == col(transfer.seq))
         .outerjoin(
             block,
             and_(
@@ -169,7 +172,7 @@ def _select(scope: Scope) -> "Select[*tuple[Any, ...]]":
                 col(block.wallet) == func.substr(account, len(WALLET_PREFIX) + 1),
             ),
         )
-        .where(*this, _ON_CLEARING)
+        .where(_ON_CLEARING)
     )
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import event, select
 from sqlmodel import col
 
 from gateway.database import of
 from gateway.identity.wallets import customer_wallet
+from gateway.payments.clearing import Clearing
 from gateway.payments.comparison import MENDABLE
 from gateway.payments.nightly import Nightly
 from gateway.payments.observed import OrderRef
@@ -335,6 +336,30 @@ async def test_at_night_what_was_missed_is_mended_and_the_rest_is_told(books: Bo
     assert doubled.order.id in told
     assert missed.order.id in told
     assert doubled.order.customer_id not in told
+
+
+@pytest.mark.sqlite
+async def test_the_clearing_account_is_read_without_looking_through_the_journal(books: Books) -> None:
+    """SQLite takes the primary key where it can, whose order is the journal's: months of charges."""
+    sale = await books.paid()
+    database, asked = books.till.gateway.services.database, list[tuple[str, Any]]()
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        asked.append((statement, parameters))
+
+    engine = database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", note)
+    clearing, scope = Clearing(database), sale.order.scope
+    entries = await clearing.whole(scope, await clearing.since(scope, 0), ["ord_other"])
+    event.remove(engine, "before_cursor_execute", note)
+    assert len(entries) == 2
+    queries = [each for each in asked if "clearing" in each[0]]
+    assert len(queries) == 4
+    async with database.read(of(*scope)) as connection:
+        for statement, parameters in queries:
+            plan = (await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", tuple(parameters))).all()
+            assert "INDEX ix_ledger_transfer_clearing_" in plan[0][-1], plan
+            assert "ix_ledger_command_seq" in plan[1][-1], plan
 
 
 async def test_without_an_answer_of_the_processor_nothing_is_said(books: Books) -> None:

@@ -192,15 +192,16 @@ def _processor() -> None:
 def _clearing() -> None:
     """By time, payment and block: the account's entries are few among all."""
     on_account = sa.text("debit = 'clearing' OR credit = 'clearing'")
-    for name, column in (
-        ("ix_ledger_transfer_clearing_time", "at_us"),
-        ("ix_ledger_transfer_clearing_payment", "reference"),
-        ("ix_ledger_transfer_clearing_block", "block"),
+    for name, columns in (
+        ("ix_ledger_transfer_clearing_time", ["tenant", "mode", "at_us"]),
+        # What is looked for comes first: SQLite passes over a list in a third column.
+        ("ix_ledger_transfer_clearing_payment", ["reference", "tenant", "mode"]),
+        ("ix_ledger_transfer_clearing_block", ["block", "tenant", "mode"]),
     ):
         op.create_index(
             name,
             "ledger_transfer",
-            ["tenant", "mode", column],
+            columns,
             sqlite_where=on_account,
             postgresql_where=on_account,
         )
