@@ -152,6 +152,8 @@ def test_a_month_is_exported(keeper: Keeper, tmp_path: Path) -> None:
     assert said["test", "stripe.charge.amount"] == "5"
     printed = keeper.run("accounting", "export", "--month", month, code=0).stdout_bytes
     assert printed == file.read_bytes()
+    before = keeper.run("accounting", "export", "--month", "2020-01", code=0).stdout
+    assert before.splitlines() == ["month,tenant,mode,asset,line,amount,usd"]
     as_json = json.loads(keeper.run("accounting", "export", "--month", month, "--json", code=0).stdout)
     assert as_json == rows
 
