@@ -12,8 +12,10 @@ from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
 from gateway.payments.processor_customers import ProcessorCustomers
+from gateway.payments.reconciliation import Reconciler
 from gateway.payments.settling import Settler
 from gateway.payments.stripe_api import StripeAPI
+from gateway.payments.sweeps import Sweeps
 from gateway.settings import Settings
 from ledger.ledger import Ledger
 from ledger.model import Scope
@@ -30,6 +32,8 @@ class Payments:
     checkout: Checkout
     settler: Settler
     intake: Intake
+    reconciler: Reconciler
+    sweeps: Sweeps
 
     async def close(self) -> None:
         """Let go of connections. Whoever works with it has ended."""
@@ -91,4 +95,14 @@ def open_payments(
         ),
         settler=settler,
         intake=Intake(stripe, settler),
+        reconciler=Reconciler(
+            processor=stripe,
+            database=database,
+            tenants=tenants,
+            orders=orders,
+            operator=operator,
+            settler=settler,
+            now_us=now_us,
+        ),
+        sweeps=Sweeps(database, operator, now_us=now_us),
     )

@@ -19,6 +19,8 @@ STORES = ("sqlite", "postgresql")
 ON_EVERY_STORE = (
     *("test_journey_", "test_api_", "test_isolation", "test_idempotency", "test_readiness", "test_metrics"),
     "test_stripe_webhook",
+    "test_reconciliation",
+    "test_accounting",
 )
 
 

@@ -117,6 +117,7 @@ commands = ["", "serve", "demo", "init", "migrate", "verify", "copy", "grant", "
 commands += ["keys", "keys list", "keys create", "keys revoke"]
 commands += ["tenants", "tenants list", "tenants create", "tenants change"]
 commands += ["prices", "prices list", "prices show", "prices check"]
+commands += ["stripe", "stripe reconcile", "accounting", "accounting export"]
 for command in commands:
     sys.argv = ["farebox", *command.split(), "--help"]
     try:
@@ -134,7 +135,7 @@ assert not slow, slow
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Usage: farebox") == 21
+    assert done.stdout.count("Usage: farebox") == 25
 
 
 @on_every_store

@@ -21,7 +21,11 @@ from gateway.cli import main
 from gateway.clock import now_us
 from gateway.copying import CannotCopy, copy_installation
 from gateway.database import Database
+from gateway.identity.tenants import Tenants
 from gateway.migrations import migrate
+from gateway.payments.operator import OperatorScope
+from gateway.payments.processor_transactions import ProcessorTransactions
+from gateway.payments.sweeps import Sweep, Sweeps, daily
 from ledger.model import Charge, Scope, Settlement
 from ledger.store.sqlite import SqliteStore
 from tests.gateway.office import open_office, paid_with
@@ -112,7 +116,17 @@ async def fill(url: str, seed: random.Random) -> None:
     database = Database(url)
     while await Rollups(database).fold():
         pass
+    await keep_books(database)
     await database.close()
+
+
+async def keep_books(database: Database) -> None:
+    """What a night of comparing with the payment processor leaves."""
+    operator = OperatorScope(Tenants(database), "test")
+    movement = {"id": "txn_1", "type": "payout", "amount": -5, "fee": 0, "net": -5, "currency": "usd", "created": 7}
+    await ProcessorTransactions(database).keep(await operator(), [movement])
+    sweep = Sweep(name="nightly", schedule=daily(3), work=operator)
+    assert not await Sweeps(database, operator, now_us=Clock(us=LATER_US)).run_if_due(sweep)
 
 
 @pytest.fixture(scope="module")
