@@ -35,8 +35,9 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 
 from tests.servers.stripe_account import StripeAccount
-from tests.servers.stripe_api import Answer, Asked, StripeAPI, read_form, request_id
+from tests.servers.stripe_api import StripeAPI
 from tests.servers.stripe_objects import API_VERSION, Object
+from tests.servers.stripe_requests import Answer, Asked, read_form, request_id
 
 HANG_S_MAX: Final = 60.0
 STOP_S: Final = 10.0
