@@ -70,7 +70,8 @@ class StripeAccount(StripePayments):
             failure_balance_transaction=self._move("refund_failure", refund["amount"], refund, charge),
         )
         types = ("refund.failed", "refund.updated", "charge.refund.updated")
-        return [self._event(type, refund, previous={"status": before}) for type in types]
+        previous = {"status": before, "failure_balance_transaction": None, "failure_reason": None}
+        return [self._event(type, refund, previous=previous) for type in types]
 
     @alone
     def dispute(

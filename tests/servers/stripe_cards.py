@@ -22,12 +22,15 @@ class TestCard:
 
 _DECLINED: Final = "card_declined"
 
+_GENERIC: Final = TestCard("0002", attaches=False, code=_DECLINED, decline_code="generic_decline")
+_NO_FUNDS: Final = TestCard("9995", attaches=False, code=_DECLINED, decline_code="insufficient_funds")
+
 TEST_CARDS: Final[Mapping[str, TestCard]] = {
     "pm_card_visa": TestCard(),
-    "pm_card_chargeDeclined": TestCard("0002", attaches=False, code=_DECLINED, decline_code="generic_decline"),
-    "pm_card_chargeDeclinedInsufficientFunds": TestCard(
-        "9995", attaches=False, code=_DECLINED, decline_code="insufficient_funds"
-    ),
+    "pm_card_chargeDeclined": _GENERIC,
+    "pm_card_visa_chargeDeclined": _GENERIC,
+    "pm_card_chargeDeclinedInsufficientFunds": _NO_FUNDS,
+    "pm_card_visa_chargeDeclinedInsufficientFunds": _NO_FUNDS,
     "pm_card_chargeDeclinedExpiredCard": TestCard("0069", attaches=False, code="expired_card"),
     "pm_card_chargeCustomerFail": TestCard("0341", code=_DECLINED, decline_code="generic_decline"),
     "pm_card_authenticationRequired": TestCard(
