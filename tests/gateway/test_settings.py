@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from gateway.settings import PriceSettings, Settings, SettingsInvalid, UpstreamSettings, load
+from gateway.settings import PackageSettings, PriceSettings, Settings, SettingsInvalid, UpstreamSettings, load
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "farebox.example.toml"
 
@@ -62,8 +62,8 @@ def test_the_example_file_names_every_setting_with_its_default(monkeypatch: pyte
     for name in Settings.model_fields.keys() - shown:
         assert getattr(example, name) == getattr(defaults, name), name
     text = EXAMPLE.read_text()
-    for section in (Settings, UpstreamSettings, PriceSettings):
-        for name in section.model_fields.keys() - shown:
+    for section in (Settings, UpstreamSettings, PriceSettings, PackageSettings):
+        for name in section.model_fields.keys() - shown - {"packages"}:
             assert re.search(rf"^(# )?{name} = ", text, re.MULTILINE), name
     openai = example.upstreams[0]
     assert openai.api_key is not None
