@@ -40,6 +40,7 @@ from tests.servers.stripe_objects import API_VERSION, Object
 from tests.servers.stripe_requests import Answer, Asked, read_form, request_id
 
 HANG_S_MAX: Final = 60.0
+IDLE_S_MAX: Final = 60.0
 STOP_S: Final = 10.0
 BODY_BYTES_MAX: Final = 1_000_000
 DELIVER_S: Final = 30.0
@@ -189,9 +190,13 @@ class _Server(ThreadingHTTPServer):
         self._connections: set[socket.socket] = set()
         self._connections_lock = threading.Lock()
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def process_request(self, request: Any, client_address: Any) -> None:
+        # Here, and not in its thread, so that none is missed that begins while the server is closed.
         with self._connections_lock:
             self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -214,6 +219,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    timeout = IDLE_S_MAX
     server: _Server
 
     def do_GET(self) -> None:
