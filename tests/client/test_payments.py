@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from decimal import Decimal
+from typing import Final
 
 import httpx
 import pytest
@@ -11,6 +12,9 @@ from farebox import AsyncClient, Client, Retries
 from tests.client.conftest import NOBODY
 from tests.e2e.farebox import Farebox, installed
 from tests.servers.stripe import FakeStripe, fake_stripe
+
+
+RETURN: Final = {"success_url": "https://app.example.com/paid", "cancel_url": "https://app.example.com/"}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,6 @@ def installation(stripe: FakeStripe, tmp_path_factory: pytest.TempPathFactory) -
         "stripe_secret_key": stripe.secret_key,
         "stripe_webhook_secret": stripe.webhook_secret,
         "stripe_api_base": stripe.url,
-        "public_url": "https://credits.example.com",
     }
     with installed(tmp_path_factory.mktemp("payments"), NOBODY, settings=settings) as farebox:
         farebox.serve()
@@ -52,20 +55,8 @@ def test_packages_have_prices_in_money_and_credits(client: Client):
 
 
 def test_a_checkout_is_paid(client: Client, stripe: FakeStripe, base_url: str):
-    checkout = client.create_checkout(
-        "payer",
-        "usd-10",
-        success_url="https://app.example.com/paid",
-        cancel_url="https://app.example.com/",
-        idempotency_key="checkout-1",
-    )
-    again = client.create_checkout(
-        "payer",
-        "usd-10",
-        success_url="https://app.example.com/paid",
-        cancel_url="https://app.example.com/",
-        idempotency_key="checkout-1",
-    )
+    checkout = client.create_checkout("payer", "usd-10", **RETURN, idempotency_key="checkout-1")
+    again = client.create_checkout("payer", "usd-10", **RETURN, idempotency_key="checkout-1")
     assert again == checkout
     assert (checkout.status, checkout.price, checkout.credits) == ("open", 10, 1000)
     (session,) = stripe.all("checkout.session", client_reference_id=checkout.order_id)
@@ -83,7 +74,7 @@ def test_a_checkout_is_paid(client: Client, stripe: FakeStripe, base_url: str):
     balance = client.credits("payer")
     assert balance.balance == 1000
     assert [block.id for block in balance.blocks] == [order.block_id]
-    client.create_checkout("payer", "usd-5")
+    client.create_checkout("payer", "usd-5", **RETURN)
     assert [each.status for each in client.orders("payer", page_size=1)] == ["open", "paid"]
 
 
@@ -98,7 +89,7 @@ def test_a_processor_that_does_not_answer(installation: Farebox, base_url: str, 
         Client(base_url, installation.live_key, retries=Retries(attempts_max=1)) as client,
         pytest.raises(farebox.PaymentsUnavailable) as refused,
     ):
-        client.create_checkout("waiting", "usd-5")
+        client.create_checkout("waiting", "usd-5", **RETURN)
     stripe.heal()
     assert refused.value.status == 503
 
@@ -106,6 +97,6 @@ def test_a_processor_that_does_not_answer(installation: Farebox, base_url: str, 
 async def test_the_same_awaited(installation: Farebox, base_url: str):
     async with AsyncClient(base_url, installation.live_key) as client:
         assert [package.price_minor async for package in client.packages()] == [500, 1000, 2500, 5000]
-        checkout = await client.create_checkout("awaited", "usd-5", save_payment_method=True)
+        checkout = await client.create_checkout("awaited", "usd-5", **RETURN, save_payment_method=True)
         assert (await client.get_order(checkout.order_id)).status == "open"
         assert [order.id async for order in client.orders("awaited")] == [checkout.order_id]
