@@ -13,7 +13,6 @@ from tests.client.conftest import NOBODY
 from tests.e2e.farebox import Farebox, installed
 from tests.servers.stripe import FakeStripe, fake_stripe
 
-
 RETURN: Final = {"success_url": "https://app.example.com/paid", "cancel_url": "https://app.example.com/"}
 
 

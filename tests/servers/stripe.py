@@ -36,7 +36,7 @@ import httpx
 
 from tests.servers.stripe_account import StripeAccount
 from tests.servers.stripe_api import StripeAPI
-from tests.servers.stripe_objects import API_VERSION, Object
+from tests.servers.stripe_objects import API_VERSION, PERSON, Object
 from tests.servers.stripe_requests import Answer, Asked, read_form, request_id
 
 HANG_S_MAX: Final = 60.0
@@ -305,8 +305,12 @@ class _Handler(BaseHTTPRequestHandler):
 _PAGE: Final = """<!doctype html><html lang="en"><title>Checkout</title>
 <h1>Pay {amount}</h1><form method="post"><button>Pay</button></form><a href="{cancel}">Back</a></html>"""
 
+_QUOTED: Final = f"It was asked for {PERSON['name']}, {PERSON['email']}."
+"""Stripe's messages quote what was sent: nobody may repeat them."""
+
 _FAULTS: Final[dict[int, Object]] = {
-    409: {"message": "There is another request with this key in progress.", "type": "idempotency_error"},
-    429: {"message": "Request rate limit exceeded.", "type": "invalid_request_error", "code": "rate_limit"},
-    500: {"message": "An unknown error occurred.", "type": "api_error"},
+    400: {"message": f"Invalid request. {_QUOTED}", "type": "invalid_request_error", "code": "parameter_invalid_empty"},
+    409: {"message": f"Another request with this key is in progress. {_QUOTED}", "type": "idempotency_error"},
+    429: {"message": f"Request rate limit exceeded. {_QUOTED}", "type": "invalid_request_error", "code": "rate_limit"},
+    500: {"message": f"An unknown error occurred. {_QUOTED}", "type": "api_error"},
 }
