@@ -37,6 +37,7 @@ from gateway.api import (
     reservations,
     revocations,
     rules,
+    stripe_webhook,
     tenants,
     topup,
     usage,
@@ -90,7 +91,7 @@ RESOURCES: Final = (
     autumn,
     chargly,
 )
-PLAIN: Final = (health, docs)
+PLAIN: Final = (health, docs, stripe_webhook)
 """They need no key."""
 
 
