@@ -26,7 +26,7 @@ from farebox.errors import (
     VersionMismatch,
     WebhookInvalid,
 )
-from farebox.payment_values import Checkout, Order, Package
+from farebox.payment_values import Checkout, Order, OrderStanding, Package
 from farebox.values import (
     Balance,
     Block,
@@ -71,6 +71,7 @@ __all__ = [
     "Metric",
     "NotFound",
     "Order",
+    "OrderStanding",
     "Pack",
     "Package",
     "PaymentsUnavailable",

@@ -2,7 +2,7 @@
 
 from farebox.call import PAGE_SIZE, Call, Pages, change, get, listed
 from farebox.calls import customer_path, segment
-from farebox.payment_values import Checkout, Order, Package
+from farebox.payment_values import Checkout, Order, OrderStanding, Package
 from farebox.reading import reader
 
 
@@ -36,9 +36,9 @@ def create_checkout(
     return change("POST", "checkout", reader(Checkout), body, key=idempotency_key)
 
 
-def get_order(order_id: str) -> Call[Order]:
-    """An order as it is now."""
-    return get(f"orders/{segment(order_id)}", Order)
+def get_order(order_id: str) -> Call[OrderStanding]:
+    """An order as it is now, and how much of its price has gone back."""
+    return get(f"orders/{segment(order_id)}", OrderStanding)
 
 
 def orders(customer: str, *, page_size: int = PAGE_SIZE) -> Pages[Order]:

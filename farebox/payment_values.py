@@ -65,3 +65,17 @@ class Order(_Sold):
     failure: str | None
     created_at: datetime
     settled_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderStanding(Order):
+    """An order, and what has become of the payment since.
+
+    Attributes:
+        returned: how much of the price has gone back to who paid it, by refunds and lost disputes.
+        disputed: a dispute is open; what is left of the credits pays for nothing until it ends.
+    """
+
+    returned: Decimal
+    returned_minor: int
+    disputed: bool

@@ -1,6 +1,6 @@
 """Packages, checkouts and orders, at a gateway that takes payments."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from typing import Final
 
@@ -12,6 +12,7 @@ from farebox import AsyncClient, Client, Retries
 from tests.client.conftest import NOBODY
 from tests.e2e.farebox import Farebox, installed
 from tests.servers.stripe import FakeStripe, fake_stripe
+from tests.servers.stripe_objects import Object
 
 RETURN: Final = {"success_url": "https://app.example.com/paid", "cancel_url": "https://app.example.com/"}
 
@@ -36,9 +37,9 @@ def installation(stripe: FakeStripe, tmp_path_factory: pytest.TempPathFactory) -
         farebox.verify()
 
 
-def tell(stripe: FakeStripe, base_url: str, session_id: str) -> None:
-    """The customer has paid, and Stripe says so."""
-    for event in stripe.pay(session_id):
+def post(stripe: FakeStripe, base_url: str, events: Iterable[Object]) -> None:
+    """Stripe tells."""
+    for event in events:
         body, signature = stripe.signed(event)
         url = base_url.removesuffix("/v1") + "/stripe/webhook"
         assert httpx.post(url, content=body, headers={"Stripe-Signature": signature}).status_code == 200
@@ -61,7 +62,7 @@ def test_a_checkout_is_paid(client: Client, stripe: FakeStripe, base_url: str):
     (session,) = stripe.all("checkout.session", client_reference_id=checkout.order_id)
     assert checkout.checkout_url == session["url"]
     assert client.get_order(checkout.order_id).settled_at is None
-    tell(stripe, base_url, session["id"])
+    post(stripe, base_url, stripe.pay(session["id"]))
     order = client.get_order(checkout.order_id)
     assert (order.status, order.kind, order.failure, order.customer_id) == (
         "paid",
@@ -73,6 +74,12 @@ def test_a_checkout_is_paid(client: Client, stripe: FakeStripe, base_url: str):
     balance = client.credits("payer")
     assert balance.balance == 1000
     assert [block.id for block in balance.blocks] == [order.block_id]
+    refund = stripe.refund(stripe.payment_of(session["id"]), 250)
+    post(stripe, base_url, refund)
+    standing = client.get_order(checkout.order_id)
+    assert (standing.status, standing.returned, standing.returned_minor) == ("paid", Decimal("2.50"), 250)
+    assert not standing.disputed
+    assert client.credits("payer").balance == 750
     client.create_checkout("payer", "usd-5", **RETURN)
     assert [each.status for each in client.orders("payer", page_size=1)] == ["open", "paid"]
 
