@@ -42,6 +42,7 @@ from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
 from gateway.events.event import Reaction
 from gateway.events.webhooks import Webhooks
+from gateway.identity.assets import Assets
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
@@ -376,6 +377,7 @@ async def running_parts(
             changes=changes,
             tenants=tenants,
             customers=customers,
+            assets=Assets(database, now_us=now_us),
             erasure=Erasure(database, ledger, now_us=now_us, announce=changes.announce),
             rate_limit=rate_limit,
             router=router,
