@@ -60,7 +60,7 @@ AWAY: Final = Notice(
     503,
     "payments_unavailable",
     "Please try again",
-    "The payment service does not answer. Nothing was paid.",
+    "The payment service does not answer at the moment. Nothing that you have paid is lost.",
     "Try again",
 )
 BOOKS_AWAY: Final = Notice(
@@ -106,7 +106,11 @@ NOTICES: Final[Mapping[type[Exception], Notice]] = {
     LedgerUnavailable: BOOKS_AWAY,
 }
 BROKEN: Final = Notice(
-    500, "internal_error", "Something broke on our side", "Nothing was paid by that. Please try again.", "Try again"
+    500,
+    "internal_error",
+    "Something broke on our side",
+    "Please try again. Nothing that you have paid is lost.",
+    "Try again",
 )
 RETRY_AFTER_S: Final = 5
 

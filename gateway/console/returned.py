@@ -17,7 +17,7 @@ def told(visit: Visit, returned: Returned, looks: int) -> dict[str, Any]:
     order, asset = returned.order, visit.asset
     home = f"../{visit.token}"
     facts: dict[str, Any] = {"order": order.id, "refresh": None, "again": None, "bought": None, "bonus": None}
-    match order.status:
+    match "failed" if returned.progress == "bounced" else order.status:
         case "paid":
             return facts | {
                 "title": "Thank you",
@@ -44,7 +44,7 @@ def told(visit: Visit, returned: Returned, looks: int) -> dict[str, Any]:
                 "text": "Choose again whenever you like.",
                 "again": {"url": home, "label": "Choose again"},
             }
-    if returned.customer_has_yet_to_pay and order.checkout_url is not None:
+    if returned.progress == "to_be_paid" and order.checkout_url is not None:
         return facts | {
             "title": "Not paid yet",
             "tone": "note",

@@ -102,7 +102,9 @@ async def ordered(visit: Visit, package_id: str, *, keep_card: bool) -> Order:
         ):
             return order
     # Who presses twice at once sees the same orders before, so the key makes it one order.
-    before = recent[0].id if recent else str(visit.now_us // (REUSED_FOR_S * 1_000_000))
+    # One that has no page yet does not count: repeated, its key makes the page.
+    done = (order.id for order in recent if order.checkout_url is not None or order.status != "open")
+    before = next(done, str(visit.now_us // (REUSED_FOR_S * 1_000_000)))
     named = f"{link.customer_id}:{package_id}:{keep_card}:{before}"
     wanted = Wanted(
         scope=link.scope,

@@ -1,5 +1,8 @@
 """A customer is back from the processor's page: what has become of their order, also where its event is late."""
 
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
 import msgspec
 
 from gateway.payments.observed import facts_of
@@ -7,12 +10,18 @@ from gateway.payments.orders import Order, Orders
 from gateway.payments.settling import Settler
 from gateway.payments.stripe_api import StripeAPI
 
+Progress = Literal["settled", "to_be_paid", "on_its_way", "bounced"]
+"""How far a payment is: its order says it; the processor's page is still open; it was made and has yet to arrive; it
+was made, and did not arrive."""
+
 
 class Returned(msgspec.Struct, frozen=True):
-    """*customer_has_yet_to_pay* on the processor's page, which is still open."""
-
     order: Order
-    customer_has_yet_to_pay: bool = False
+    progress: Progress
+
+
+BOUNCED: Final = ("requires_payment_method", "canceled")
+"""What a payment intent is after a payment that took days has failed."""
 
 
 class Returns:
@@ -31,10 +40,21 @@ class Returns:
             DatabaseUnavailable, LedgerUnavailable
         """
         if order.status == "paid" or order.session_id is None:
-            return Returned(order)
+            return Returned(order, "settled")
         session = await self._stripe.session(order.session_id)
         observed = facts_of(session)
         if observed is not None:
             await self._settler.observe(observed)
         now = await self._orders.find(order.scope, order.id)
-        return Returned(order if now is None else now, customer_has_yet_to_pay=session.get("status") == "open")
+        assert now is not None, "an order is never deleted"
+        return Returned(now, _progress(now, session))
+
+
+def _progress(order: Order, session: Mapping[str, Any]) -> Progress:
+    if order.status != "open":
+        return "settled"
+    if session.get("status") == "open":
+        return "to_be_paid"
+    payment = session.get("payment_intent")
+    came_back = isinstance(payment, Mapping) and payment.get("status") in BOUNCED
+    return "bounced" if came_back else "on_its_way"
