@@ -13,7 +13,7 @@ EMULATOR := $(VENV)/emulator
 TESTED := $(VENV)/.dev $(OPENAI2)/.installed $(EMULATOR)/.installed
 
 # The browser that the tests of our pages drive: Debian's, unless another one is named.
-BROWSER ?= /usr/bin/chromium
+CHROMIUM ?= /usr/bin/chromium
 
 # A soak prints its seed; `make soak SEED=…` runs the same one again.
 SEED ?= $(shell date +%s)
@@ -37,10 +37,10 @@ help:
 run: $(VENV)/.run
 	$(BIN)/farebox demo
 
-test: $(TESTED) $(BROWSER)
+test: $(TESTED) $(CHROMIUM)
 	$(BIN)/python -m pytest
 
-check: $(TESTED) $(BROWSER)
+check: $(TESTED) $(CHROMIUM)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
@@ -51,15 +51,15 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-soak: $(TESTED) $(BROWSER)
+soak: $(TESTED) $(CHROMIUM)
 	FAREBOX_TEST_CAMPAIGN=long FAREBOX_TEST_SEED=$(SEED) $(BIN)/python -m pytest -m campaign -v
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
 
-setup: $(TESTED) $(BROWSER)
+setup: $(TESTED) $(CHROMIUM)
 
-test check soak: export FAREBOX_TEST_BROWSER := $(BROWSER)
+test check soak: export FAREBOX_TEST_BROWSER := $(CHROMIUM)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
@@ -96,9 +96,9 @@ $(EMULATOR)/.installed: tests/e2e/emulator/package.json tests/e2e/emulator/packa
 
 # The tests fail without a browser: pages that nobody has looked at are not known to work.
 /usr/bin/chromium:
-	@command -v apt-get >/dev/null || { echo "There is no $@: name a Chromium with make check BROWSER=…" >&2; exit 1; }
-	$(AS_ROOT) apt-get -qq update
-	$(AS_ROOT) apt-get -qq install --yes --no-install-recommends chromium
+	@command -v apt-get >/dev/null || { echo "There is no $@: name a Chromium with make check CHROMIUM=…" >&2; exit 1; }
+	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get -qq update
+	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends chromium
 
 lock:
 	$(PYTHON) -m venv $(VENV)/lock
