@@ -4,8 +4,8 @@ How it works. `emulate` (npm, pinned in `emulator/`) has a Checkout page that wa
 signed webhook that somebody has paid on it. It lacks the rest of what Farebox asks of Stripe: prices that are made on
 the way, payment intents, amounts, idempotency keys, and whole events. So the stand-in of `tests/servers/stripe.py`
 answers the API, and has each session shown by the emulator; when the emulator's webhook says that it was paid, the
-stand-in's account is charged, and its events, full in shape and signed, go where Stripe would send them. The customer is
-sent on only after that, as the emulator waits for its webhook.
+stand-in's account is charged, and its events, full in shape and signed, go where Stripe would send them. The customer
+is sent on only after that, as the emulator waits for its webhook.
 """
 
 import json
