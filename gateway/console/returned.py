@@ -44,13 +44,13 @@ def told(visit: Visit, returned: Returned, looks: int) -> dict[str, Any]:
                 "text": "Choose again whenever you like.",
                 "again": {"url": home, "label": "Choose again"},
             }
-    if returned.progress == "to_be_paid" and order.checkout_url is not None:
+    if returned.progress == "to_be_paid":
         return facts | {
             "title": "Not paid yet",
             "tone": "note",
             "lead": "The payment page is still open",
-            "text": "You can go on there, or choose something else.",
-            "again": {"url": order.checkout_url, "label": "Go on to payment"},
+            "text": "You can go on there whenever you like.",
+            "again": {"url": order.checkout_url or home, "label": "Go on to payment"},
         }
     next_look = "?" + urlencode({"order": order.id, "look": looks + 1})
     going_on = looks < REFRESHES_MAX

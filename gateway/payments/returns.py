@@ -39,11 +39,14 @@ class Returns:
             ProcessorUnavailable, ProcessorRefused
             DatabaseUnavailable, LedgerUnavailable
         """
-        if order.status == "paid" or order.session_id is None:
+        if order.status == "paid":
             return Returned(order, "settled")
+        if order.session_id is None:
+            return Returned(order, "to_be_paid" if order.status == "open" else "settled")
         session = await self._stripe.session(order.session_id)
         observed = facts_of(session)
-        if observed is not None:
+        # A page that is still open has nothing to tell yet.
+        if observed is not None and session.get("status") != "open":
             await self._settler.observe(observed)
         now = await self._orders.find(order.scope, order.id)
         assert now is not None, "an order is never deleted"
