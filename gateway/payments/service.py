@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
+from gateway.payments.checkout import Checkout
 from gateway.payments.links import Links
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
+from gateway.payments.processor_customers import ProcessorCustomers
 from gateway.payments.stripe_api import StripeAPI
 from gateway.settings import Settings
+from ledger.model import Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +23,25 @@ class Payments:
     stripe: StripeAPI
     operator: OperatorScope
     links: Links
+    customers: ProcessorCustomers
+    checkout: Checkout
 
     async def close(self) -> None:
         """Let go of connections. Whoever works with it has ended."""
         await self.stripe.close()
 
     def serves(self, mode: str) -> bool:
-        """Whether customers of *mode* can pay: real money pays for nothing in the sandbox."""
-        return self.stripe.mode == "test" or mode == "live"
+        """Whether customers of *mode* can pay."""
+        return self.checkout.serves(mode)
+
+    async def forget(self, scope: Scope, customer_id: str) -> None:
+        """Let nobody pay for a customer who is being erased, and the processor forget them. Repeatable.
+
+        Raises:
+            ProcessorUnavailable, ProcessorRefused, DatabaseUnavailable: some of it is not done; do it again.
+        """
+        await self.checkout.close_open(scope, customer_id)
+        await self.customers.erase(scope, customer_id)
 
 
 def open_payments(
@@ -48,10 +62,23 @@ def open_payments(
         webhook_secret=settings.stripe_webhook_secret.get_secret_value(),
         api_base=settings.stripe_api_base,
     )
+    orders = Orders(database, now_us=now_us, new_id=new_id)
+    links = Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us)
+    customers = ProcessorCustomers(database, stripe, now_us=now_us)
     return Payments(
         packages=packages,
-        orders=Orders(database, now_us=now_us, new_id=new_id),
+        orders=orders,
         stripe=stripe,
         operator=OperatorScope(tenants, stripe.mode),
-        links=Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us),
+        links=links,
+        customers=customers,
+        checkout=Checkout(
+            packages=packages,
+            orders=orders,
+            stripe=stripe,
+            customers=customers,
+            links=links,
+            now_us=now_us,
+            new_id=new_id,
+        ),
     )

@@ -18,6 +18,7 @@ import stripe
 
 from gateway.payments.orders import Order
 from gateway.payments.stripe_http import StripeHTTP
+from gateway.settings import moves_money
 from ledger.model import Scope
 
 API_VERSION: Final = "2026-10-28.endive"
@@ -103,7 +104,7 @@ class StripeAPI:
     def __init__(self, *, secret_key: str, webhook_secret: str, api_base: str | None = None) -> None:
         # It would tell Stripe about this machine, and keep an id in the home directory for that.
         stripe.enable_telemetry = False
-        self.mode: StripeMode = "live" if key_is_live(secret_key) else "test"
+        self.mode: StripeMode = "live" if moves_money(secret_key) else "test"
         self._webhook_secret = webhook_secret
         self._http = StripeHTTP()
         self._client = stripe.StripeClient(
@@ -317,11 +318,6 @@ class StripeAPI:
             raise ProcessorUnavailable(f"no answer within {TIMEOUT_S:g} s") from None
         except stripe.StripeError as error:
             raise _translated(error) from None
-
-
-def key_is_live(secret_key: str) -> bool:
-    """Whether real money moves with this key."""
-    return secret_key.startswith(("sk_live_", "rk_live_"))
 
 
 def _metadata(order: Order) -> dict[str, str]:
