@@ -326,7 +326,7 @@ async def running_parts(
         charging = Charging(ledger, budgets=budgets, auto_buy=auto_buy)
         packages = Packages(settings.packages)
         payments = open_payments(
-            settings, packages=packages, database=database, tenants=tenants, now_us=now_us, new_id=new_id
+            settings, packages=packages, database=database, ledger=ledger, tenants=tenants, now_us=now_us, new_id=new_id
         )
         if payments is not None:
             stack.push_async_callback(payments.close)

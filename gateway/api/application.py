@@ -37,6 +37,7 @@ from gateway.api import (
     reservations,
     revocations,
     rules,
+    stripe_webhook,
     tenants,
     topup,
     usage,
@@ -91,7 +92,7 @@ RESOURCES: Final = (
     autumn,
     chargly,
 )
-PLAIN: Final = (health, docs, top_up_page)
+PLAIN: Final = (health, docs, stripe_webhook, top_up_page)
 """They need no key."""
 
 

@@ -11,7 +11,7 @@ from gateway.console.page import page
 from gateway.database import DatabaseUnavailable
 from gateway.payments.checkout import PackageNotFound, PackageWorthless
 from gateway.payments.links import LinkExpired, LinkInvalid
-from gateway.payments.processor_customers import PayerErased
+from gateway.payments.processor_customers import CustomerErased
 from gateway.payments.stripe_api import ProcessorRefused, ProcessorUnavailable
 from ledger.errors import LedgerUnavailable
 
@@ -82,7 +82,7 @@ NOTICES: Final[Mapping[type[Exception], Notice]] = {
     ),
     NoPayments: Notice(404, "not_found", "Nothing can be paid here", "Payments are not set up for this account."),
     AccountGone: GONE,
-    PayerErased: GONE,
+    CustomerErased: GONE,
     FormInvalid: Notice(
         400, "invalid_request", "That did not work", "What was sent is not what this page asks for.", "Choose again"
     ),

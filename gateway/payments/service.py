@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
 from gateway.payments.checkout import Checkout
+from gateway.payments.intake import Intake
 from gateway.payments.links import Links
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
 from gateway.payments.processor_customers import ProcessorCustomers
+from gateway.payments.returns import Returns
+from gateway.payments.settling import Settler
 from gateway.payments.stripe_api import StripeAPI
 from gateway.settings import Settings
+from ledger.ledger import Ledger
 from ledger.model import Scope
 
 
@@ -25,6 +29,9 @@ class Payments:
     links: Links
     customers: ProcessorCustomers
     checkout: Checkout
+    settler: Settler
+    intake: Intake
+    returns: Returns
 
     async def close(self) -> None:
         """Let go of connections. Whoever works with it has ended."""
@@ -49,6 +56,7 @@ def open_payments(
     *,
     packages: Packages,
     database: Database,
+    ledger: Ledger,
     tenants: Tenants,
     now_us: Callable[[], int],
     new_id: Callable[[str], str],
@@ -65,11 +73,13 @@ def open_payments(
     orders = Orders(database, now_us=now_us, new_id=new_id)
     links = Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us)
     customers = ProcessorCustomers(database, stripe, now_us=now_us)
+    operator = OperatorScope(tenants, stripe.mode)
+    settler = Settler(database, ledger, orders=orders, stripe=stripe, operator=operator, now_us=now_us, new_id=new_id)
     return Payments(
         packages=packages,
         orders=orders,
         stripe=stripe,
-        operator=OperatorScope(tenants, stripe.mode),
+        operator=operator,
         links=links,
         customers=customers,
         checkout=Checkout(
@@ -81,4 +91,7 @@ def open_payments(
             now_us=now_us,
             new_id=new_id,
         ),
+        settler=settler,
+        intake=Intake(stripe, settler),
+        returns=Returns(orders=orders, stripe=stripe, settler=settler),
     )

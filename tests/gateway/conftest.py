@@ -16,7 +16,10 @@ from tests.gateway.rig import empty_database, name_database
 from tests.servers.stripe import FakeStripe
 
 STORES = ("sqlite", "postgresql")
-ON_EVERY_STORE = ("test_journey_", "test_api_", "test_isolation", "test_idempotency", "test_readiness", "test_metrics")
+ON_EVERY_STORE = (
+    *("test_journey_", "test_api_", "test_isolation", "test_idempotency", "test_readiness", "test_metrics"),
+    "test_stripe_webhook",
+)
 
 
 @dataclass
