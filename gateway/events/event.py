@@ -21,6 +21,7 @@ EVENT_TYPES: Final = frozenset(
         "credit.restored",
         "pack.purchased",
         "reservation.expired",
+        "topup.due",
         "topup.failed",
         "topup.succeeded",
         "usage.overage",

@@ -10,7 +10,7 @@ A page can be paid on for PAGE_LIFE_S. An order for which no page was made in ti
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
@@ -219,8 +219,12 @@ class Checkout:
                 raise ReturnUnknown(error.param) from None
             log.error("the payment processor makes no page", status=error.status, code=error.code, param=error.param)
             raise ProcessorUnavailable(f"it refuses to make a page ({error.code})") from None
-        await self._orders.note_session(order, session_id=session.id, checkout_url=session.url)
-        return replace(order, session_id=session.id, checkout_url=session.url)
+        if await self._orders.note_session(order, session_id=session.id, checkout_url=session.url):
+            return replace(order, session_id=session.id, checkout_url=session.url)
+        # It has ended meanwhile: nobody is to pay on a page that nobody would close.
+        with suppress(ProcessorRefused):
+            await self._stripe.expire_session(session.id)
+        return await self._orders.find(order.scope, order.id) or order
 
     async def _page(self, order: Order, asset: Asset, *, success_url: str, cancel_url: str) -> Session:
         async def made(processor_id: str) -> Session:

@@ -91,9 +91,10 @@ class Orders(Records):
             query = query.where(tuple_(at_us, order_id) < tuple_(before.created_at_us, before.id))
         return await self._all(query.order_by(at_us.desc(), order_id.desc()).limit(limit), scope)
 
-    async def note_session(self, order: Order, *, session_id: str, checkout_url: str | None) -> None:
-        """The processor has made a Checkout Session for it."""
-        await self._change(order, session_id=session_id, checkout_url=checkout_url)
+    async def note_session(self, order: Order, *, session_id: str, checkout_url: str | None) -> bool:
+        """The processor has made a Checkout Session for it; False where it has ended meanwhile."""
+        still_open = col(PaymentOrder.status) == "open"
+        return bool(await self._change(order, still_open, session_id=session_id, checkout_url=checkout_url))
 
     async def note_payment(self, order: Order, payment_intent: str) -> bool:
         """The processor's payment for it is known; False where another one is, which stays: an order is paid once."""
