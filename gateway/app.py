@@ -43,6 +43,7 @@ from gateway.database import Database
 from gateway.errors import ApiError, shutting_down
 from gateway.events.event import Reaction
 from gateway.events.webhooks import Webhooks
+from gateway.identity.assets import Assets
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
@@ -384,6 +385,7 @@ async def running_parts(
             changes=changes,
             tenants=tenants,
             customers=customers,
+            assets=Assets(database, now_us=now_us),
             erasure=Erasure(
                 database,
                 ledger,

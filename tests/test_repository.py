@@ -1,5 +1,6 @@
 """The repository's own promises: what is locked, and that nothing locks it to one registry."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -33,6 +34,16 @@ def test_everything_locked_has_a_hash(lock: str):
         if "==" in line:
             assert line.endswith("\\"), line
             assert following.strip().startswith("--hash=sha256:"), line
+
+
+def test_the_emulator_is_locked_by_hashes_and_to_no_registry():
+    locked = json.loads((ROOT / "tests/e2e/emulator/package-lock.json").read_text())["packages"]
+    asked = json.loads((ROOT / "tests/e2e/emulator/package.json").read_text())["dependencies"]
+    packages = {path: package for path, package in locked.items() if path}
+    assert all(packages[f"node_modules/{name}"]["version"] == version for name, version in asked.items())
+    for path, package in packages.items():
+        assert package["integrity"].startswith("sha512-"), path
+        assert "resolved" not in package, path
 
 
 def test_what_the_project_asks_for_is_locked():

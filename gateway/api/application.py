@@ -48,6 +48,7 @@ from gateway.api.access import SECURITY
 from gateway.api.frame import ERROR_BESIDE, REFUSAL, REQUEST_ID, Frame
 from gateway.api.openapi import Documented, operation_id
 from gateway.api.services import Services
+from gateway.console import topup as top_up_page
 from gateway.errors import ApiError, internal_error, invalid_request, method_not_allowed, not_found
 from gateway.refusals import REFUSALS
 
@@ -91,7 +92,7 @@ RESOURCES: Final = (
     autumn,
     chargly,
 )
-PLAIN: Final = (health, docs, stripe_webhook)
+PLAIN: Final = (health, docs, stripe_webhook, top_up_page)
 """They need no key."""
 
 

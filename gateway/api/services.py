@@ -23,6 +23,7 @@ from gateway.billing.usage_queries import UsageQueries
 from gateway.database import Database
 from gateway.events.event import StoredEvent
 from gateway.events.webhooks import Webhooks
+from gateway.identity.assets import Assets
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
@@ -51,6 +52,7 @@ class Services:
     changes: Changes
     tenants: Tenants
     customers: Customers
+    assets: Assets
     erasure: Erasure
     rate_limit: RateLimit
     router: Router

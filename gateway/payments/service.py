@@ -13,6 +13,7 @@ from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
 from gateway.payments.processor_customers import ProcessorCustomers
 from gateway.payments.reconciliation import Reconciler
+from gateway.payments.returns import Returns
 from gateway.payments.settling import Settler
 from gateway.payments.stripe_api import StripeAPI
 from gateway.payments.sweeps import Sweeps
@@ -34,6 +35,7 @@ class Payments:
     intake: Intake
     reconciler: Reconciler
     sweeps: Sweeps
+    returns: Returns
 
     async def close(self) -> None:
         """Let go of connections. Whoever works with it has ended."""
@@ -105,4 +107,5 @@ def open_payments(
             now_us=now_us,
         ),
         sweeps=Sweeps(database, operator, now_us=now_us),
+        returns=Returns(orders=orders, stripe=stripe, settler=settler),
     )

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from farebox.reading import reader
+from farebox.values import Entitlement
 from gateway.payments.links import TopUpLink
 from gateway.settings import ActionSettings, ModelSettings, PriceSettings
 from ledger.model import Scope
@@ -116,8 +118,11 @@ async def test_an_entitlement_check_says_it_where_credits_are_what_lacks(office:
         denied = await office.get(path)
         assert denied["allowed"] is False
         await is_for(office, denied["top_up_url"], "alice")
+        assert reader(Entitlement)(denied).top_up_url == denied["top_up_url"]
     await grant(office, "alice", 1000)
-    assert "top_up_url" not in await office.get(path)
+    allowed = await office.get(path)
+    assert "top_up_url" not in allowed
+    assert reader(Entitlement)(allowed).top_up_url is None
     await bound(office, "alice", 500)
     bounded = await office.get(path)
     assert bounded["allowed"] is False
