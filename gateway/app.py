@@ -47,6 +47,8 @@ from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
 from gateway.ids import new_id
 from gateway.logs import masked
+from gateway.payments.packages import Packages
+from gateway.payments.service import open_payments
 from gateway.prices import ServedModels, price_book
 from gateway.proxy.chat import ChatProxy
 from gateway.proxy.hold import LiveHolds
@@ -349,6 +351,12 @@ async def running_parts(
             new_id=new_id,
             now_us=now_us,
         )
+        packages = Packages(settings.packages)
+        payments = open_payments(
+            settings, packages=packages, database=database, tenants=tenants, now_us=now_us, new_id=new_id
+        )
+        if payments is not None:
+            stack.push_async_callback(payments.close)
         readiness = Readiness(
             database=database,
             ledger=ledger,
@@ -391,6 +399,8 @@ async def running_parts(
             usage_queries=UsageQueries(database),
             webhooks=webhooks,
             event_view=rendering.view,
+            packages=packages,
+            payments=payments,
         )
         webhooks.start(render=rendering.text, reactions=(Reaction(frozenset({"credit.expired"}), auto_buy.on_event),))
         stack.push_async_callback(webhooks.stop)

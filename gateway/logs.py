@@ -35,9 +35,10 @@ SECRET_LENGTH_MIN: Final = 6
 
 CHATTY: Final = (
     *("uvicorn.error", "uvicorn", "asyncio", "alembic", "aiosqlite", "sqlalchemy"),
-    *("urllib3", "httpx", "httpx2", "httpcore"),
+    *("urllib3", "httpx", "httpx2", "httpcore", "stripe"),
 )
-"""Libraries that tell at `info` what nobody asked for; some of them, the address of each request."""
+"""Libraries that tell at `info` what nobody asked for; some of them, the address of each request, and at `debug` all
+that it says."""
 
 _SCHEMES: Final = r"[a-z][a-z0-9+.-]*"
 SECRETS: Final = re.compile(

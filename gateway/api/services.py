@@ -25,6 +25,8 @@ from gateway.events.webhooks import Webhooks
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
+from gateway.payments.packages import Packages
+from gateway.payments.service import Payments
 from gateway.prices import ServedModels
 from gateway.proxy.quoting import Quoter
 from gateway.proxy.rate_limit import RateLimit
@@ -70,6 +72,8 @@ class Services:
     usage_queries: UsageQueries
     webhooks: Webhooks
     event_view: EventViews
+    packages: Packages
+    payments: Payments | None
 
 
 def services_of(request: Request) -> Services:

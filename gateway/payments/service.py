@@ -1,0 +1,53 @@
+"""All that takes money in, put together once for a process. Without a processor's key there is none of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gateway.database import Database
+from gateway.identity.tenants import Tenants
+from gateway.payments.operator import OperatorScope
+from gateway.payments.orders import Orders
+from gateway.payments.packages import Packages
+from gateway.payments.stripe_api import StripeAPI
+from gateway.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Payments:
+    packages: Packages
+    orders: Orders
+    stripe: StripeAPI
+    operator: OperatorScope
+
+    async def close(self) -> None:
+        """Let go of connections. Whoever works with it has ended."""
+        await self.stripe.close()
+
+    def serves(self, mode: str) -> bool:
+        """Whether customers of *mode* can pay: real money pays for nothing in the sandbox."""
+        return self.stripe.mode == "test" or mode == "live"
+
+
+def open_payments(
+    settings: Settings,
+    *,
+    packages: Packages,
+    database: Database,
+    tenants: Tenants,
+    now_us: Callable[[], int],
+    new_id: Callable[[str], str],
+) -> Payments | None:
+    """None where the settings name no payment processor."""
+    if settings.stripe_secret_key is None or settings.stripe_webhook_secret is None:
+        return None
+    stripe = StripeAPI(
+        secret_key=settings.stripe_secret_key.get_secret_value(),
+        webhook_secret=settings.stripe_webhook_secret.get_secret_value(),
+        api_base=settings.stripe_api_base,
+    )
+    return Payments(
+        packages=packages,
+        orders=Orders(database, now_us=now_us, new_id=new_id),
+        stripe=stripe,
+        operator=OperatorScope(tenants, stripe.mode),
+    )
