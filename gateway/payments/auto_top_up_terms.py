@@ -71,7 +71,7 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     last_failure: str | None
 
 
-Reason = Literal["due", "off", "stopped", "frozen", "enough", "no_payment_method", "monthly_cap"]
+Reason = Literal["due", "off", "stopped", "not_needed", "no_payment_method", "monthly_cap"]
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -95,10 +95,8 @@ def decide(agreement: Agreement | None, standing: Standing, now_us: int) -> Deci
         return Decision("off")
     if stopped(standing.failures, standing.last_failure):
         return Decision("stopped")
-    if standing.frozen:
-        return Decision("frozen", now_us + LOOK_AGAIN_US)
-    if standing.balance >= agreement.threshold:
-        return Decision("enough", now_us + LOOK_AGAIN_US)
+    if standing.frozen or standing.balance >= agreement.threshold:
+        return Decision("not_needed", now_us + LOOK_AGAIN_US)
     if not standing.has_method:
         return Decision("no_payment_method", now_us + LOOK_AGAIN_US)
     if standing.spent_minor + agreement.package.price_minor > agreement.cap_minor:

@@ -75,14 +75,23 @@ class Turns(Records):
     async def holds(self, turn: Turn) -> bool:
         """Whether there are no news since the turn began. The row is locked to the end of the transaction."""
         async with self._transactions.write(of(*turn.scope)) as connection:
-            query = select(_mark).where(*_is(turn.scope, turn.customer_id)).with_for_update()
-            return (await connection.execute(query)).scalar_one_or_none() == turn.until_us
+            return await lock(connection, turn.scope, turn.customer_id) == turn.until_us
 
     async def end(self, turn: Turn, look_at_us: int | None) -> bool:
         """Look again at *look_at_us*, if ever; False where there are news, and another turn is due for these."""
         async with self._transactions.write(of(*turn.scope)) as connection:
             ended = _update(turn.scope, turn.customer_id).where(_mark == turn.until_us)
             return bool((await connection.execute(ended.values(not_before_us=look_at_us))).rowcount)
+
+
+async def lock(connection: AsyncConnection, scope: Scope, customer_id: str) -> int | None:
+    """Let nobody else look at the customer, or end an order of theirs, before the transaction does: the mark.
+
+    Who makes or ends orders takes this lock first, so that two who do wait for each other in no ring.
+    """
+    query = select(_mark).where(*_is(scope, customer_id)).with_for_update()
+    at_us: int | None = (await connection.execute(query)).scalar_one_or_none()
+    return at_us
 
 
 async def forgive(connection: AsyncConnection, scope: Scope, customer_id: str, *, now_us: int) -> None:
@@ -96,7 +105,7 @@ async def count_failure(
     connection: AsyncConnection, scope: Scope, customer_id: str, *, order_id: str, failure: str | None, now_us: int
 ) -> None:
     """An automatic order has failed: to be called once for each, in the transaction that ends it."""
-    query = select(col(PaymentCustomer.failures)).where(*_is(scope, customer_id)).with_for_update()
+    query = select(col(PaymentCustomer.failures)).where(*_is(scope, customer_id))
     before = (await connection.execute(query)).scalar_one_or_none()
     if before is None:
         return
