@@ -47,6 +47,7 @@ from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
 from gateway.ids import new_id
 from gateway.logs import masked
+from gateway.payments.links import no_page
 from gateway.payments.packages import Packages
 from gateway.payments.service import open_payments
 from gateway.prices import ServedModels, price_book
@@ -322,6 +323,12 @@ async def running_parts(
         packs = Packs(database, ledger, now_us=now_us)
         auto_buy = AutoBuy(database, ledger, packs)
         charging = Charging(ledger, budgets=budgets, auto_buy=auto_buy)
+        packages = Packages(settings.packages)
+        payments = open_payments(
+            settings, packages=packages, database=database, tenants=tenants, now_us=now_us, new_id=new_id
+        )
+        if payments is not None:
+            stack.push_async_callback(payments.close)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -346,17 +353,12 @@ async def running_parts(
             live=live,
             journal=journal,
             shield=shield,
+            top_up_url=no_page if payments is None else payments.links.url_of,
             errors=REFUSALS,
             new_counter=lambda model: TextCounter(encoding_for(model)),
             new_id=new_id,
             now_us=now_us,
         )
-        packages = Packages(settings.packages)
-        payments = open_payments(
-            settings, packages=packages, database=database, tenants=tenants, now_us=now_us, new_id=new_id
-        )
-        if payments is not None:
-            stack.push_async_callback(payments.close)
         readiness = Readiness(
             database=database,
             ledger=ledger,

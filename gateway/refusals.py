@@ -82,11 +82,16 @@ UNAFFORDABLE: Final = (InsufficientCredits, LimitReached, ReceivableOutstanding)
 """What is refused for lack of credits, or of what a limit leaves."""
 
 
-def unaffordable(error: InsufficientCredits | LimitReached | ReceivableOutstanding, asset: Denomination) -> ApiError:
-    """402 for one of `UNAFFORDABLE`, in the words of the asset."""
+def unaffordable(
+    error: InsufficientCredits | LimitReached | ReceivableOutstanding,
+    asset: Denomination,
+    *,
+    top_up_url: str | None = None,
+) -> ApiError:
+    """402 for one of `UNAFFORDABLE`, in the words of the asset. *top_up_url* is where whoever is short adds credits."""
     if isinstance(error, BudgetExceeded):
         resets_at = time_text_or_none(error.resets_at_us)
         return budget_exceeded(
             error.budget_id, needed=error.needed, available=error.available, asset=asset, resets_at=resets_at
         )
-    return insufficient_credits(needed=error.needed, available=error.available, asset=asset)
+    return insufficient_credits(needed=error.needed, available=error.available, asset=asset, top_up_url=top_up_url)

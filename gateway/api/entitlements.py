@@ -29,6 +29,7 @@ from gateway.errors import ApiError, Headers, internal_error, invalid_request
 from gateway.identity.keys import KeyScope
 from gateway.identity.principals import Mode, Principal
 from gateway.refusals import REFUSALS
+from ledger.model import Scope as Wallets
 from pricing.charge import ChargeTooLarge
 from pricing.metering import UnitsInvalid
 
@@ -64,6 +65,11 @@ class EntitlementView(View):
     cost_total_decimal: Credits = Field(examples=["1"])
     affordable_units: int | None = Field(
         description="How many whole units the credits pay for; null where nothing bounds them.", examples=[245]
+    )
+    top_up_url: str | None = Field(
+        default=None,
+        description="Where the customer adds credits: there only if these are what lacks, and payments are set up.",
+        examples=["https://api.example.com/topup/MQB0ZW5f"],
     )
 
 
@@ -103,7 +109,7 @@ class Checks:
         decision = services.rate_limit.check_at_once(f"management:{principal.key_id}", limit)
         if decision is None or not decision.allowed:
             return None
-        body = _encode(entitlement_fields(found, principal))
+        body = _encode(self._fields(found, principal))
         headers = [
             JSON,
             (b"content-length", b"%d" % len(body)),
@@ -142,7 +148,15 @@ class Checks:
                 found = await entitlements.check(principal, named, metric_key, units)
         except (UnitsInvalid, ChargeTooLarge) as error:
             raise invalid_request(f"units: {error}.", param="units") from None
-        return _encode(entitlement_fields(found, principal))
+        return _encode(self._fields(found, principal))
+
+    def _fields(self, found: Entitlement, principal: Principal) -> dict[str, Any]:
+        fields = entitlement_fields(found, principal)
+        if found.short:
+            url = self._services.top_up_url(Wallets(principal.tenant_id, principal.mode), found.customer_id)
+            if url is not None:
+                fields["top_up_url"] = url
+        return fields
 
 
 class Routed(NamedTuple):

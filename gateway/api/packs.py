@@ -30,8 +30,8 @@ from gateway.api.wire import (
 from gateway.billing.packs import PACK_KEY_LENGTH_MAX, Buyer, PackInfo, PackTerms
 from gateway.clock import time_text, time_text_or_none
 from gateway.database import Transactions
-from gateway.errors import insufficient_credits
 from gateway.identity.wallets import customer_wallet
+from gateway.refusals import unaffordable
 from gateway.tables import NAME_LENGTH_MAX, PACK_DURATION_S_MAX
 from ledger.burndown import burn_order
 from ledger.errors import InsufficientCredits, ReceivableOutstanding
@@ -300,7 +300,7 @@ async def buy_pack(
             buyer, pack.at(price=price, credits=credits), key=key, cause="bought", metadata=body.metadata
         )
     except (InsufficientCredits, ReceivableOutstanding) as error:
-        raise insufficient_credits(needed=error.needed, available=error.available, asset=asset) from None
+        raise unaffordable(error, asset, top_up_url=services.top_up_url(buyer.scope, customer_id)) from None
     if applied.replayed:
         mark_replayed(request)
     bought = applied.result

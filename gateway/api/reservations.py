@@ -11,7 +11,7 @@ from gateway.api.customers import NamesCustomer
 from gateway.api.idempotency import key_of, mark_replayed
 from gateway.api.metrics import MetricKey
 from gateway.api.route import ExactRoute
-from gateway.api.services import Here
+from gateway.api.services import Here, Services
 from gateway.api.wire import (
     Body,
     Credits,
@@ -27,8 +27,9 @@ from gateway.api.wire import (
 from gateway.billing.reservations import NewTask, NoMetric, Quantity, Task
 from gateway.clock import time_text, time_text_or_none
 from gateway.errors import invalid_request
+from gateway.identity.principals import Principal
 from gateway.refusals import UNAFFORDABLE, unaffordable
-from ledger.model import ReservationState
+from ledger.model import ReservationState, Scope
 from ledger.outcomes import Applied, Reserved, Settled
 from pricing.charge import ChargeTooLarge
 from pricing.money import Asset
@@ -189,7 +190,7 @@ async def create_reservation(
     try:
         begun = await services.reservations.begin(principal, new)
     except UNAFFORDABLE as error:
-        raise unaffordable(error, principal.asset) from None
+        raise unaffordable(error, principal.asset, top_up_url=_page_of(services, principal, new.customer_id)) from None
     except ChargeTooLarge:
         raise invalid_request("So many units cost more than an account can hold.", param="estimated_units") from None
     if begun.replayed:
@@ -265,7 +266,8 @@ async def extend_reservation(
     try:
         applied = await services.reservations.extend(principal, reservation_id, more, ttl_us=ttl_us, key=key)
     except UNAFFORDABLE as error:
-        raise unaffordable(error, principal.asset) from None
+        customer_id = (await services.reservations.find(principal, reservation_id)).terms.customer_id
+        raise unaffordable(error, principal.asset, top_up_url=_page_of(services, principal, customer_id)) from None
     except ChargeTooLarge:
         raise invalid_request("So many units cost more than an account can hold.", param="units") from None
     except NoMetric:
@@ -287,6 +289,11 @@ def _quantity(units: Decimal | None, credits: int | None, asset: Asset) -> Quant
     if units is not None:
         return Quantity(units=units)
     return Quantity(amount=units_of_millis(credits or 0, asset, param="credits"))
+
+
+def _page_of(services: Services, principal: Principal, customer_id: str) -> str | None:
+    """Where the customer adds credits."""
+    return services.top_up_url(Scope(principal.tenant_id, principal.mode), customer_id)
 
 
 def _no_metric() -> Exception:

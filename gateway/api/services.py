@@ -36,6 +36,7 @@ from gateway.settings import Settings
 from gateway.shared.changes import Changes
 from gateway.telemetry import Metrics
 from ledger.ledger import Ledger
+from ledger.model import Scope
 
 EventViews = Callable[[StoredEvent], Awaitable[dict[str, Any]]]
 
@@ -74,6 +75,10 @@ class Services:
     event_view: EventViews
     packages: Packages
     payments: Payments | None
+
+    def top_up_url(self, scope: Scope, customer_id: str) -> str | None:
+        """The page where this customer adds credits; None where there is none."""
+        return None if self.payments is None else self.payments.links.url_of(scope, customer_id)
 
 
 def services_of(request: Request) -> Services:

@@ -183,7 +183,8 @@ async def recorded(event: UsageEvent, principal: Principal, services: Services) 
     try:
         return await services.metering.record(principal, event)
     except UNAFFORDABLE as error:
-        raise unaffordable(error, principal.asset) from None
+        url = services.top_up_url(Scope(principal.tenant_id, principal.mode), event.customer_id)
+        raise unaffordable(error, principal.asset, top_up_url=url) from None
     except ChargeTooLarge:
         raise invalid_request("So many units cost more than an account can hold.", param="units") from None
 

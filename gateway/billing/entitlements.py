@@ -43,7 +43,7 @@ class Entitlement(msgspec.Struct, frozen=True, kw_only=True):
 
     `balance` is the whole wallet's, less what it owes; `effective_balance` is what this app could spend on this metric
     now. `affordable_units` are whole units; None where nothing bounds them. With `overage_allowed` the metric's policy
-    lets the wallet owe.
+    lets the wallet owe. `short` tells that the wallet is what does not suffice: credits would help.
     """
 
     allowed: bool
@@ -55,6 +55,7 @@ class Entitlement(msgspec.Struct, frozen=True, kw_only=True):
     cost_total: int
     affordable_units: int | None
     overage_allowed: bool
+    short: bool
 
 
 class Entitlements:
@@ -137,4 +138,5 @@ def _entitlement(
         cost_total=cost_total,
         affordable_units=None if affordable is None else int(affordable),
         overage_allowed=overage_allowed,
+        short=not frozen and not overage_allowed and spendable < cost_total,
     )

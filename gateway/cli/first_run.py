@@ -21,11 +21,16 @@ def install_here(settings: "Settings", *, base_url: str, again: bool = False) ->
     return asyncio.run(install(settings, base_url=base_url, again=again))
 
 
-def base_url_of(settings: "Settings", port: int) -> str:
+def at_its_address(settings: "Settings", port: int) -> "Settings":
+    """*settings* with a public URL: where nobody has named one, the address that is listened on."""
     if settings.public_url is not None:
-        return f"{settings.public_url}/v1"
+        return settings
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - it is asked about
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    return settings.model_copy(update={"public_url": f"http://{f'[{host}]' if ':' in host else host}:{port}"})
+
+
+def base_url_of(settings: "Settings", port: int) -> str:
+    return f"{at_its_address(settings, port).public_url}/v1"
 
 
 def print_installed(installed: "Installed") -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gateway.cli.first_run import base_url_of, curl_line, install_here, print_installed
+from gateway.cli.first_run import at_its_address, base_url_of, curl_line, install_here, print_installed
 from gateway.cli.shared import ConfigOption, HostOption, JsonOption, PortOption, settings_from
 
 if TYPE_CHECKING:
@@ -44,12 +44,13 @@ def serve(
                 "No upstream is set up: live keys will get 502. Set OPENAI_API_KEY, or name one under [[upstreams]].",
                 err=True,
             )
-        base_url = base_url_of(settings, listener.getsockname()[1])
+        listens_on = listener.getsockname()[1]
+        base_url = base_url_of(settings, listens_on)
         code = supervisor.serve(
-            settings,
+            at_its_address(settings, listens_on),
             listener,
             started=lambda: typer.echo(f"Farebox serves {base_url}", err=True),
-            reload=lambda: settings_from(config, host=host, port=port, workers=workers),
+            reload=lambda: at_its_address(settings_from(config, host=host, port=port, workers=workers), listens_on),
         )
     raise typer.Exit(code)
 
@@ -65,7 +66,8 @@ def demo(host: HostOption = None, port: PortOption = None, as_json: JsonOption =
     with ExitStack() as stack:
         settings = _demo_settings(stack, host=host, port=port)
         listener = supervisor.listen(settings.host, settings.port)
-        installed = install_here(settings, base_url=base_url_of(settings, listener.getsockname()[1]), again=True)
+        settings = at_its_address(settings, listener.getsockname()[1])
+        installed = install_here(settings, base_url=f"{settings.public_url}/v1", again=True)
         announce = print_installed if as_json else _print_demo
         code = supervisor.serve(settings, listener, started=lambda: announce(installed))
     raise typer.Exit(code)

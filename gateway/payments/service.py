@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
+from gateway.payments.links import Links
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
@@ -18,6 +19,7 @@ class Payments:
     orders: Orders
     stripe: StripeAPI
     operator: OperatorScope
+    links: Links
 
     async def close(self) -> None:
         """Let go of connections. Whoever works with it has ended."""
@@ -40,8 +42,9 @@ def open_payments(
     """None where the settings name no payment processor."""
     if settings.stripe_secret_key is None or settings.stripe_webhook_secret is None:
         return None
+    secret_key = settings.stripe_secret_key.get_secret_value()
     stripe = StripeAPI(
-        secret_key=settings.stripe_secret_key.get_secret_value(),
+        secret_key=secret_key,
         webhook_secret=settings.stripe_webhook_secret.get_secret_value(),
         api_base=settings.stripe_api_base,
     )
@@ -50,4 +53,5 @@ def open_payments(
         orders=Orders(database, now_us=now_us, new_id=new_id),
         stripe=stripe,
         operator=OperatorScope(tenants, stripe.mode),
+        links=Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us),
     )

@@ -22,6 +22,7 @@ from gateway.errors import (
 from gateway.identity.customers import Customers
 from gateway.identity.keys import KeyScope
 from gateway.identity.principals import Principal, Principals
+from gateway.payments.links import TopUpURL
 from gateway.proxy.exchange import ClientGone, Exchange, Receive, Scope, Send
 from gateway.proxy.forwarding import forward, unanswered
 from gateway.proxy.hold import Hold, LiveHolds
@@ -68,6 +69,7 @@ class ChatProxy:
         live: LiveHolds,
         journal: SettlementJournal,
         shield: Shield,
+        top_up_url: TopUpURL,
         errors: ErrorTable,
         new_counter: Callable[[str], Counter],
         new_id: Callable[[str], str],
@@ -85,7 +87,13 @@ class ChatProxy:
         self._new_id = new_id
         self._now_us = now_us
         self._reserving = Reserving(
-            settings=settings, ledger=ledger, charging=charging, journal=journal, shield=shield, new_id=new_id
+            settings=settings,
+            ledger=ledger,
+            charging=charging,
+            journal=journal,
+            shield=shield,
+            top_up_url=top_up_url,
+            new_id=new_id,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, *, path_user: str | None = None) -> None:

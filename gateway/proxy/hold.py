@@ -81,8 +81,12 @@ class Hold:
         prompt_tokens_max: int,
         held: tuple[int, ...],
         ttl_us: int,
+        top_up_url: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """The ledger has reserved *held* for a prompt of *prompt_tokens*, which may count *prompt_tokens_max*."""
+        """The ledger has reserved *held* for a prompt of *prompt_tokens*, which may count *prompt_tokens_max*.
+
+        *top_up_url* is where whoever pays adds credits.
+        """
         self.reservation = reservation
         self.tariff = tariff
         self.record = record
@@ -96,7 +100,13 @@ class Hold:
         self._new_id = new_id
         self._prompt_tokens_max = prompt_tokens_max
         self._ttl_us = ttl_us
+        self._top_up_url = top_up_url
         self._cover(held)
+
+    def why_dry(self) -> Mapping[str, str]:
+        """The reason to give, with the link to more credits where these are what lacks."""
+        url = self._top_up_url() if self.dry is DRY else None
+        return self.dry if url is None else {**self.dry, "top_up_url": url}
 
     def serve(self, tariff: Tariff) -> None:
         """From now on the prices are those of the candidate that serves the request."""

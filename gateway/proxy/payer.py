@@ -26,6 +26,10 @@ class Payer(msgspec.Struct, frozen=True):
     markup_bps: int
     unfunded: WalletRef | None
 
+    @property
+    def user_pays(self) -> bool:
+        return self.customer_id is not None and self.wallets[0] != self.developer_wallet
+
 
 async def resolve_payer(principal: Principal, customers: Customers, *, header: str | None, path: str | None) -> Payer:
     """The payer of a request whose user stands in the *header*, in the *path*, in neither, or the same in both.

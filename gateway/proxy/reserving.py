@@ -18,6 +18,7 @@ from gateway.errors import (
     subsidy_unaffordable,
 )
 from gateway.identity.principals import Principal
+from gateway.payments.links import TopUpURL
 from gateway.proxy.answer import quota_of
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.hold import Hold
@@ -58,12 +59,14 @@ class Reserving:
         charging: Charging,
         journal: SettlementJournal,
         shield: Shield,
+        top_up_url: TopUpURL,
         new_id: Callable[[str], str],
     ) -> None:
         self._ledger = ledger
         self._charging = charging
         self._journal = journal
         self._shield = shield
+        self._top_up_url = top_up_url
         self._new_id = new_id
         self._ttl_us = int(settings.reservation_life_s * 1_000_000)
         self._waiting_bytes = 0
@@ -116,7 +119,7 @@ class Reserving:
         except UNAFFORDABLE as error:
             if action is not None and error.needed != action.price:
                 raise subsidy_unaffordable() from None
-            raise unaffordable(error, principal.asset) from None
+            raise unaffordable(error, principal.asset, top_up_url=self._page_of(scope, payer)) from None
         reserved = applied.result
         assert isinstance(reserved, Reserved | Settled)
         if applied.replayed and reserved.reservation != command.reservation.reservation:
@@ -142,7 +145,15 @@ class Reserving:
             prompt_tokens_max=plan.prompt_tokens_max,
             held=reserved.held,
             ttl_us=self._ttl_us,
+            # An action's price is held in full; what it lacks later is the developer's to add.
+            top_up_url=lambda: None if action is not None else self._page_of(scope, payer),
         )
+
+    def _page_of(self, scope: Scope, payer: Payer) -> str | None:
+        """Where whoever pays can add credits: a user, not the developer."""
+        if not payer.user_pays or payer.customer_id is None:
+            return None
+        return self._top_up_url(scope, payer.customer_id)
 
     def _command(
         self,

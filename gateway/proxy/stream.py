@@ -153,7 +153,7 @@ class StreamedAnswer:
         if ending is Ending.FINISHED:
             await self._exchange.finish(self._meter.ending(charged.usage, quota))
         else:
-            await self._exchange.finish(self._meter.cut_short(charged.usage, quota, self._hold.dry))
+            await self._exchange.finish(self._meter.cut_short(charged.usage, quota, self._hold.why_dry()))
 
     def _refusal(self) -> ApiError:
         """What to tell of a stream that broke; *delivered* parts have been charged."""

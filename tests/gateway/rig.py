@@ -32,6 +32,7 @@ from gateway.identity.tenants import Tenants
 from gateway.identity.wallets import app_wallet, customer_wallet, pool_wallet
 from gateway.ids import new_id
 from gateway.migrations import migrate
+from gateway.payments.links import no_page
 from gateway.prices import price_book
 from gateway.proxy.chat import ChatProxy
 from gateway.proxy.exchange import Receive, Scope, Send
@@ -474,6 +475,7 @@ async def running(
         live=live,
         journal=journal,
         shield=shield,
+        top_up_url=no_page,
         errors=REFUSALS,
         new_counter=lambda model: TextCounter(encoding_for(model)),
         new_id=new_id,
