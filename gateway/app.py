@@ -47,9 +47,10 @@ from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
 from gateway.ids import new_id
 from gateway.logs import masked
+from gateway.payments.auto_top_up import TRIGGERS
 from gateway.payments.links import no_page
 from gateway.payments.packages import Packages
-from gateway.payments.service import open_payments
+from gateway.payments.service import Payments, open_payments
 from gateway.prices import ServedModels, price_book
 from gateway.proxy.chat import ChatProxy
 from gateway.proxy.hold import LiveHolds
@@ -325,10 +326,17 @@ async def running_parts(
         charging = Charging(ledger, budgets=budgets, auto_buy=auto_buy)
         packages = Packages(settings.packages)
         payments = open_payments(
-            settings, packages=packages, database=database, tenants=tenants, now_us=now_us, new_id=new_id
+            settings,
+            packages=packages,
+            database=database,
+            ledger=ledger,
+            tenants=tenants,
+            now_us=now_us,
+            new_id=new_id,
         )
         if payments is not None:
             stack.push_async_callback(payments.close)
+            _run(payments.auto_top_ups, stack)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -404,7 +412,7 @@ async def running_parts(
             packages=packages,
             payments=payments,
         )
-        webhooks.start(render=rendering.text, reactions=(Reaction(frozenset({"credit.expired"}), auto_buy.on_event),))
+        webhooks.start(render=rendering.text, reactions=_reactions(auto_buy, payments))
         stack.push_async_callback(webhooks.stop)
         gauges = asyncio.create_task(_set_gauges(metrics, ledger, live, journal, readiness), name="gauges")
         stack.push_async_callback(_cancelled, gauges)
@@ -476,6 +484,14 @@ async def _open_ledger(
     )
     stack.push_async_callback(ledger.close)
     return ledger
+
+
+def _reactions(auto_buy: AutoBuy, payments: Payments | None) -> list[Reaction]:
+    """What we do ourselves about events."""
+    reactions = [Reaction(frozenset({"credit.expired"}), auto_buy.on_event)]
+    if payments is not None:
+        reactions.append(Reaction(TRIGGERS, payments.auto_top_ups.on_event))
+    return reactions
 
 
 class _Running(Protocol):

@@ -187,7 +187,12 @@ async def create_customer(
 
     async def act(transactions: Transactions) -> CustomerView:
         customer, created = await services.customers.put(
-            principal.tenant_id, principal.mode, body.external_id, change, check=top_ups.check, transactions=transactions
+            principal.tenant_id,
+            principal.mode,
+            body.external_id,
+            change,
+            check=top_ups.check,
+            transactions=transactions,
         )
         await top_ups.agree(customer.id, transactions)
         response.status_code = 201 if created else 200

@@ -16,49 +16,38 @@ the next attempt where the order ends, once.
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
-import msgspec
 import structlog
-from sqlalchemy import and_, select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import select
 from sqlmodel import col
 
 from gateway.database import Database, DatabaseUnavailable, Joined, of
 from gateway.events.event import StoredEvent, customer_of
 from gateway.identity.wallets import customer_wallet
+from gateway.payments.agreements import Agreements
 from gateway.payments.auto_top_up_terms import (
     SECOND_US,
     Agreement,
     Decision,
     Standing,
-    agreement_of,
     decide,
     month_of,
-    next_attempt_us,
 )
-from gateway.payments.facts import Facts
 from gateway.payments.links import Links
-from gateway.payments.observed import Observed, OrderRef, facts_of
+from gateway.payments.observed import Observed
+from gateway.payments.off_session import OffSession
 from gateway.payments.orders import Order, Orders
-from gateway.payments.packages import Packages
 from gateway.payments.settling import Settler
-from gateway.payments.stripe_api import (
-    PaymentDeclined,
-    ProcessorNotFound,
-    ProcessorRefused,
-    ProcessorUnavailable,
-    StripeAPI,
-)
+from gateway.payments.stripe_api import ProcessorUnavailable
 from gateway.payments.top_up_turns import Turn, Turns
-from gateway.tables import AssetVersion, Customer, PaymentCustomer, Tenant
+from gateway.tables import PaymentCustomer
 from ledger.commands import Key, Tell
 from ledger.errors import LedgerUnavailable
 from ledger.ledger import Ledger, WalletView
 from ledger.model import Scope
-from pricing.money import Asset
 
 POLL_S: Final = 30.0
 """What this process was not told of is found within so long."""
@@ -82,12 +71,6 @@ KEY_LIFE_US: Final = 23 * 3600 * SECOND_US
 ASK_AGAIN_US: Final = (60 * SECOND_US, 6 * 3600 * SECOND_US)
 """How soon, and how late at most, an order that stays open is asked after again: when it is twice as old."""
 
-REFUSED_US: Final = (401, 403)
-"""Statuses that tell of the operator's key, not of the payment."""
-
-LIST_MARGIN_S: Final = 3600
-"""The processor's clock is not ours."""
-
 DUE: Final = "topup.due"
 TRIGGERS: Final = frozenset({DUE, "topup.succeeded"})
 
@@ -99,34 +82,28 @@ log = structlog.get_logger(__name__)
 
 
 class AutoTopUps:
-    """Looks at customers' wallets and tops them up, from `start` to `stop`.
-
-    Args:
-        serves: whether customers of a mode can pay.
-    """
+    """Looks at customers' wallets and tops them up, from `start` to `stop`."""
 
     def __init__(
         self,
         database: Database,
         ledger: Ledger,
         *,
-        packages: Packages,
+        agreements: Agreements,
         orders: Orders,
-        stripe: StripeAPI,
+        off_session: OffSession,
         settler: Settler,
         links: Links,
-        serves: Callable[[str], bool],
         now_us: Callable[[], int],
         new_id: Callable[[str], str],
     ) -> None:
         self._database = database
         self._ledger = ledger
-        self._packages = packages
+        self._agreements = agreements
         self._orders = orders
-        self._stripe = stripe
+        self._off_session = off_session
         self._settler = settler
         self._links = links
-        self._serves = serves
         self._now_us = now_us
         self._new_id = new_id
         self._news = asyncio.Event()
@@ -166,7 +143,7 @@ class AutoTopUps:
     async def tell_if_no_method(self, scope: Scope, customer_id: str, *, cause: str) -> None:
         """Tell, once for each *cause*, that a top-up is due and there is nothing to pay it with."""
         async with self._database.read(of(*scope)) as connection:
-            agreement = await self._agreement(connection, scope, customer_id)
+            agreement = await self._agreements.find(connection, scope, customer_id)
             known = select(col(PaymentCustomer.payment_method)).where(
                 col(PaymentCustomer.tenant) == scope.tenant,
                 col(PaymentCustomer.mode) == scope.mode,
@@ -178,21 +155,6 @@ class AutoTopUps:
         balance, _ = _standing(await self._ledger.wallet_view(customer_wallet(*scope, customer_id)))
         if balance < agreement.threshold:
             await self._tell(scope, customer_id, agreement, "no_payment_method", cause=cause)
-
-    async def failure_facts(self, order: Order, failure: str | None) -> Mapping[str, Any]:
-        """What `topup.failed` says of an automatic *order* beside its terms: when it is tried again, and what to do."""
-        query = select(col(PaymentCustomer.failures)).where(
-            col(PaymentCustomer.tenant) == order.tenant,
-            col(PaymentCustomer.mode) == order.mode,
-            col(PaymentCustomer.customer_id) == order.customer_id,
-        )
-        async with self._database.read(of(*order.scope)) as connection:
-            failures = ((await connection.execute(query)).scalar_one_or_none() or 0) + 1
-        return {
-            "attempt": failures,
-            "next_attempt_at_us": next_attempt_us(order.id, failures, failure, self._now_us()),
-            "top_up_url": self._links.url_of(order.scope, order.customer_id, package=order.package),
-        }
 
     # The loop.
 
@@ -265,7 +227,7 @@ class AutoTopUps:
             if isinstance(begun, Decision):
                 return begun.look_at_us
             order = begun
-            asked = self._charged(turn, order)
+            asked = self._off_session.charge(order, turn)
         else:
             if order.payment_intent is None and self._now_us() < order.created_at_us + ALONE_US:
                 return order.created_at_us + ALONE_US
@@ -283,7 +245,7 @@ class AutoTopUps:
         balance, frozen = _standing(view)
         async with self._database.write(of(*scope)) as connection:
             here = Joined(connection, of(*scope))
-            agreement = await self._agreement(connection, scope, turn.customer_id, hold=True)
+            agreement = await self._agreements.find(connection, scope, turn.customer_id, hold=True)
             if not await self.turns.within(here).holds(turn):
                 return Decision("not_needed", now_us)  # There are news: the next turn looks at the wallet again.
             orders = self._orders.within(here)
@@ -296,7 +258,7 @@ class AutoTopUps:
                 balance=balance,
                 frozen=frozen,
                 spent_minor=spent_minor,
-                has_method=turn.processor_id is not None and turn.payment_method is not None,
+                has_method=turn.has_method,
                 failures=turn.failures,
                 last_failure=turn.last_failure,
             )
@@ -331,59 +293,14 @@ class AutoTopUps:
 
     # The payment of an order.
 
-    async def _charged(self, turn: Turn, order: Order) -> Observed | None:
-        """Ask for the payment; asked again, it is the same one. None where there is none, and never will be."""
-        assert turn.processor_id is not None
-        assert turn.payment_method is not None
-        try:
-            return _seen(
-                order,
-                await self._stripe.charge_off_session(
-                    order, processor_id=turn.processor_id, payment_method=turn.payment_method
-                ),
-            )
-        except PaymentDeclined as declined:
-            if declined.payment_intent is not None:
-                return _seen(order, declined.payment_intent, declined.decline_code or declined.code)
-            return _said(order, declined.decline_code or declined.code)
-        except ProcessorRefused as refused:
-            if refused.status in REFUSED_US:
-                raise ProcessorUnavailable(str(refused)) from None
-            # It may have been made before with what was kept then: another payment method, perhaps.
-            found = await self._listed(turn, order)
-            if found is not None or refused.code == "idempotency_error":
-                return found
-            return _said(order, refused.code)
-
     async def _found(self, turn: Turn, order: Order) -> Observed | None:
-        """Go on with an order that somebody has left; None where there is no payment of it, and never will be."""
-        if order.payment_intent is not None:
-            try:
-                return _seen(order, await self._stripe.payment_intent(order.payment_intent))
-            except ProcessorNotFound:
-                return None
+        """Go on with an order that somebody has left."""
         async with self._database.read(of(*turn.scope)) as connection:
-            agreement = await self._agreement(connection, turn.scope, turn.customer_id)
-        known = turn.processor_id is not None and turn.payment_method is not None
-        if known and agreement is not None and self._now_us() < order.created_at_us + KEY_LIFE_US:
-            return await self._charged(turn, order)
-        return await self._listed(turn, order)
-
-    async def _listed(self, turn: Turn, order: Order) -> Observed | None:
-        """The order's payment among those that the processor has of the customer."""
-        if turn.processor_id is None:
-            return None
-        since_s = order.created_at_us // SECOND_US - LIST_MARGIN_S
-        try:
-            payments = await self._stripe.payment_intents_of(turn.processor_id, since_s)
-        except ProcessorRefused as refused:
-            if refused.status in REFUSED_US:
-                raise ProcessorUnavailable(str(refused)) from None
-            return None  # The processor knows no such customer (any more).
-        for payment in payments:
-            if (payment.get("metadata") or {}).get("farebox_order") == order.id:
-                return _seen(order, payment)
-        return None
+            agreement = await self._agreements.find(connection, turn.scope, turn.customer_id)
+        young = self._now_us() < order.created_at_us + KEY_LIFE_US
+        if order.payment_intent is None and young and agreement is not None and turn.has_method:
+            return await self._off_session.charge(order, turn)
+        return await self._off_session.find(order, turn)
 
     async def _heard(self, order: Order, observed: Observed | None) -> int:
         """Let what is known of the payment have its effect; when to look again."""
@@ -397,60 +314,13 @@ class AutoTopUps:
                 await self._orders.note_payment(order, observed.payment_intent)
             return self._later(order)
         if after is not None and after.status == "failed" and observed.payment_intent is not None:
-            await self._let_go(observed.payment_intent)
+            await self._off_session.let_go(observed.payment_intent)
         return self._now_us()
-
-    async def _let_go(self, payment_intent: str) -> None:
-        """Nobody is to pay what has failed: the next attempt is another payment."""
-        try:
-            await self._stripe.cancel_payment_intent(payment_intent)
-        except (ProcessorUnavailable, ProcessorRefused) as error:
-            # It can only be paid by whoever confirms it, which is us.
-            log.warning("a payment that failed stays open", payment=payment_intent, reason=str(error))
 
     def _later(self, order: Order) -> int:
         least_us, most_us = ASK_AGAIN_US
         now_us = self._now_us()
         return now_us + min(most_us, max(least_us, now_us - order.created_at_us))
-
-    # What is read and told.
-
-    async def _agreement(
-        self, connection: AsyncConnection, scope: Scope, customer_id: str, *, hold: bool = False
-    ) -> Agreement | None:
-        """What the customer has agreed to, in the tenant's credits as they are now; with *hold* it stays so."""
-        query = (
-            select(
-                col(Customer.settings),
-                col(AssetVersion.code),
-                col(AssetVersion.scale),
-                col(AssetVersion.usd_value_picos),
-            )
-            .join(Tenant, col(Tenant.id) == col(Customer.tenant))
-            .join(
-                AssetVersion,
-                and_(
-                    col(AssetVersion.tenant) == col(Tenant.id),
-                    col(AssetVersion.code) == col(Tenant.asset_code),
-                    col(AssetVersion.effective_from_us) <= self._now_us(),
-                ),
-            )
-            .where(
-                col(Customer.tenant) == scope.tenant,
-                col(Customer.mode) == scope.mode,
-                col(Customer.id) == customer_id,
-                col(Customer.erased_at_us).is_(None),
-            )
-            .order_by(col(AssetVersion.effective_from_us).desc())
-            .limit(1)
-        )
-        if hold:
-            query = query.with_for_update(read=True, of=Customer)
-        row = (await connection.execute(query)).one_or_none()
-        if row is None or not self._serves(scope.mode):
-            return None
-        asset = Asset(code=row.code, scale=row.scale, usd_value_picos=row.usd_value_picos)
-        return agreement_of(row.settings, self._packages, asset)
 
     async def _tell(self, scope: Scope, customer_id: str, agreement: Agreement, reason: str, *, cause: str) -> None:
         """That a top-up is due and cannot be: once for each cause."""
@@ -474,28 +344,3 @@ class AutoTopUps:
 def _standing(view: WalletView | None) -> tuple[int, bool]:
     """The balance, and whether the wallet is frozen."""
     return (0, False) if view is None else (view.balance, view.wallet.frozen)
-
-
-def _seen(order: Order, payment: Mapping[str, Any], declined: str | None = None) -> Observed | None:
-    """What *payment* says, and why it was *declined*. One that waits for the customer has failed: nobody is there."""
-    observed = facts_of(payment)
-    if observed is None:
-        return None
-    if declined is None and payment.get("status") == "requires_action":
-        declined = "authentication_required"
-    if declined is None:
-        return observed
-    more = Facts(declined=frozenset({declined}))
-    return msgspec.structs.replace(_said(order, declined), payment_intent=observed.payment_intent, facts=more)
-
-
-def _said(order: Order, failure: str | None) -> Observed:
-    """That the processor will not make a payment for *order*."""
-    code = failure or "refused"
-    return Observed(
-        id=f"seen:{order.id}:{code}",
-        kind="payment_intent",
-        payment_intent=None,
-        order=OrderRef(order.scope, order.id),
-        facts=Facts(declined=frozenset({code})),
-    )

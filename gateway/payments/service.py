@@ -2,15 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
+from gateway.payments.agreements import Agreements
+from gateway.payments.auto_top_up import AutoTopUps
 from gateway.payments.links import Links
+from gateway.payments.off_session import OffSession
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
-from gateway.payments.stripe_api import StripeAPI
+from gateway.payments.settling import Settler
+from gateway.payments.stripe_api import StripeAPI, StripeMode
+from gateway.payments.top_up_failures import TopUpFailures
 from gateway.settings import Settings
+from ledger.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +27,8 @@ class Payments:
     stripe: StripeAPI
     operator: OperatorScope
     links: Links
+    settler: Settler
+    auto_top_ups: AutoTopUps
 
     async def close(self) -> None:
         """Let go of connections. Whoever works with it has ended."""
@@ -27,7 +36,7 @@ class Payments:
 
     def serves(self, mode: str) -> bool:
         """Whether customers of *mode* can pay: real money pays for nothing in the sandbox."""
-        return self.stripe.mode == "test" or mode == "live"
+        return _serves(self.stripe.mode, mode)
 
 
 def open_payments(
@@ -35,6 +44,7 @@ def open_payments(
     *,
     packages: Packages,
     database: Database,
+    ledger: Ledger,
     tenants: Tenants,
     now_us: Callable[[], int],
     new_id: Callable[[str], str],
@@ -48,10 +58,42 @@ def open_payments(
         webhook_secret=settings.stripe_webhook_secret.get_secret_value(),
         api_base=settings.stripe_api_base,
     )
+    operator = OperatorScope(tenants, stripe.mode)
+    orders = Orders(database, now_us=now_us, new_id=new_id)
+    links = Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us)
+    failures = TopUpFailures(database, links, now_us=now_us)
+    settler = Settler(
+        database,
+        ledger,
+        orders=orders,
+        stripe=stripe,
+        operator=operator,
+        changed=(failures.changed,),
+        told_of_failure=failures.told,
+        now_us=now_us,
+        new_id=new_id,
+    )
     return Payments(
         packages=packages,
-        orders=Orders(database, now_us=now_us, new_id=new_id),
+        orders=orders,
         stripe=stripe,
-        operator=OperatorScope(tenants, stripe.mode),
-        links=Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us),
+        operator=operator,
+        links=links,
+        settler=settler,
+        auto_top_ups=AutoTopUps(
+            database,
+            ledger,
+            agreements=Agreements(packages, serves=partial(_serves, stripe.mode), now_us=now_us),
+            orders=orders,
+            off_session=OffSession(stripe),
+            settler=settler,
+            links=links,
+            now_us=now_us,
+            new_id=new_id,
+        ),
     )
+
+
+def _serves(stripe_mode: StripeMode, mode: str) -> bool:
+    """Whether customers of *mode* can pay: real money pays for nothing in the sandbox."""
+    return stripe_mode == "test" or mode == "live"
