@@ -334,9 +334,7 @@ async def running_parts(
             now_us=now_us,
             new_id=new_id,
         )
-        if payments is not None:
-            stack.push_async_callback(payments.close)
-            _run(payments.auto_top_ups, stack)
+        _start_payments(payments, stack)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -484,6 +482,12 @@ async def _open_ledger(
     )
     stack.push_async_callback(ledger.close)
     return ledger
+
+
+def _start_payments(payments: Payments | None, stack: AsyncExitStack) -> None:
+    if payments is not None:
+        stack.push_async_callback(payments.close)
+        _run(payments.auto_top_ups, stack)
 
 
 def _reactions(auto_buy: AutoBuy, payments: Payments | None) -> list[Reaction]:
