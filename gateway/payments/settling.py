@@ -277,7 +277,7 @@ class Settler:
                 key=Key("payment_failed", order.id, ""),
                 wallet=_wallet(order),
                 asset=order.asset,
-                type="topup.failed",
+                event="topup.failed",
                 body={**_told(order), "reason": reason, **await self._told_of_failure(order, reason)},
             )
         )
