@@ -24,8 +24,10 @@ from ledger.commands import (
     Refund,
     Release,
     Reserve,
+    Reverse,
     Revoke,
     SetLimit,
+    TopUp,
 )
 from ledger.core import decide
 from ledger.draft import RETURN_BLOCKS
@@ -51,6 +53,7 @@ from ledger.outcomes import (
 )
 from ledger.state import KeyRef, State, evolve
 from ledger.store.rows import Row, response_row
+from ledger.topping_up import paid_block_ids
 
 RESPONSE_LIFE_US = 24 * 3600 * 1_000_000
 """How long a stored response is replayed."""
@@ -93,13 +96,22 @@ def needs(commands: Iterable[AnyCommand]) -> Needs:
             case Grant() | Purchase():
                 named.wallets.update(_wallets_named(command))
                 named.blocks.update((command.wallet, block_id) for block_id in block_ids(command))
-            case Revoke() | Freeze():
+            case TopUp() | Reverse() | Revoke() | Freeze():
                 named.wallets.add(command.wallet)
-                if command.block_id is not None:
-                    named.blocks.add((command.wallet, command.block_id))
+                named.blocks.update(_blocks_named(command))
             case _:
                 named.wallets.add(command.wallet)
     return named
+
+
+def _blocks_named(command: TopUp | Reverse | Revoke | Freeze) -> Iterator[BlockRef]:
+    """What is taken back may turn out not to be owed, also by a later command of the batch: its debt comes back."""
+    if isinstance(command, TopUp | Reverse):
+        yield from ((command.wallet, block_id) for block_id in paid_block_ids(command))
+    elif command.block_id is not None:
+        yield command.wallet, command.block_id
+    if isinstance(command, Reverse | Revoke):
+        yield from return_blocks((command.wallet,))
 
 
 def _limits_of(command: AnyCommand) -> tuple[Limit, ...]:
@@ -165,13 +177,19 @@ def _blocks_refunded(command: Refund) -> Iterator[BlockRef]:
     for payment in command.payments:
         if payment.block is not None:
             yield payment.wallet, payment.block
-        yield payment.wallet, RETURN_BLOCKS[False]
+        yield from return_blocks((payment.wallet,))
         if payment.pool is not None:
             yield from return_blocks((payment.pool,))
 
 
-def return_blocks(pool_wallets: Iterable[WalletRef]) -> set[BlockRef]:
-    return {(pool, block_id) for pool in pool_wallets for block_id in RETURN_BLOCKS.values()}
+def return_blocks(wallets: Iterable[WalletRef]) -> set[BlockRef]:
+    """The blocks that take what comes back to *wallets*."""
+    return {(ref, block_id) for ref in wallets for block_id in RETURN_BLOCKS.values()}
+
+
+def clawed(state: State, wallets: Iterable[WalletRef]) -> set[WalletRef]:
+    """Those of *wallets* that may have repaid a debt which turns out not to be owed: it comes back."""
+    return {ref for ref in wallets if any(block.clawed > 0 for block in state.blocks.get(ref, {}).values())}
 
 
 def _wallets_named(command: Hold | Grant | Purchase) -> set[WalletRef]:

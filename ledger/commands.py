@@ -116,11 +116,11 @@ class Reverse(Command, frozen=True, kw_only=True, tag="reverse"):
 
 
 class Tell(Command, frozen=True, kw_only=True, tag="tell"):
-    """Raise an event of a wallet: something happened to it, or did not, that moved no credits."""
+    """Raise an *event* of a wallet: something happened to it, or did not, that moved no credits."""
 
     wallet: WalletRef
     asset: str
-    type: str
+    event: str
     body: dict[str, Any] = {}
 
 
@@ -386,6 +386,9 @@ class SetLimit(Command, frozen=True, kw_only=True, tag="set_limit"):
 
 AnyCommand = (
     Grant
+    | TopUp
+    | Reverse
+    | Tell
     | Purchase
     | Reserve
     | Extend

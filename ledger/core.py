@@ -25,11 +25,14 @@ from ledger.commands import (
     Refund,
     Release,
     Reserve,
+    Reverse,
     Revoke,
     SetLimit,
     SetOverdraft,
+    Tell,
+    TopUp,
 )
-from ledger.granting import expire, freeze, grant, revoke, set_overdraft
+from ledger.granting import expire, freeze, grant, revoke, set_overdraft, tell
 from ledger.limits import set_limit
 from ledger.model import ReservationRef, WalletRef
 from ledger.outcomes import (
@@ -43,8 +46,10 @@ from ledger.outcomes import (
 from ledger.purchasing import purchase
 from ledger.refunding import refund
 from ledger.reserving import extend, reserve
+from ledger.reversing import reverse
 from ledger.settling import commit, debit, lapse, release
 from ledger.state import State
+from ledger.topping_up import top_up
 
 
 def decide(state: State, command: AnyCommand, now_us: int) -> Outcome:
@@ -89,6 +94,9 @@ _ON_RESERVATIONS = (Hold, Extend, Commit, Release, Lapse, Refund)
 
 _DECISIONS: dict[type[AnyCommand], Callable[[State, Any, int], Outcome]] = {
     Grant: grant,
+    TopUp: top_up,
+    Reverse: reverse,
+    Tell: tell,
     Purchase: purchase,
     Reserve: reserve,
     Extend: extend,

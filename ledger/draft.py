@@ -11,7 +11,19 @@ import msgspec
 
 from ledger.burndown import payable
 from ledger.commands import Command
-from ledger.model import Account, Block, Funding, Reservation, Scope, Slice, Tags, Wallet, WalletRef
+from ledger.model import (
+    NO_DEBTS,
+    Account,
+    Block,
+    Debts,
+    Funding,
+    Reservation,
+    Reversal,
+    Scope,
+    Tags,
+    Wallet,
+    WalletRef,
+)
 from ledger.outcomes import (
     Applied,
     BlockChanged,
@@ -187,6 +199,7 @@ class Draft:
         expired: int = 0,
         revoked: int = 0,
         clawed: int = 0,
+        reversal: Reversal | None = None,
     ) -> None:
         ref = (block.wallet, block.id)
         before = self._blocks.get(ref)
@@ -197,7 +210,10 @@ class Draft:
             expired += before.expired
             revoked += before.revoked
             clawed += before.clawed
-        self._blocks[ref] = BlockChanged(block.wallet, block.id, granted, consumed, reserved, expired, revoked, clawed)
+            reversal = before.reversal if reversal is None else reversal
+        self._blocks[ref] = BlockChanged(
+            block.wallet, block.id, granted, consumed, reserved, expired, revoked, clawed, None, reversal
+        )
         if block.wallet not in self._wallets:
             self._wallets[block.wallet] = WalletChanged(block.wallet, self.now_us)
 
@@ -209,6 +225,7 @@ class Draft:
         overdraft_reserved: int = 0,
         blocks_opened: int = 0,
         events_raised: int = 0,
+        debts: Debts | None = None,
     ) -> None:
         before = self._wallets.get(ref)
         if before is not None:
@@ -216,8 +233,9 @@ class Draft:
             overdraft_reserved += before.overdraft_reserved
             blocks_opened += before.blocks_opened
             events_raised += before.events_raised
+            debts = before.debts if debts is None else debts
         self._wallets[ref] = WalletChanged(
-            ref, self.now_us, receivable, overdraft_reserved, blocks_opened, events_raised
+            ref, self.now_us, receivable, overdraft_reserved, blocks_opened, events_raised, None, None, debts
         )
 
     def hold(self, source: Source, amount: int) -> None:
@@ -311,24 +329,17 @@ class Draft:
         self.open_block(opened)
         return opened
 
-    def collect(self, slices: tuple[Slice, ...]) -> None:
-        """Take what was clawed back of the blocks of *slices* while it was held, and is free now: it is owed no more.
-
-        No entry is booked: it left the wallet with the claw-back, and the wallet has less left and owes less.
-        """
-        for ref, block_id in dict.fromkeys((held.wallet, held.block) for held in slices):
-            block = None if block_id is None else self.block_after(self.block(ref, block_id))
-            if block is None or block.clawed == 0:
-                continue
-            taken = min(block.clawed - block.consumed - block.reserved, block.free, self.owed(ref))
-            if taken > 0:
-                self.change_block(block, revoked=taken, clawed=-taken)
-                self.change_wallet(ref, receivable=-taken)
-
     def owed(self, ref: WalletRef) -> int:
         """The wallet's receivable after this draft."""
         wallet, change = self.wallet(ref), self._wallets.get(ref)
         return (0 if wallet is None else wallet.receivable) + (0 if change is None else change.receivable)
+
+    def debts(self, ref: WalletRef) -> Debts:
+        """The wallet's debts after this draft."""
+        wallet, change = self.wallet(ref), self._wallets.get(ref)
+        if change is not None and change.debts is not None:
+            return change.debts
+        return NO_DEBTS if wallet is None else wallet.debts
 
     # What it comes to.
 

@@ -17,8 +17,10 @@ from ledger.outcomes import (
     ReservationChanged,
     Reserved,
     Result,
+    Reversed,
     Revoked,
     Settled,
+    ToppedUp,
     UsageRecorded,
     WalletChanged,
 )
@@ -26,6 +28,9 @@ from ledger.store.protocol import JournalEntry
 
 RESULTS: Final[dict[str, type[Result]]] = {
     "grant": Granted,
+    "top_up": ToppedUp,
+    "reverse": Reversed,
+    "tell": Changed,
     "purchase": Purchased,
     "reserve": Reserved,
     "extend": Reserved,

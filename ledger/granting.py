@@ -1,9 +1,10 @@
-"""Credits in, and back out unspent: grants, revocation, expiry, and the switches of a wallet."""
+"""Credits in, and back out unspent: grants, revocation, expiry, and the switches and events of a wallet."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ledger.commands import Expire, Freeze, Grant, Purchase, Revoke, SetOverdraft
+from ledger.commands import Expire, Freeze, Grant, Purchase, Revoke, SetOverdraft, Tell
+from ledger.debts import repay
 from ledger.draft import FUNDING_ACCOUNT, NO_TAGS, Draft, Source
 from ledger.model import AMOUNT_MAX, Account, Block, Funding, Wallet, WalletRef
 from ledger.outcomes import (
@@ -48,10 +49,10 @@ def grant(state: State, command: Grant, now_us: int) -> Outcome:
     lots = _lots(draft, command, wallet)
     if isinstance(lots, Rejected):
         return lots
-    owed = wallet.receivable
+    repaid_in_all = 0
     for lot in lots:
-        repaid = min(owed, lot.amount)
-        owed -= repaid
+        repaid = repay(draft, wallet, lot.amount, paid=lot.operator_paid)
+        repaid_in_all += repaid
         block = Block(
             wallet=wallet.ref,
             id=lot.block_id,
@@ -71,7 +72,6 @@ def grant(state: State, command: Grant, now_us: int) -> Outcome:
             metadata=command.metadata,
         )
         draft.open_block(block)
-        draft.change_wallet(wallet.ref, receivable=-repaid)
         draft.raise_block_event("credit.granted", block)
     lapsed = _lapse_beyond_cap(draft, command, wallet)
     granted = Granted(
@@ -79,7 +79,7 @@ def grant(state: State, command: Grant, now_us: int) -> Outcome:
         amount=command.amount,
         balance_before=state.balance(wallet.ref, now_us),
         balance_after=draft.balance(wallet.ref),
-        repaid=wallet.receivable - owed,
+        repaid=repaid_in_all,
         at_us=now_us,
         lapsed=lapsed,
     )
@@ -224,11 +224,15 @@ def revoke(state: State, command: Revoke, now_us: int) -> Outcome:
         if block.pool is not None:
             draft.return_to_pool(taken, taken.amount, reference=command.reference)
         else:
-            account = FUNDING_ACCOUNT[block.funding]
-            draft.spend(taken, taken.amount, account=account, reference=command.reference)
+            draft.spend(taken, taken.amount, account=_account_of_revoked(block), reference=command.reference)
         draft.raise_block_event("credit.clawed_back", block, amount=taken.amount, reference=command.reference)
     revoked = Revoked(amount=free, receivable=wallet.receivable + owed, balance=draft.balance(wallet.ref), owed=owed)
     return draft.applied(revoked)
+
+
+def _account_of_revoked(block: Block) -> str:
+    """Where revoked credits go: where they came from. But no money goes back, so what was paid stays the operator's."""
+    return Account.BREAKAGE if block.funding is Funding.PAID else FUNDING_ACCOUNT[block.funding]
 
 
 def _revocable(block: Block) -> int:
@@ -282,4 +286,13 @@ def set_overdraft(state: State, command: SetOverdraft, now_us: int) -> Outcome:
     if wallet.asset != command.asset:
         return Rejected(Reason.ASSET_MISMATCH)
     draft.other.append(WalletChanged(wallet=command.wallet, at_us=now_us, overdraft_limit=command.limit))
+    return draft.applied(Changed())
+
+
+def tell(state: State, command: Tell, now_us: int) -> Outcome:
+    draft = Draft(state, command, now_us)
+    wallet = draft.open_wallet(command.wallet, command.asset)
+    if wallet.asset != command.asset:
+        return Rejected(Reason.ASSET_MISMATCH)
+    draft.raise_event(wallet.ref, command.event, command.body)
     return draft.applied(Changed())

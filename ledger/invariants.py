@@ -268,7 +268,7 @@ class Audit:
 
     def _debt_agreed(self, change: WalletChanged, entry: JournalEntry) -> bool:
         wallet = self.state.wallets[change.wallet]
-        if change.receivable <= 0 or entry.kind == "revoke":
+        if change.receivable <= 0 or entry.kind in {"revoke", "reverse"}:
             return True
         agreed = max(wallet.overdraft_limit, wallet.receivable + wallet.overdraft_reserved)
         if entry.kind in {"debit", "commit"}:
@@ -390,8 +390,10 @@ class Audit:
         booked: Counter[_Booking] = Counter()
         for transfer in entry.transfers:
             to = transfer.credit.partition(":")[0]
-            if entry.kind == "refund":
-                if to != Account.BREAKAGE:
+            if _makes_due(transfer):
+                pass  # Whose revenue it is: nobody paid.
+            elif entry.kind == "refund":
+                if transfer.credit.startswith(_WALLET_ACCOUNT):
                     booked[transfer.scope, transfer.credit, transfer.block, transfer.debit] -= transfer.amount
             elif transfer.debit == Account.LIMIT:
                 pass  # A limit's period begins: nobody paid.
@@ -414,6 +416,11 @@ class Audit:
 
     def _report(self, message: str, entry: JournalEntry, **facts: Any) -> None:
         self.found.append(Violation(message, {"seq": entry.seq, "command": entry.id, **facts}))
+
+
+def _makes_due(transfer: Transfer) -> bool:
+    """Whether it tells only that revenue is due from the tenant, or is not any more."""
+    return {transfer.debit, transfer.credit} == {Account.REVENUE, Account.TENANT_DUE}
 
 
 def _bookings(reservation: Reservation | None) -> Counter[_Booking]:

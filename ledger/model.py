@@ -56,6 +56,7 @@ class Account:
     """The accounts of the journal that are not wallets: append-only, never a locked row."""
 
     CLEARING = "clearing"
+    PACKAGE_SPREAD = "package_spread"
     EXTERNAL = "external"
     PROMO = "promo"
     PLAN = "plan"
@@ -113,6 +114,23 @@ class Restriction(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 UNRESTRICTED = Restriction()
 
 
+class Debts(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """What a wallet's receivable comes from, and what has repaid it.
+
+    Attributes:
+        reversed: the part of the receivable that is owed because payments were taken back.
+        repaid_paid: what credits that the operator was paid for have repaid of any debt, less what came back of it.
+        repaid_due: what other credits have repaid of reversed payments, less what came back of it: the tenant owes it.
+    """
+
+    reversed: int = 0
+    repaid_paid: int = 0
+    repaid_due: int = 0
+
+
+NO_DEBTS = Debts()
+
+
 class Wallet(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """A stack of blocks in one asset, and what it owes.
 
@@ -131,10 +149,39 @@ class Wallet(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     last_fact_us: int = 0
     blocks_opened: int = 0
     events_raised: int = 0
+    debts: Debts = NO_DEBTS
 
     @property
     def account(self) -> str:
         return f"{WALLET_PREFIX}{self.ref.wallet}"
+
+
+class Reversal(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """What refunds and disputes of its payment have taken of a block, apart from what a tenant has taken back.
+
+    Attributes:
+        free: the part of what the block has as revoked; ``owed`` of what it has as clawed.
+        lapsed: what was not there to be taken any more, because it had lapsed or the tenant had taken it back.
+        spread: what the payment was worth beyond the credits of the block; ``spread_taken`` was given back of it.
+        revision: of the last `Reverse` that had a say. Of a payment's blocks the first has it.
+        frozen: what is left pays for nothing, whatever the block's own switch says.
+    """
+
+    free: int = 0
+    owed: int = 0
+    lapsed: int = 0
+    spread: int = 0
+    spread_taken: int = 0
+    revision: int = 0
+    frozen: bool = False
+
+    @property
+    def taken(self) -> int:
+        """What was taken of the block's credits in all."""
+        return self.free + self.owed + self.lapsed
+
+
+NOT_REVERSED = Reversal()
 
 
 class Block(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -146,7 +193,7 @@ class Block(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     burnt from others is due from the tenant. ``pool`` is the wallet that the credits came out of: what is revoked of
     them, and the markup on a developer's grant, goes back there. ``revoked`` is what was taken back before its time, or
     lapsed because a later grant of the same source came with a cap. ``clawed`` is what was taken back of the block
-    after it was spent: the wallet owes it.
+    after it was spent: the wallet owes it, or has repaid it. ``reversal`` tells what of both a reversed payment took.
     """
 
     wallet: WalletRef
@@ -170,6 +217,7 @@ class Block(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     pool: WalletRef | None = None
     payment_reference: str | None = None
     metadata: dict[str, Any] = {}
+    reversal: Reversal = NOT_REVERSED
 
     @property
     def remaining(self) -> int:
@@ -188,7 +236,9 @@ class Block(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         return self.expires_at_us is not None and self.expires_at_us <= now_us
 
     def pays_at(self, now_us: int) -> bool:
-        return not self.frozen and self.effective_at_us <= now_us and not self.expired_at(now_us)
+        return (
+            not (self.frozen or self.reversal.frozen) and self.effective_at_us <= now_us and not self.expired_at(now_us)
+        )
 
 
 class ReservationState(StrEnum):

@@ -8,10 +8,12 @@ import msgspec
 from ledger.model import (
     Block,
     Charge,
+    Debts,
     Payment,
     Reservation,
     ReservationRef,
     ReservationState,
+    Reversal,
     Scope,
     UsageRecord,
     Wallet,
@@ -49,6 +51,28 @@ class Granted(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="gr
     repaid: int = 0
     at_us: int = 0
     lapsed: int = 0
+
+
+class ToppedUp(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="topped_up"):
+    """*amount* was paid for and *bonus* given; *repaid* is the part of both that went to what the wallet owed."""
+
+    block_id: str
+    amount: int
+    bonus: int
+    balance_before: int
+    balance_after: int
+    repaid: int
+    at_us: int
+
+
+class Reversed(msgspec.Struct, frozen=True, gc=False, tag="reversed"):
+    """*taken* and *given* back now, and *taken_in_all* of the payment's credits; *receivable* is all that is owed."""
+
+    taken: int
+    given: int
+    taken_in_all: int
+    balance: int
+    receivable: int
 
 
 class Purchased(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="purchased"):
@@ -117,7 +141,7 @@ class Changed(msgspec.Struct, frozen=True, gc=False, tag="changed"):
     """The command had nothing more to tell."""
 
 
-Result = Granted | Purchased | Reserved | Settled | Refunded | Revoked | Expired | Changed
+Result = Granted | ToppedUp | Reversed | Purchased | Reserved | Settled | Refunded | Revoked | Expired | Changed
 
 
 class Transfer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="transfer"):
@@ -147,6 +171,8 @@ class WalletChanged(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, t
     events_raised: int = 0
     frozen: bool | None = None
     overdraft_limit: int | None = None
+    debts: Debts | None = None
+    """As they are now, where they have changed."""
 
 
 class BlockOpened(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="block_opened"):
@@ -165,6 +191,8 @@ class BlockChanged(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, ta
     revoked: int = 0
     clawed: int = 0
     frozen: bool | None = None
+    reversal: Reversal | None = None
+    """As it is now, where it has changed."""
 
 
 class ReservationChanged(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="reservation_changed"):

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import msgspec
 
 from ledger.commands import Refund
+from ledger.debts import collect, owe_no_more
 from ledger.draft import NO_TAGS, RETURN_BLOCKS, Draft, Source
-from ledger.model import Account, Payment, Reservation, Slice, Wallet, WalletRef
+from ledger.model import Account, Payment, Reservation, Slice, WalletRef
 from ledger.outcomes import Applied, Outcome, Reason, Refunded, Rejected
 from ledger.settling import merged
 from ledger.state import State
@@ -87,16 +88,17 @@ def _reverse(draft: Draft, reservation: Reservation, part: Payment) -> None:
             scope=wallet.ref.scope,
         )
     if part.block is None:
-        _forgive(draft, wallet, part.total)
+        owe_no_more(draft, wallet, part.total, of_reversed=False, reference=reference)
         return
     block = draft.block(part.wallet, part.block)
     gone = 0 if part.pool is None else _take_from_pool(draft, part.pool, part.markup, paid=block.operator_paid)
     back = part.total
     if gone > 0 and not block.expired_at(draft.now_us):
         back -= gone
-        _return_unpaid(draft, wallet, gone)
+        # Others have used it up that the operator was paid for: nobody knows that of what comes back.
+        draft.change_block(draft.returns_block(wallet, operator_paid=False), granted=gone)
     draft.change_block(block, consumed=-back)
-    draft.collect((Slice(part.leg, part.wallet, part.block, back),))
+    collect(draft, (Slice(part.leg, part.wallet, part.block, back),), reference=reference)
     if block.expired_at(draft.now_us):
         lapsed = min(back, draft.free(block))
         draft.change_block(block, expired=lapsed)
@@ -123,17 +125,3 @@ def _take_from_pool(draft: Draft, ref: WalletRef, amount: int, *, paid: bool) ->
     if amount > 0:
         draft.use(Source(pool, None, amount), amount, held=False)
     return missing
-
-
-def _forgive(draft: Draft, wallet: Wallet, amount: int) -> None:
-    """Let the wallet owe *amount* less. What it does not owe any more was repaid out of a grant: it gets that back."""
-    forgiven = min(amount, draft.owed(wallet.ref))
-    if forgiven > 0:
-        draft.change_wallet(wallet.ref, receivable=-forgiven)
-    if forgiven < amount:
-        _return_unpaid(draft, wallet, amount - forgiven)
-
-
-def _return_unpaid(draft: Draft, wallet: Wallet, amount: int) -> None:
-    """Give back what nobody knows to have been paid to the operator: a tenant's gift may have repaid a debt."""
-    draft.change_block(draft.returns_block(wallet, operator_paid=False), granted=amount)

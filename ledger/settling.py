@@ -5,6 +5,7 @@ import operator
 import msgspec
 
 from ledger.commands import Beyond, Commit, Debit, Lapse, Release
+from ledger.debts import collect
 from ledger.draft import NO_TAGS, Draft, Source, total
 from ledger.limits import tell_thresholds
 from ledger.model import (
@@ -170,7 +171,7 @@ def _settle(
     if not final:
         return msgspec.structs.replace(reservation, slices=tuple(slices), balance=draft.balance(payer))
     _free(draft, slices)
-    draft.collect(reservation.slices)
+    collect(draft, reservation.slices, reference=reservation.ref.reservation)
     key = reservation.key
     if key is not None and ends_as is not ReservationState.COMMITTED and reservation.commits == 0:
         draft.other.append(KeyFreed(draft.command.scope, *key))

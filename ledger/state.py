@@ -65,6 +65,7 @@ def changed_block(block: Block, change: BlockChanged) -> Block:
         revoked=block.revoked + change.revoked,
         clawed=block.clawed + change.clawed,
         frozen=block.frozen if change.frozen is None else change.frozen,
+        reversal=block.reversal if change.reversal is None else change.reversal,
     )
 
 
@@ -78,6 +79,7 @@ def _change_wallet(state: State, change: WalletChanged) -> None:
         events_raised=wallet.events_raised + change.events_raised,
         frozen=wallet.frozen if change.frozen is None else change.frozen,
         overdraft_limit=wallet.overdraft_limit if change.overdraft_limit is None else change.overdraft_limit,
+        debts=wallet.debts if change.debts is None else change.debts,
         version=wallet.version + 1,
         last_fact_us=max(wallet.last_fact_us, change.at_us),
     )

@@ -24,6 +24,8 @@ router = APIRouter(prefix="/v1", tags=["credits"])
 
 KINDS: Final = {
     "grant": "grant",
+    "top_up": "topup",
+    "reverse": "reversal",
     "purchase": "purchase",
     "commit": "charge",
     "debit": "charge",
@@ -203,7 +205,7 @@ def block_view(block: Block, customer_id: str, asset: Asset) -> BlockView:
         created_at=time_text(block.created_at_us),
         effective_at=time_text(block.effective_at_us),
         expires_at=time_text_or_none(block.expires_at_us),
-        frozen=block.frozen,
+        frozen=block.frozen or block.reversal.frozen,
         restrictions=RestrictionView(
             apps=block.restriction.apps, metrics=block.restriction.metrics, models=block.restriction.models
         ),

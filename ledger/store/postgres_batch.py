@@ -45,7 +45,7 @@ from ledger.batch import (
     reserved_wallets,
     used_up,
 )
-from ledger.commands import AnyCommand, Freeze, Hold, Refund, Revoke
+from ledger.commands import AnyCommand, Freeze, Hold, Refund, Reverse, Revoke
 from ledger.draft import RETURN_BLOCKS
 from ledger.model import Block, Funding, Reservation, ReservationRef, ReservationState, Scope, Wallet, WalletRef
 from ledger.outcomes import Applied, Outcome
@@ -84,8 +84,8 @@ _RETURNED: Final = frozenset(RETURN_BLOCKS.values())
 
 _BEGIN: Final = f"BEGIN; SET LOCAL lock_timeout = {LOCK_WAIT_MS}"
 _LOAD: Final = "SELECT farebox_load_v1($1, $2, $3, $4, $5, $6)"
-_WRITE: Final = f"SELECT farebox_write_v1({', '.join(f'${number}' for number in range(1, 14))})"
-_APPLY: Final = f"SELECT farebox_apply_v1({', '.join(f'${number}' for number in range(1, 27))})"
+_WRITE: Final = f"SELECT farebox_write_v2({', '.join(f'${number}' for number in range(1, 14))})"
+_APPLY: Final = f"SELECT farebox_apply_v2({', '.join(f'${number}' for number in range(1, 27))})"
 
 
 class _Loaded(msgspec.Struct):
@@ -101,7 +101,7 @@ class _Loaded(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    """What ``farebox_apply_v1`` returns: *moved* are wallets that were not as kept, None when all is written."""
+    """What ``farebox_apply_v2`` returns: *moved* are wallets that were not as kept, None when all is written."""
 
     now_us: int
     moved: list[WalletRef] | None = None
@@ -218,9 +218,9 @@ class Batches:
     def _recall(self, named: Needs, commands: Sequence[AnyCommand]) -> _Known | None:
         """What is kept of all that *commands* concern; None when something of it is not known, or often moves."""
         kept = self._kept.state
-        # A refund fills blocks again that are not kept, because nothing was left in them. A freeze ends an erasure,
-        # which took metadata out of blocks as they are stored and not as they are kept.
-        if not self._kept.server or any(isinstance(command, Refund | Freeze) for command in commands):
+        # Refunds and reversals fill blocks again that are not kept, because nothing was left in them. A freeze ends an
+        # erasure, which took metadata out of blocks as they are stored and not as they are kept.
+        if not self._kept.server or any(isinstance(command, Refund | Reverse | Freeze) for command in commands):
             return None
         made = {command.reservation for command in commands if isinstance(command, Hold)}
         state = State()

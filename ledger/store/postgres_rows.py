@@ -21,6 +21,7 @@ from ledger.store.rows import (
     facts_json,
     key_row,
     reservation_row,
+    reversal_json,
     to_json,
     transfer_row,
     usage_row,
@@ -74,11 +75,12 @@ def _changes_of(block: Block) -> Row:
         *block_amounts(block),
         block.live,
         block.frozen,
+        reversal_json(block),
     )
 
 
 class Written(NamedTuple):
-    """What a batch writes: the parameters of ``farebox_write_v1``, in its order, and the texts of the reservations."""
+    """What a batch writes: the parameters of ``farebox_write_v2``, in its order, and the texts of the reservations."""
 
     parameters: tuple[Any, ...]
     bodies: dict[ReservationRef, str]

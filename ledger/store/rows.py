@@ -8,13 +8,17 @@ import msgspec
 from ledger.commands import StoredResponse
 from ledger.erasable import facts_to_keep
 from ledger.model import (
+    NO_DEBTS,
+    NOT_REVERSED,
     UNRESTRICTED,
     Block,
     Charge,
+    Debts,
     Funding,
     Reservation,
     ReservationRef,
     Restriction,
+    Reversal,
     Scope,
     UsageRecord,
     Wallet,
@@ -29,6 +33,8 @@ _decode_facts = msgspec.json.Decoder(tuple[Fact, ...]).decode
 _decode_result: Callable[[str], Result] = msgspec.json.Decoder(Result).decode
 _decode_reservation = msgspec.json.Decoder(Reservation).decode
 _decode_restriction = msgspec.json.Decoder(Restriction).decode
+_decode_debts = msgspec.json.Decoder(Debts).decode
+_decode_reversal = msgspec.json.Decoder(Reversal).decode
 _decode_wallet_ref = msgspec.json.Decoder(WalletRef).decode
 _decode_mapping = msgspec.json.Decoder(dict[str, Any]).decode
 _decode_units = msgspec.json.Decoder(dict[str, int]).decode
@@ -65,6 +71,7 @@ def wallet_row(wallet: Wallet) -> Row:
         wallet.last_fact_us,
         wallet.blocks_opened,
         wallet.events_raised,
+        None if wallet.debts == NO_DEBTS else to_json(wallet.debts),
     )
 
 
@@ -80,6 +87,7 @@ def wallet_from(row: Sequence[Any]) -> Wallet:
         last_fact_us=row[9],
         blocks_opened=row[10],
         events_raised=row[11],
+        debts=NO_DEBTS if row[12] is None else _decode_debts(row[12]),
     )
 
 
@@ -94,6 +102,10 @@ def block_amounts(block: Block) -> Row:
         block.clawed,
         block.remaining,
     )
+
+
+def reversal_json(block: Block) -> str | None:
+    return None if block.reversal == NOT_REVERSED else to_json(block.reversal)
 
 
 def block_row(block: Block) -> Row:
@@ -115,12 +127,13 @@ def block_row(block: Block) -> Row:
         None if block.pool is None else to_json(block.pool),
         block.payment_reference,
         to_json(block.metadata) if block.metadata else "{}",
+        reversal_json(block),
     )
 
 
 def block_from(row: Sequence[Any]) -> Block:
     """*remaining* and *live* derive from the other columns; that they agree is a CHECK of the table."""
-    restriction, pool, metadata = row[21], row[22], row[24]
+    restriction, pool, metadata, reversal = row[21], row[22], row[24], row[25]
     return Block(
         wallet=WalletRef(*row[:3]),
         id=row[3],
@@ -143,6 +156,7 @@ def block_from(row: Sequence[Any]) -> Block:
         pool=None if pool is None else _decode_wallet_ref(pool),
         payment_reference=row[23],
         metadata={} if metadata == "{}" else _decode_mapping(metadata),
+        reversal=NOT_REVERSED if reversal is None else _decode_reversal(reversal),
     )
 
 

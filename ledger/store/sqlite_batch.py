@@ -14,6 +14,7 @@ from ledger.batch import (
     CommandRef,
     Needs,
     Writes,
+    clawed,
     fold,
     needs,
     pools,
@@ -39,6 +40,7 @@ from ledger.store.rows import (
     reservation_from,
     reservation_row,
     result_from,
+    reversal_json,
     to_json,
     transfer_row,
     usage_row,
@@ -90,10 +92,11 @@ _WALLET_CHANGES = (
     "last_fact_us",
     "blocks_opened",
     "events_raised",
+    "debts",
 )
 _CHANGE_WALLETS = statements.update("ledger_wallet", (*_WALLET, "version"), _WALLET_CHANGES)
 
-_BLOCK_CHANGES = ("granted", "consumed", "reserved", "expired", "revoked", "clawed", "remaining", "frozen")
+_BLOCK_CHANGES = ("granted", "consumed", "reserved", "expired", "revoked", "clawed", "remaining", "frozen", "reversal")
 _CHANGE_BLOCKS = statements.update("ledger_block", (*_WALLET, "id"), _BLOCK_CHANGES)
 _CHANGE_BLOCKS_LIVE = statements.update("ledger_block", (*_WALLET, "id"), (*_BLOCK_CHANGES, "live"))
 """For the few blocks that run dry or fill again: setting ``live`` rewrites two indexes."""
@@ -240,7 +243,9 @@ class BatchConnection:
         for (body,) in statements.fetch(self._connection, _FIND_RESERVATIONS, unknown):
             reservation = reservation_from(body)
             state.reservations[reservation.ref] = reservation
-        self._load_wallets(named.wallets | self._reserved_wallets(named), named.blocks)
+        wallets = named.wallets | self._reserved_wallets(named)
+        self._load_wallets(wallets, named.blocks)
+        self._load_wallets(set(), return_blocks(clawed(state, wallets)))
         pool_wallets = pools(state, commands)
         if pool_wallets:
             self._load_wallets(pool_wallets, return_blocks(pool_wallets))
@@ -321,6 +326,7 @@ class BatchConnection:
                 block.id,
                 *block_amounts(block),
                 block.frozen,
+                reversal_json(block),
             )
             if block.live == was_live:
                 steady.append(row)

@@ -76,6 +76,8 @@ class LedgerTransferRow(SQLModel, table=True):
 
 
 class LedgerWalletRow(SQLModel, table=True):
+    """*debts* are JSON, NULL where there are none."""
+
     __tablename__ = "ledger_wallet"
     __table_args__ = (
         CheckConstraint("overdraft_limit >= 0", name="ck_ledger_wallet_overdraft_limit"),
@@ -96,10 +98,11 @@ class LedgerWalletRow(SQLModel, table=True):
     last_fact_us: int = Field(sa_type=BigInteger)
     blocks_opened: int = Field(sa_type=BigInteger)
     events_raised: int = Field(sa_type=BigInteger)
+    debts: str | None = Field(default=None, sa_type=Text)
 
 
 class LedgerBlockRow(SQLModel, table=True):
-    """*live* tells that a command can still move the block; *restriction*, *pool* and *metadata* are JSON."""
+    """*live* tells that a command can still move the block. *restriction*, *pool*, *metadata*, *reversal* are JSON."""
 
     __tablename__ = "ledger_block"
     __table_args__ = (
@@ -162,6 +165,7 @@ class LedgerBlockRow(SQLModel, table=True):
     pool: str | None = Field(default=None, sa_type=Text)
     payment_reference: str | None = Field(default=None, sa_type=Text)
     metadata_: str = Field(sa_type=Text, sa_column_kwargs={"name": "metadata"})
+    reversal: str | None = Field(default=None, sa_type=Text)
 
 
 class LedgerReservationRow(SQLModel, table=True):

@@ -25,9 +25,12 @@ from ledger.commands import (
     Release,
     Reserve,
     ReserveLeg,
+    Reverse,
     Revoke,
     SetLimit,
     SetOverdraft,
+    Tell,
+    TopUp,
 )
 from ledger.model import Charge, Settlement, Tags, WalletRef
 
@@ -112,8 +115,7 @@ class Naive:
             amount = lots.get(lot_paid, 0)
             if amount == 0:
                 continue
-            repaid = min(amount, wallet["owed"])
-            wallet["owed"] -= repaid
+            repaid = self._repay(command.wallet, amount, paid=lot_paid)
             self._add_block(
                 wallet, next(names), amount, prio=command.priority, start=start, end=command.expires_at_us,
                 apps=command.restriction.apps, paid=lot_paid, funding=str(command.funding), pool=command.from_wallet,
@@ -124,6 +126,145 @@ class Naive:
         new = wallet["blocks"][len(wallet["blocks"]) - sum(amount > 0 for amount in lots.values()) :]
         lapsed = 0 if cap is None else self._cap(command.wallet, older, room=cap - sum(block["left"] for block in new))
         return {"word": "granted", "balance_after": self.balance(command.wallet), "lapsed": lapsed}
+
+    def _topup(self, command: TopUp) -> Prediction:
+        names = (command.block_id, command.block_id + "_bonus")
+        if command.amount <= 0 or command.bonus < 0 or command.spread < 0:
+            return _no("invalid_amount")
+        if {block["name"] for block in self.wallets.get(command.wallet, {"blocks": []})["blocks"]} & {*names}:
+            return _no("already_exists")
+        wallet = self._open(command.wallet)
+        owed = wallet["owed"]
+        for name, funding, amount in zip(names, ("paid", "promotional"), (command.amount, command.bonus), strict=True):
+            if amount:
+                repaid = self._repay(command.wallet, amount, paid=True)
+                self._add_block(
+                    wallet, name, amount, prio=0, start=self.now, end=None, apps=(), paid=True, funding=funding,
+                    pool=None, source=command.source,
+                )  # fmt: skip
+                wallet["blocks"][-1].update(left=amount - repaid, used=repaid)
+                self._book(command.wallet, FROM[funding], -amount)
+        self._block(command.wallet, command.block_id)["spread"] = command.spread
+        self._book(command.wallet, "clearing", -command.spread)
+        self._book(command.wallet, "package_spread", command.spread)
+        told = {"balance_after": self.balance(command.wallet), "repaid": owed - wallet["owed"]}
+        return {"word": "topped_up", **told}
+
+    def _tell(self, command: Tell) -> Prediction:
+        self._open(command.wallet)
+        return {"word": "changed"}
+
+    def _reverse(self, command: Reverse) -> Prediction:
+        """Of each block so much must be gone as of the payment; one credit after the other goes, or comes back."""
+        if not 0 <= command.taken <= command.paid or command.paid == 0:
+            return _no("invalid_amount")
+        ref = command.wallet
+        wallet = self.wallets.get(ref)
+        first = wallet and self._block(ref, command.block_id)
+        if not wallet or not first or first["pool"] is not None or first["funding"] != "paid":
+            return _no("not_found")
+        bonus = self._block(ref, command.block_id + "_bonus")
+        taken = given = 0
+        if command.revision > first["revision"]:
+            first["revision"] = command.revision
+            for block in filter(None, (first, bonus)):
+                block["stopped"] = command.frozen
+                gone = sum(block["gone"].values())
+                target = self._granted_of(block) * command.taken // command.paid
+                taken += max(0, target - gone)
+                given += max(0, gone - target)
+                for _ in range(target - gone):
+                    self._take_credit(ref, block)
+                for _ in range(gone - target):
+                    self._give_credit(ref, block)
+            worth = self._granted_of(first) + first["spread"]
+            spread = worth * command.taken // command.paid - sum(first["gone"].values())
+            self._book(ref, "package_spread", first["spread_gone"] - spread)
+            self._book(ref, "clearing", spread - first["spread_gone"])
+            first["spread_gone"] = spread
+        in_all = sum(sum(block["gone"].values()) for block in (first, bonus) if block)
+        return {
+            "word": "reversed",
+            "taken": taken,
+            "given": given,
+            "taken_in_all": in_all,
+            "receivable": wallet["owed"],
+        }
+
+    def _granted_of(self, block: dict[str, Any]) -> int:
+        return int(block["left"] + block["used"] + block["lapsed"] + block["revoked"])
+
+    def _take_credit(self, ref: WalletRef, block: dict[str, Any]) -> None:
+        origin = FROM[block["funding"]]
+        if self._free(ref, block):
+            kind = "free"
+            block["left"] -= 1
+            block["revoked"] += 1
+        elif block["used"] + self.pinned(ref, block["name"]) > block["clawed"]:
+            kind = "owed"
+            block["clawed"] += 1
+            self.wallets[ref]["owed"] += 1
+            self.wallets[ref]["reversed"] += 1
+        else:
+            kind = "lapsed"
+        block["gone"][kind] += 1
+        if kind != "lapsed":
+            self._book(ref, origin, 1)
+        elif block["funding"] == "paid":
+            self._book(ref, "breakage", -1)
+            self._book(ref, origin, 1)
+
+    def _give_credit(self, ref: WalletRef, block: dict[str, Any]) -> None:
+        origin = FROM[block["funding"]]
+        kind = next(kind for kind in ("lapsed", "owed", "free") if block["gone"][kind])
+        block["gone"][kind] -= 1
+        if kind != "lapsed":
+            self._book(ref, origin, -1)
+        elif block["funding"] == "paid":
+            self._book(ref, "breakage", 1)
+            self._book(ref, origin, -1)
+        if kind == "owed":
+            block["clawed"] -= 1
+            self._not_owed(ref, 1, of_reversed=True)
+        if kind == "free":
+            block["revoked"] -= 1
+            block["lapsed" if self._over(block) else "left"] += 1
+            self._book(ref, "breakage", int(self._over(block)))
+
+    def _repay(self, ref: WalletRef, amount: int, *, paid: bool) -> int:
+        wallet = self.wallets[ref]
+        repaid = int(min(amount, wallet["owed"]))
+        for _ in range(repaid):
+            due = wallet["reversed"] > 0 and not paid
+            wallet["owed"] -= 1
+            wallet["reversed"] -= wallet["reversed"] > 0
+            wallet["repaid_paid"] += paid
+            wallet["repaid_due"] += due
+            self._book(ref, "revenue", -due)
+            self._book(ref, "tenant_due", due)
+        return repaid
+
+    def _not_owed(self, ref: WalletRef, amount: int, *, of_reversed: bool) -> None:
+        """A debt that is none: it is struck out, and what has repaid it comes back as what it was."""
+        wallet = self.wallets[ref]
+        back = 0
+        for _ in range(amount):
+            if wallet["reversed" if of_reversed else "owed"] > 0:
+                wallet["owed"] -= 1
+                wallet["reversed"] = min(wallet["reversed"] - of_reversed, wallet["owed"])
+            else:
+                back += 1
+        kinds = {True: min(back, wallet["repaid_paid"])}
+        kinds[False] = back - kinds[True]
+        due = min(kinds[False], wallet["repaid_due"]) if of_reversed else 0
+        wallet["repaid_paid"] -= kinds[True]
+        wallet["repaid_due"] -= due
+        self._book(ref, "revenue", due)
+        self._book(ref, "tenant_due", -due)
+        for paid, part in kinds.items():
+            left = part - self._repay(ref, part, paid=paid)
+            if left:
+                self._returns(ref, paid=paid)["left"] += left
 
     def _cap(self, ref: WalletRef, older: list[dict[str, Any]], *, room: int) -> int:
         """Take from the oldest, credit by credit, until the others and what is pinned fit."""
@@ -453,12 +594,8 @@ class Naive:
             gone = self._take_from_pool(markup_account, part - base, paid=self._block(ref, name)["paid"])
         else:
             self._book(ref, markup_account, base - part)
-        wallet = self.wallets[ref]
         if name is None:
-            forgiven = min(part, wallet["owed"])
-            wallet["owed"] -= forgiven
-            if part > forgiven:
-                self._returns(ref, paid=False)["left"] += part - forgiven
+            self._not_owed(ref, part, of_reversed=False)
             return
         block = self._block(ref, name)
         if gone and not self._over(block):
@@ -525,14 +662,17 @@ class Naive:
         return self._told(known, state)
 
     def _collect(self, ref: WalletRef, name: str) -> None:
-        """What was clawed back while it was pinned is taken when it is free: the debt goes with it."""
-        wallet, block = self.wallets[ref], self._block(ref, name)
-        unspent = block["clawed"] - block["used"] - self.pinned(ref, name)
-        taken = max(0, min(unspent, self._free(ref, block), wallet["owed"]))
+        """What was clawed back while it was pinned or spent is taken when it is free: the debt goes with it."""
+        block = self._block(ref, name)
+        taken = max(0, min(block["clawed"] - block["used"] - self.pinned(ref, name), self._free(ref, block)))
         block["left"] -= taken
         block["revoked"] += taken
         block["clawed"] -= taken
-        wallet["owed"] -= taken
+        of_reversed = min(taken, block["gone"]["owed"])
+        block["gone"]["owed"] -= of_reversed
+        block["gone"]["free"] += of_reversed
+        self._not_owed(ref, of_reversed, of_reversed=True)
+        self._not_owed(ref, taken - of_reversed, of_reversed=False)
 
     def _told(self, known: dict[str, Any], state: str) -> Prediction:
         return {
@@ -672,7 +812,9 @@ class Naive:
         if block["pool"] is not None:
             self._give_back(block, free)
         else:
-            self._book(command.wallet, FROM[block["funding"]], free + owed)
+            self._book(
+                command.wallet, "breakage" if block["funding"] == "paid" else FROM[block["funding"]], free + owed
+            )
         return {"word": "revoked", "amount": free, "owed": owed, "receivable": wallet["owed"]}
 
     def _expire(self, command: Expire) -> Prediction:
@@ -701,12 +843,15 @@ class Naive:
     # Small things.
 
     def _open(self, ref: WalletRef) -> dict[str, Any]:
-        return self.wallets.setdefault(ref, {"blocks": [], "owed": 0, "overdraft": 0, "frozen": False})
+        debts = {"owed": 0, "reversed": 0, "repaid_paid": 0, "repaid_due": 0}
+        return self.wallets.setdefault(ref, {"blocks": [], "overdraft": 0, "frozen": False, **debts})
 
     def _add_block(self, wallet: dict[str, Any], name: str, amount: int, **facts: Any) -> None:
         age = len(wallet["blocks"])
         empty = {"used": 0, "lapsed": 0, "revoked": 0, "clawed": 0, "frozen": False}
-        wallet["blocks"].append({"name": name, "left": amount, "age": age, **empty, **facts})
+        payment = {"stopped": False, "revision": 0, "spread": 0, "spread_gone": 0}
+        gone = {"free": 0, "owed": 0, "lapsed": 0}
+        wallet["blocks"].append({"name": name, "left": amount, "age": age, "gone": gone, **payment, **empty, **facts})
 
     def _block(self, ref: WalletRef, name: str | None) -> dict[str, Any]:
         return next((block for block in self.wallets[ref]["blocks"] if block["name"] == name), {})
@@ -729,7 +874,7 @@ class Naive:
         able = [
             block
             for block in blocks
-            if not block["frozen"]
+            if not (block["frozen"] or block["stopped"])
             and block["start"] <= self.now
             and not self._over(block)
             and (any_app or not block["apps"] or tags.app in block["apps"])

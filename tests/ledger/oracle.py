@@ -69,7 +69,13 @@ def _check_blocks(state: State) -> None:
             assert 0 <= block.reserved <= remaining, block
             assert block.remaining == remaining
             assert block.free == remaining - block.reserved
-            assert block.clawed <= block.granted - block.revoked - block.expired, block
+            assert block.clawed <= block.consumed + block.reserved, "who owes credits spent them, or holds them"
+            gone = block.reversal
+            assert min(gone.free, gone.owed, gone.lapsed, gone.spread_taken) >= 0, block
+            assert gone.free <= block.revoked, block
+            assert gone.owed <= block.clawed, block
+            assert gone.lapsed <= block.expired + block.revoked - gone.free + block.clawed - gone.owed, block
+            assert gone.spread_taken <= gone.spread, block
             assert block.pool is None or block.clawed == 0, block
 
 
@@ -78,6 +84,8 @@ def _check_wallets(state: State, balances: dict[AccountRef, int]) -> None:
         assert wallet.ref == ref
         assert wallet.receivable >= 0, wallet
         assert wallet.overdraft_reserved >= 0, wallet
+        assert 0 <= wallet.debts.reversed <= wallet.receivable, wallet
+        assert min(wallet.debts.repaid_paid, wallet.debts.repaid_due) >= 0, wallet
         blocks = state.blocks.get(ref, {}).values()
         assert wallet.blocks_opened == len(blocks), wallet
         remainders = sum(block.granted - block.consumed - block.expired - block.revoked for block in blocks)

@@ -30,10 +30,13 @@ from ledger.commands import (
     Release,
     Reserve,
     ReserveLeg,
+    Reverse,
     Revoke,
     SetLimit,
     SetOverdraft,
     StoredResponse,
+    Tell,
+    TopUp,
 )
 from ledger.model import (
     UNRESTRICTED,
@@ -187,6 +190,33 @@ class Say:
             **more,
         )
 
+    def top_up(self, to: str, block: str, amount: int, **more: Any) -> TopUp:
+        return TopUp(
+            **self._common(more),
+            wallet=wallet(to, self.scope),
+            asset="CREDIT",
+            block_id=f"blk_{block}",
+            amount=amount,
+            payment=f"ord_{block}",
+            body=more.pop("body", {"package": "usd-10"}),
+            **more,
+        )
+
+    def reverse(self, of: str, block: str, taken: int, paid: int, *, revision: int, **more: Any) -> Reverse:
+        return Reverse(
+            **self._common(more),
+            wallet=wallet(of, self.scope),
+            block_id=f"blk_{block}",
+            taken=taken,
+            paid=paid,
+            frozen=more.pop("frozen", False),
+            revision=revision,
+            **more,
+        )
+
+    def tell(self, of: str, event: str, **more: Any) -> Tell:
+        return Tell(**self._common(more), wallet=wallet(of, self.scope), asset="CREDIT", event=event, body=more)
+
     def purchase(self, of: str, block: str, price: int, amount: int, **more: Any) -> Purchase:
         return Purchase(
             **self._common(more),
@@ -287,6 +317,7 @@ class RandomCommands:
         self._names = itertools.count()
         self._reserved: list[str] = ["none"]
         self._granted: list[tuple[str, str]] = [("a", "none")]
+        self._paid: list[tuple[str, str]] = [("a", "none")]
         self._sent: list[AnyCommand] = []
         self._charged: list[Settled] = []
 
@@ -308,6 +339,8 @@ class RandomCommands:
             (
                 self._grant,
                 self._pool_grant,
+                self._top_up,
+                self._reverse,
                 self._purchase,
                 self._reserve,
                 self._extend,
@@ -316,7 +349,7 @@ class RandomCommands:
                 self._debit,
                 self._switch,
             ),
-            weights=(5, 2, 2, 10, 3, 9, 3, 2, 3),
+            weights=(5, 2, 2, 3, 2, 10, 3, 9, 3, 2, 3),
         )[0](now_us)
         self._sent.append(made)
         return made
@@ -355,6 +388,26 @@ class RandomCommands:
             funding=Funding.DEVELOPER_GRANT,
             priority=5,
         )
+
+    def _top_up(self, now_us: int) -> AnyCommand:
+        to, name = self._random.choice("aabc"), f"{next(self._names):04d}"
+        self._paid.append((to, name))
+        self._granted += [(to, name), (to, f"{name}_bonus")]
+        return self._say.top_up(
+            to,
+            name,
+            self._random.randint(1, 400),
+            bonus=self._random.choice([0, 0, 20]),
+            spread=self._random.choice([0, 15]),
+            metadata=self._random.choice([{}, {"note": "héllo"}]),
+            key=self._key(),
+        )
+
+    def _reverse(self, now_us: int) -> AnyCommand:
+        """Of the last payments; what it tells may be old."""
+        of, name = self._random.choice(self._paid[-6:])
+        revision, frozen = self._random.randint(1, 9), self._random.random() < 0.3
+        return self._say.reverse(of, name, self._random.randint(0, 7), 7, revision=revision, frozen=frozen)
 
     def _purchase(self, now_us: int) -> AnyCommand:
         name = f"{next(self._names):04d}"

@@ -22,6 +22,9 @@ be applied. After every step the invariants of ``tests.ledger.oracle`` hold, and
                                            is not there, ``overage`` too, within limits, and ``tells`` raises an
                                            event; ``response`` as in commit
 ``refund r1 20`` · ``refund r1``           an amount a leg: ``20|5``; without one, all that is left of the charge
+``topup w1 t1 100``                        a payment: ``bonus= spread= payment= asset=``
+``reverse w1 t1 5/10 rev=1``               of a payment of 10, 5 are gone; ``frozen``, ``reference=``
+``tell w1 topup.failed``
 ``revoke w1 b1 40`` · ``clawback w1 b1 40``   ``reference=``; ``all`` for an amount
 ``expire w1`` · ``freeze w1 [b1]`` · ``unfreeze w1 [b1]`` · ``overdraft w1 50`` · ``limit day:70:0..50``
 
@@ -61,10 +64,13 @@ from ledger.commands import (
     Release,
     Reserve,
     ReserveLeg,
+    Reverse,
     Revoke,
     SetLimit,
     SetOverdraft,
     StoredResponse,
+    Tell,
+    TopUp,
 )
 from ledger.core import decide
 from ledger.model import (
@@ -92,8 +98,10 @@ from ledger.outcomes import (
     Refunded,
     Rejected,
     Reserved,
+    Reversed,
     Revoked,
     Settled,
+    ToppedUp,
 )
 from ledger.state import State, evolve
 from tests.ledger import oracle
@@ -107,6 +115,8 @@ LONG_US = 1_000_000
 _ANSWER = StoredResponse(status=200, headers=(), body=b"{}")
 RESULT_WORDS: dict[Any, str] = {
     Granted: "granted",
+    ToppedUp: "topped_up",
+    Reversed: "reversed",
     Purchased: "purchased",
     Reserved: "reserved",
     Refunded: "refunded",
@@ -272,6 +282,46 @@ def _grant(line: _Line) -> Grant:
     )
 
 
+def _topup(line: _Line) -> TopUp:
+    name, block, amount = line.words
+    wallet = wallet_ref(name)
+    return TopUp(
+        **line.common(wallet.scope),
+        wallet=wallet,
+        asset=line.option("asset", ASSET),
+        block_id=block,
+        amount=int(amount),
+        bonus=int(line.option("bonus", "0")),
+        spread=int(line.option("spread", "0")),
+        payment=line.option("payment", block),
+        metadata={"note": block},
+        body={"package": "usd-10"},
+    )
+
+
+def _reverse(line: _Line) -> Reverse:
+    frozen = line.flag("frozen")
+    name, block, part = line.words
+    wallet = wallet_ref(name)
+    taken, _, paid = part.partition("/")
+    return Reverse(
+        **line.common(wallet.scope),
+        wallet=wallet,
+        block_id=block,
+        taken=int(taken),
+        paid=int(paid),
+        frozen=frozen,
+        revision=int(line.option("rev")),
+        reference=line.option("reference") or None,
+    )
+
+
+def _tell(line: _Line) -> Tell:
+    wallet = wallet_ref(line.words[0])
+    asset = line.option("asset", ASSET)
+    return Tell(**line.common(wallet.scope), wallet=wallet, asset=asset, event=line.words[1], body={"order": "ord_1"})
+
+
 def _purchase(line: _Line) -> Purchase:
     unless_active = line.flag("unless_active")
     name, block, price, amount = line.words
@@ -428,6 +478,9 @@ def _set_limit(line: _Line) -> SetLimit:
 
 _COMMANDS: dict[str, Callable[[_Line], AnyCommand]] = {
     "grant": _grant,
+    "topup": _topup,
+    "reverse": _reverse,
+    "tell": _tell,
     "purchase": _purchase,
     "reserve": _reserve,
     "extend": _extend,

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from msgspec.structs import asdict
 
 from ledger.commands import Extend, Hold
 from ledger.core import decide
-from ledger.model import ReservationState, Scope, WalletRef
+from ledger.model import Block, ReservationState, Scope, WalletRef
 from ledger.outcomes import Applied, Outcome, Rejected, Settled, Transfer
 from tests.ledger import oracle
 from tests.ledger.naive import Naive, Prediction
@@ -92,6 +93,7 @@ class Ledgers(RuleBasedStateMachine):
         self.table: list[str] = []
         self.reservations: list[tuple[str, int]] = []
         self.blocks: list[tuple[str, str]] = []
+        self.payments: list[tuple[str, str]] = []
         self.frozen: list[str] = []
         self.first_results: dict[Any, Any] = {}
 
@@ -140,13 +142,14 @@ class Ledgers(RuleBasedStateMachine):
         for ref, wallet in state.wallets.items():
             assert state.balance(ref, self.case.now_us) == naive.balance(ref), ref
             assert wallet.receivable == naive.wallets[ref]["owed"], ref
+            assert asdict(wallet.debts) == {name: naive.wallets[ref][name] for name in asdict(wallet.debts)}, ref
             assert wallet.overdraft_reserved == naive.pinned(ref, None), ref
             left = {
-                block.id: (block.remaining, block.reserved, block.clawed)
+                block.id: (block.remaining, block.reserved, block.clawed, _gone(block))
                 for block in state.blocks.get(ref, {}).values()
             }
             expected = {
-                block["name"]: (block["left"], naive.pinned(ref, block["name"]), block["clawed"])
+                block["name"]: (block["left"], naive.pinned(ref, block["name"]), block["clawed"], block["gone"])
                 for block in naive.wallets[ref]["blocks"]
             }
             assert left == expected, ref
@@ -314,6 +317,26 @@ class Ledgers(RuleBasedStateMachine):
         wallet, block = data.draw(st.sampled_from(self.blocks))
         self.step(f"{verb} {wallet} {block} {amount}")
 
+    @rule(
+        name=st.sampled_from(["w1", "w1", "w1", "w2", "u1", "dev"]),
+        scope=SCOPES,
+        amount=st.integers(1, 200),
+        extras=st.tuples(st.sampled_from([0, 0, 1, 30]), st.sampled_from([0, 0, 1, 17])),
+        key=KEYS,
+    )
+    def top_up(self, name: str, scope: str, amount: int, extras: tuple[int, int], key: str) -> None:
+        block = f"t{len(self.blocks)}"
+        self.blocks += [(name + scope, block), (name + scope, f"{block}_bonus")]
+        self.payments.append((name + scope, block))
+        self.step(f"topup {name}{scope} {block} {amount} bonus={extras[0]} spread={extras[1]}{key}")
+
+    @precondition(lambda self: self.payments)
+    @rule(data=st.data(), taken=st.integers(0, 7), revision=st.integers(1, 40), frozen=st.sampled_from(["", " frozen"]))
+    def reverse(self, data: st.DataObject, taken: int, revision: int, frozen: str) -> None:
+        """Any part of any payment, up and down; news of it may come too late."""
+        wallet, block = data.draw(st.sampled_from(self.payments if data.draw(LIKELY) else self.blocks))
+        self.step(f"reverse {wallet} {block} {taken}/7 rev={revision}{frozen}")
+
     @rule(data=st.data())
     def expire(self, data: st.DataObject) -> None:
         self.step(f"expire {data.draw(st.sampled_from(self.blocks))[0]}")
@@ -337,6 +360,11 @@ class Ledgers(RuleBasedStateMachine):
     @rule(data=st.data(), scope=SCOPES)
     def set_limit(self, data: st.DataObject, scope: str) -> None:
         self.step(f"limit {data.draw(refilled_limits(scope, self.case.now_us))}")
+
+
+def _gone(block: Block) -> dict[str, int]:
+    """What a reversed payment has taken of a block."""
+    return {name: getattr(block.reversal, name) for name in ("free", "owed", "lapsed")}
 
 
 def _name_of(ref: WalletRef) -> str:

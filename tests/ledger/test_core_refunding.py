@@ -98,7 +98,7 @@ def test_a_refunded_debt_is_owed_no_more_and_one_that_was_repaid_comes_back():
         refund    r1                    -> refunded amounts=30 balance=30
         wallet    w1 receivable=0 available=30
         block     w1 b1 consumed=0
-        block     w1 blk_returns_unpaid granted=20 operator_paid=false
+        block     w1 blk_returns_paid granted=20 operator_paid=true
     """,
         case,
     )

@@ -143,8 +143,8 @@ def counted(store: PostgresStore) -> Counted:
     return connection
 
 
-SHORT = ["SELECT farebox_apply_v1"]
-LONG = ["BEGIN", "SELECT farebox_load_v1", "SELECT farebox_write_v1", "COMMIT"]
+SHORT = ["SELECT farebox_apply_v2"]
+LONG = ["BEGIN", "SELECT farebox_load_v1", "SELECT farebox_write_v2", "COMMIT"]
 
 
 # Round trips.
@@ -586,13 +586,13 @@ async def test_connections_that_are_cut_come_back_by_themselves(
     assert await store.wallet_version(wallet("a")) == 4
 
 
-@pytest.mark.parametrize("lost", ["SELECT farebox_apply_v1", "SELECT farebox_write_v1", "COMMIT"])
+@pytest.mark.parametrize("lost", ["SELECT farebox_apply_v2", "SELECT farebox_write_v2", "COMMIT"])
 async def test_an_answer_that_is_lost_is_no_second_effect(open_store: Open, clock: Clock, say: Say, lost: str) -> None:
     """The connection is cut when the server has done its part: the same commands come again."""
     store = await open_store()
     ledger = await Ledger.open(store, clock=clock, new_command_id=say.id)
     await ledger.execute(say.grant("a", "1", 100))
-    if lost != "SELECT farebox_apply_v1":
+    if lost != "SELECT farebox_apply_v2":
         store._batches._contended = {wallet("a"): time.monotonic() + 60}
     connection = counted(store)
 
@@ -812,5 +812,7 @@ async def test_nothing_scans_a_table(
 def test_a_batch_works_as_whoever_calls_it(postgres_database: PostgresDatabase) -> None:
     """So that the policies hold in the functions too."""
     with psycopg.connect(postgres_database.url) as connection:
-        found = connection.execute("SELECT prosecdef FROM pg_proc WHERE proname LIKE 'farebox%_v1'").fetchall()
-    assert found == [(False,)] * 4
+        found = connection.execute(
+            "SELECT prosecdef FROM pg_proc WHERE proname SIMILAR TO 'farebox%_v[0-9]'"
+        ).fetchall()
+    assert found == [(False,)] * 6

@@ -10,7 +10,18 @@ import pytest
 
 from ledger.batch import RESPONSE_LIFE_US, AppliedBefore, CommandRef, fold, kind_of
 from ledger.commands import AnyCommand, Limit, LimitPeriod
-from ledger.model import UNRESTRICTED, Block, Charge, Funding, Restriction, Settlement, Wallet, WalletRef
+from ledger.model import (
+    UNRESTRICTED,
+    Block,
+    Charge,
+    Debts,
+    Funding,
+    Restriction,
+    Reversal,
+    Settlement,
+    Wallet,
+    WalletRef,
+)
 from ledger.outcomes import Applied, Granted, Outcome, Reason, Rejected, Reserved, Revoked, Settled
 from ledger.state import State
 from ledger.store import postgres_batch
@@ -668,6 +679,7 @@ def test_every_field_of_a_wallet_and_a_block_goes_through_its_row() -> None:
         last_fact_us=5,
         blocks_opened=6,
         events_raised=7,
+        debts=Debts(reversed=1, repaid_paid=2, repaid_due=3),
     )
     amounts = {name: 2 for name in Block.__struct_fields__ if name in {"consumed", "expired", "revoked", "clawed"}}
     block = Block(
@@ -688,6 +700,7 @@ def test_every_field_of_a_wallet_and_a_block_goes_through_its_row() -> None:
         pool=wallet("pool"),
         payment_reference="pi_1",
         metadata={"k": [1, {"deep": None}]},
+        reversal=Reversal(free=1, owed=1, lapsed=1, spread=9, spread_taken=3, revision=4, frozen=True),
         **amounts,
     )
     for value in (known, block):
