@@ -30,8 +30,8 @@ USD_10: Final = 1_000
 
 
 @dataclass
-class Till:
-    """One tenant's till. Nothing is topped up by itself, unless a test starts that: `consider` and `round` do it."""
+class Purses:
+    """The wallets of one tenant's customers. Nothing is topped up by itself, unless a test starts that: `consider` and `round` do it."""
 
     office: Office
     stripe: FakeStripe
@@ -146,9 +146,9 @@ class Till:
 
 
 @contextlib.asynccontextmanager
-async def open_till(
+async def open_purses(
     folder: Path, *, live: bool = False, by_itself: bool = False, **settings: Any
-) -> AsyncIterator[Till]:
+) -> AsyncIterator[Purses]:
     """*by_itself*: wallets are topped up as they are in production, too."""
     clocks: list[Callable[[], int]] = []
     async with (
@@ -156,10 +156,10 @@ async def open_till(
         open_office(folder, **stripe_settings(stripe), **settings) as office,
     ):
         clocks.append(office.clock.now_us)
-        till = Till(office, stripe, office.gateway)
+        purses = Purses(office, stripe, office.gateway)
         if not by_itself:
-            await till.payments.auto_top_ups.stop()
-        yield till
+            await purses.payments.auto_top_ups.stop()
+        yield purses
 
 
 def stripe_settings(stripe: FakeStripe) -> dict[str, Any]:
