@@ -326,13 +326,7 @@ async def running_parts(
         charging = Charging(ledger, budgets=budgets, auto_buy=auto_buy)
         packages = Packages(settings.packages)
         payments = open_payments(
-            settings,
-            packages=packages,
-            database=database,
-            ledger=ledger,
-            tenants=tenants,
-            now_us=now_us,
-            new_id=new_id,
+            settings, packages=packages, database=database, ledger=ledger, tenants=tenants, now_us=now_us, new_id=new_id
         )
         _start_payments(payments, stack)
         live, shield = LiveHolds(ledger), Shield()

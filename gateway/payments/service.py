@@ -8,6 +8,7 @@ from gateway.database import Database
 from gateway.identity.tenants import Tenants
 from gateway.payments.agreements import Agreements
 from gateway.payments.auto_top_up import AutoTopUps
+from gateway.payments.intake import Intake
 from gateway.payments.links import Links
 from gateway.payments.off_session import OffSession
 from gateway.payments.operator import OperatorScope
@@ -28,6 +29,7 @@ class Payments:
     operator: OperatorScope
     links: Links
     settler: Settler
+    intake: Intake
     auto_top_ups: AutoTopUps
 
     async def close(self) -> None:
@@ -91,6 +93,7 @@ def open_payments(
             now_us=now_us,
             new_id=new_id,
         ),
+        intake=Intake(stripe, settler),
     )
 
 

@@ -33,6 +33,7 @@ from gateway.payments.packages import price_text
 from gateway.payments.stripe_api import ProcessorNotFound, StripeAPI
 from gateway.tables import PaymentCustomer
 from ledger.commands import Key, Reverse, Tell, TopUp
+from ledger.errors import LedgerError, LedgerUnavailable
 from ledger.ledger import Ledger
 from ledger.model import Scope, WalletRef
 
@@ -66,6 +67,10 @@ class Outcome(msgspec.Struct, frozen=True):
 
 async def _nothing_more(order: Order, reason: str) -> Mapping[str, Any]:
     return {}
+
+
+class NotBooked(Exception):
+    """The ledger refuses what a payment asks for: a fault of ours, which the payer must not suffer from."""
 
 
 class Settler:
@@ -104,23 +109,22 @@ class Settler:
 
         Raises:
             ProcessorUnavailable, LedgerUnavailable, DatabaseUnavailable: it is not done; bring the news again.
+            NotBooked: it cannot be done as things are.
         """
         scope = await self._operator()
         if (foreign := _foreign(scope, observed)) is not None:
             # Nothing of it is joined with anything: not even its ids are ours.
             observed = Observed(observed.id, observed.kind, payment_intent=None, order=None, facts=NOTHING)
-            await self._observations.keep(scope, observed)
-            return await self._ended(scope, observed, Outcome("refused", foreign))
         if not await self._observations.keep(scope, observed):
             return Outcome("duplicate")
-        outcome = await self._settled(scope, observed)
+        outcome = await self._settled(scope, observed) if foreign is None else Outcome("refused", foreign)
         return await self._ended(scope, observed, outcome)
 
     async def settle(self, order: Order) -> Order:
         """Make true what follows from all that is known of *order*; it, as it is then. Repeatable.
 
         Raises:
-            LedgerUnavailable, DatabaseUnavailable: some of it may not be true yet.
+            LedgerUnavailable, DatabaseUnavailable, NotBooked: some of it may not be true yet.
         """
         scope = await self._operator()
         order, known = await self._known(scope, order)
@@ -230,9 +234,9 @@ class Settler:
 
     async def _credit(self, order: Order, goal: Target, *, revision: int) -> None:
         if order.status != "paid":
-            await self._ledger.execute(self._top_up(order))
+            await self._book(self._top_up(order))
         if goal.touched:
-            await self._ledger.execute(
+            await self._book(
                 Reverse(
                     id=self._new_id("cmd"),
                     scope=order.scope,
@@ -246,6 +250,14 @@ class Settler:
                 )
             )
         await self._end(order, "paid")
+
+    async def _book(self, command: TopUp | Reverse | Tell) -> None:
+        try:
+            await self._ledger.execute(command)
+        except LedgerUnavailable:
+            raise
+        except LedgerError as error:
+            raise NotBooked(f"{type(command).__name__} of {command.wallet.wallet}") from error
 
     def _top_up(self, order: Order) -> TopUp:
         terms = (order.customer_id, order.asset, order.credited, order.bonus, order.spread)
@@ -270,7 +282,7 @@ class Settler:
         if reason == EXPIRED:
             await self._end(order, "expired")
             return
-        await self._ledger.execute(
+        await self._book(
             Tell(
                 id=self._new_id("cmd"),
                 scope=order.scope,
