@@ -31,7 +31,7 @@ USD_10: Final = 1_000
 
 @dataclass
 class Purses:
-    """The wallets of one tenant's customers. Nothing is topped up by itself, unless a test starts that: `consider` and `round` do it."""
+    """The wallets of one tenant's customers. `consider` and `sweep` top them up."""
 
     office: Office
     stripe: FakeStripe
@@ -140,6 +140,11 @@ class Purses:
         async with self.gateway.services.database.read(of(*self.scope)) as connection:
             return [msgspec.json.decode(body) for body in (await connection.execute(query)).scalars()]
 
+    def stripe_customer(self, customer_id: str) -> str:
+        """Stripe's id of the customer."""
+        (found,) = [each["id"] for each in self.stripe.all("customer") if _is(each, customer_id)]
+        return str(found)
+
     def paid(self) -> list[dict[str, Any]]:
         """Payments that succeeded at Stripe."""
         return self.stripe.all("payment_intent", status="succeeded")
@@ -169,3 +174,7 @@ def stripe_settings(stripe: FakeStripe) -> dict[str, Any]:
         "stripe_api_base": stripe.url,
         "public_url": PUBLIC_URL,
     }
+
+
+def _is(customer: dict[str, Any], customer_id: str) -> bool:
+    return bool(customer["metadata"]["farebox_customer"] == customer_id)
