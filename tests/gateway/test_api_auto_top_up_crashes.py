@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from types import coroutine
 from typing import Any, Final
 
 import pytest
@@ -22,44 +20,67 @@ from tests.gateway.rig import open_store
 
 CHARGES: Final = 200
 COMES_S: Final = 30.0
-AWAITS_MAX: Final = 2_000
+STEPS_LEAST: Final = 30
+STEPS_MAX: Final = 200
 """More than there are: the test must end."""
 
 
-@coroutine
-def ending_at(work: Coroutine[Any, Any, None], at: int) -> Generator[Any, Any, None]:
-    """Do *work*, in a task of its own that is cancelled at its await number *at*."""
-    waited = 0
-    waiting = work.send(None)
-    while True:
-        waited += 1
-        if waited == at:
-            task = asyncio.current_task()
-            assert task is not None
-            task.cancel()
+class Died(BaseException):
+    """The process is no more."""
+
+
+class Mortal:
+    """Lets what a task does end before or after any step that others can see: a transaction, a command, a call."""
+
+    def __init__(self, purses: Purses, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._at = self._steps = 0
+        self._task: asyncio.Task[Any] | None = None
+        services = purses.gateway.services
+        for name in ("read", "write"):
+            monkeypatch.setattr(services.database, name, self._opening(getattr(services.database, name)))
+        for asked, names in (
+            (services.ledger, ("execute", "wallet_view")),
+            (purses.payments.stripe, ("charge_off_session", "payment_intent", "cancel_payment_intent")),
+        ):
+            for name in names:
+                monkeypatch.setattr(asked, name, self._calling(getattr(asked, name)))
+
+    async def dies(self, work: Coroutine[Any, Any, None], at: int) -> bool:
+        """Do *work* up to that step; whether it came so far."""
+        self._at, self._steps, self._task = at, 0, asyncio.current_task()
         try:
-            sent = yield waiting
-        except BaseException as error:
-            step = partial(work.throw, error)
+            await work
+        except Died:
+            return True
         else:
-            step = partial(work.send, sent)
-        try:
-            waiting = step()
-        except StopIteration:
-            return
+            return False
+        finally:
+            self._task = None
 
+    def _step(self) -> None:
+        if asyncio.current_task() is self._task:
+            self._steps += 1
+            if self._steps == self._at:
+                raise Died
 
-async def dies(work: Coroutine[Any, Any, None], at: int) -> bool:
-    """Do *work* up to its await number *at*; whether it died there."""
+    def _opening(self, opens: Callable[..., Any]) -> Callable[..., Any]:
+        @contextlib.asynccontextmanager
+        async def opening(*args: Any) -> AsyncIterator[Any]:
+            self._step()
+            async with opens(*args) as opened:
+                yield opened
+            self._step()
 
-    async def alone() -> None:
-        await ending_at(work, at)
+        return opening
 
-    task = asyncio.create_task(alone())
-    await asyncio.wait((task,))
-    if not task.cancelled():
-        task.result()
-    return task.cancelled()
+    def _calling(self, calls: Callable[..., Any]) -> Callable[..., Any]:
+        async def calling(*args: Any, **options: Any) -> Any:
+            self._step()
+            answer = await calls(*args, **options)
+            self._step()
+            return answer
+
+        return calling
 
 
 @pytest.fixture
@@ -69,11 +90,14 @@ async def purses(tmp_path: Path) -> AsyncIterator[Purses]:
 
 
 @pytest.mark.parametrize("card", ["pm_card_visa", "pm_card_chargeCustomerFail"])
-async def test_whoever_dies_at_any_await_is_followed_by_who_ends_it(purses: Purses, card: str):
+async def test_whoever_dies_at_any_step_is_followed_by_who_ends_it(
+    purses: Purses, card: str, monkeypatch: pytest.MonkeyPatch
+):
     """One payment, or one failure that is counted and told once."""
-    for at in range(1, AWAITS_MAX):
+    mortal = Mortal(purses, monkeypatch)
+    for at in range(1, STEPS_MAX):
         customer = await purses.customer(f"customer-{at}", credits=100, card=card)
-        died = await dies(purses.payments.auto_top_ups.consider(purses.scope, customer), at)
+        died = await mortal.dies(purses.payments.auto_top_ups.consider(purses.scope, customer), at)
         for _ in range(2):
             purses.office.clock.pass_s(LEASE_S + 61)
             await purses.sweep()
@@ -89,7 +113,7 @@ async def test_whoever_dies_at_any_await_is_followed_by_who_ends_it(purses: Purs
             assert len(await purses.told(customer, "topup.failed")) == 1, at
         await purses.agree(customer, auto_topup_enabled=False)
         if not died:
-            assert at > 20, "it did wait for the database and the processor"
+            assert at > STEPS_LEAST, "it has asked the database, the ledger and the processor"
             return
     raise AssertionError("it never ended")
 
