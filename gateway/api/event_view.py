@@ -52,6 +52,8 @@ AMOUNTS: Final[Mapping[str, str]] = {
     "price": "price",
     "bonus": "bonus",
     "owed": "owed",
+    "threshold": "threshold",
+    "balance": "balance",
 }
 
 CustomerObject = Callable[[str, str, str], Awaitable[dict[str, Any] | None]]

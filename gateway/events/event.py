@@ -20,6 +20,7 @@ EVENT_TYPES: Final = frozenset(
         "credit.low",
         "pack.purchased",
         "reservation.expired",
+        "topup.due",
         "topup.failed",
         "topup.succeeded",
         "usage.overage",

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 
+from ledger.commands import Watch
 from ledger.erasable import bare
 from ledger.invariants import Audit, violations
 from ledger.ledger import Ledger
-from ledger.model import Charge, Funding, Scope, Settlement
+from ledger.model import Alert, Charge, Funding, Scope, Settlement
 from ledger.outcomes import Settled, Transfer
 from ledger.state import State, evolve
 from ledger.store.protocol import JournalEntry, Store
 from ledger.store.statements import columns
 from ledger.verify import Verified, verify
-from tests.ledger.rig import SECOND_US, Clock, Database, RandomCommands, Say, key, partition, usage
+from tests.ledger.rig import SECOND_US, Clock, Database, RandomCommands, Say, key, partition, usage, wallet
 
 Damage = Callable[[str], Awaitable[Verified]]
 
@@ -42,6 +43,9 @@ async def damage(ledger: Ledger, store: Store, database: Database, say: Say) -> 
     assert isinstance(back, Settled)
     await ledger.execute(say.refund(back, 12))
     await ledger.execute(say.refund(back, 7))
+    await ledger.execute(say.grant("e", "e", 40))
+    watched = Watch(wallet("e"), (Alert("low", 30), Alert("exhausted", 1)))
+    await ledger.execute(say.debit("e", "low", 20, watches=(watched,)))
     assert (await verify(store)).violations == ()
 
     async def do(sql: str) -> Verified:
@@ -83,6 +87,8 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
         ("UPDATE ledger_block SET metadata = '{' WHERE id = 'blk_1'", "a row is damaged"),
         ("UPDATE ledger_wallet SET receivable = 0 WHERE wallet = 'customer:b'", "a wallet is stored otherwise"),
         ("UPDATE ledger_wallet SET version = version + 1 WHERE wallet = 'customer:b'", "a wallet is stored otherwise"),
+        ("UPDATE ledger_wallet SET rung = NULL WHERE wallet = 'customer:e'", "a wallet is stored otherwise"),
+        ("UPDATE ledger_wallet SET alerts = '{' WHERE wallet = 'customer:e'", "a row is damaged"),
         ("DELETE FROM ledger_wallet WHERE wallet = 'customer:b'", "the journal has a wallet that is not stored"),
         ("DELETE FROM ledger_block WHERE id = 'blk_1'", "the journal has a block that is not stored"),
         (
@@ -164,6 +170,11 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
         ),
         (in_facts("commit", '"at_us":17', '"at_us":16'), "a wallet's facts are in the order of time"),
         (in_facts("debit", '"receivable":15', '"receivable":115'), "a wallet goes below zero only as far as agreed"),
+        (
+            in_facts("debit", '"rung":[{"kind":"low","below":30}]', '"rung":[]'),
+            "what has rung is what the balance is below",
+        ),
+        (in_facts("debit", '"below":30}]', '"below":29}]'), "a wallet rings only what it is watched for"),
         (in_facts("debit", '"owed":[9]', '"owed":[8]'), "a wallet goes below zero only as far as agreed"),
         (in_facts("refund", '"base":19', '"base":41'), "no more is given back than was paid"),
         (in_facts("refund", '"base":19', '"base":18'), "a charge is booked as its reservation tells it"),
