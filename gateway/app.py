@@ -487,9 +487,12 @@ async def _open_ledger(
 
 
 def _start_payments(payments: Payments | None, stack: AsyncExitStack) -> None:
+    """Do what payments need done by themselves, until the stack is closed."""
     if payments is not None:
         stack.push_async_callback(payments.close)
         _run(payments.auto_top_ups, stack)
+        payments.sweeps.add(payments.open_orders.sweep)
+        _run(payments.sweeps, stack)
 
 
 def _reactions(auto_buy: AutoBuy, payments: Payments | None) -> list[Reaction]:

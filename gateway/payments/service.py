@@ -11,11 +11,13 @@ from gateway.payments.auto_top_up import AutoTopUps
 from gateway.payments.intake import Intake
 from gateway.payments.links import Links
 from gateway.payments.off_session import OffSession
+from gateway.payments.open_orders import OpenOrders
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
 from gateway.payments.settling import Settler
 from gateway.payments.stripe_api import StripeAPI, StripeMode
+from gateway.payments.sweeps import Sweeps
 from gateway.payments.top_up_failures import TopUpFailures
 from gateway.settings import Settings
 from ledger.ledger import Ledger
@@ -31,6 +33,8 @@ class Payments:
     settler: Settler
     intake: Intake
     auto_top_ups: AutoTopUps
+    open_orders: OpenOrders
+    sweeps: Sweeps
 
     async def close(self) -> None:
         """Let go of connections. Whoever works with it has ended."""
@@ -94,6 +98,8 @@ def open_payments(
             new_id=new_id,
         ),
         intake=Intake(stripe, settler),
+        open_orders=OpenOrders(database, orders=orders, stripe=stripe, settler=settler, now_us=now_us),
+        sweeps=Sweeps(database, operator, now_us=now_us),
     )
 
 

@@ -13,7 +13,7 @@ from gateway.payments.auto_top_up import KEY_LIFE_US
 from gateway.payments.auto_top_up_terms import BACK_OFF_US
 from ledger.commands import Freeze
 from tests.gateway.office import open_office
-from tests.gateway.purses import AGREED, USD_10, Purses, open_purses
+from tests.gateway.purses import AGREED, PUBLIC_URL, USD_10, Purses, open_purses
 
 HOUR_S = 3600
 SECOND_US = 1_000_000
@@ -220,6 +220,28 @@ async def test_declines_back_off_and_end(purses: Purses):
     assert [event["next_attempt_at"] is None for event in told] == [False] * 4 + [True]
     assert {event["reason"] for event in told} == {"generic_decline"}
     assert purses.stripe.all("payment_intent", status="requires_payment_method") == [], "nobody is to pay those"
+
+
+async def test_a_decline_that_is_told_by_an_event_counts_the_same(purses: Purses):
+    """The answer is lost, and the webhook comes first: once it is counted, and once it is told."""
+    alice = await purses.customer(credits=100, card="pm_card_chargeCustomerFail")
+    purses.stripe.fail_next(PAYMENTS, "reset-after-effect", times=3)
+    await purses.consider(alice)
+    for event in [each for each in purses.stripe.events if each["type"] == "payment_intent.payment_failed"] * 2:
+        await purses.payments.intake.receive(*purses.stripe.signed(event))
+    assert await purses.outcomes(alice) == ["failed"]
+    purses.office.clock.pass_s(300)
+    await purses.consider(alice)
+    await purses.sweep()
+    assert await purses.outcomes(alice) == ["failed"], "there is a pause"
+    assert (await purses.payer(alice)).failures == 1
+    page = await purses.office.get(f"/v1/events?type=topup.failed&customer_id={alice}")
+    ((data,)) = [event["data"] for event in page["data"]]
+    (order,) = await purses.orders(alice)
+    assert (data["order_id"], data["package"], data["price"], data["currency"]) == (order.id, "usd-10", "10.00", "usd")
+    assert (data["reason"], data["attempt"]) == ("generic_decline", 1)
+    assert data["next_attempt_at"].endswith("Z")
+    assert data["top_up_url"].startswith(PUBLIC_URL)
 
 
 async def test_a_change_of_the_settings_begins_anew(purses: Purses):
