@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
 from gateway.payments.agreements import Agreements
 from gateway.payments.auto_top_up import AutoTopUps
+from gateway.payments.checkout import Checkout
 from gateway.payments.intake import Intake
 from gateway.payments.links import Links
 from gateway.payments.off_session import OffSession
@@ -15,12 +15,14 @@ from gateway.payments.open_orders import OpenOrders
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
+from gateway.payments.processor_customers import ProcessorCustomers
 from gateway.payments.settling import Settler
-from gateway.payments.stripe_api import StripeAPI, StripeMode
+from gateway.payments.stripe_api import StripeAPI
 from gateway.payments.sweeps import Sweeps
 from gateway.payments.top_up_failures import TopUpFailures
 from gateway.settings import Settings
 from ledger.ledger import Ledger
+from ledger.model import Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Payments:
     stripe: StripeAPI
     operator: OperatorScope
     links: Links
+    customers: ProcessorCustomers
+    checkout: Checkout
     settler: Settler
     intake: Intake
     auto_top_ups: AutoTopUps
@@ -41,8 +45,17 @@ class Payments:
         await self.stripe.close()
 
     def serves(self, mode: str) -> bool:
-        """Whether customers of *mode* can pay: real money pays for nothing in the sandbox."""
-        return _serves(self.stripe.mode, mode)
+        """Whether customers of *mode* can pay."""
+        return self.checkout.serves(mode)
+
+    async def forget(self, scope: Scope, customer_id: str) -> None:
+        """Let nobody pay for a customer who is being erased, and the processor forget them. Repeatable.
+
+        Raises:
+            ProcessorUnavailable, ProcessorRefused, DatabaseUnavailable: some of it is not done; do it again.
+        """
+        await self.checkout.close_open(scope, customer_id)
+        await self.customers.erase(scope, customer_id)
 
 
 def open_payments(
@@ -79,17 +92,29 @@ def open_payments(
         now_us=now_us,
         new_id=new_id,
     )
+    customers = ProcessorCustomers(database, stripe, now_us=now_us)
+    checkout = Checkout(
+        packages=packages,
+        orders=orders,
+        stripe=stripe,
+        customers=customers,
+        links=links,
+        now_us=now_us,
+        new_id=new_id,
+    )
     return Payments(
         packages=packages,
         orders=orders,
         stripe=stripe,
         operator=operator,
         links=links,
+        customers=customers,
+        checkout=checkout,
         settler=settler,
         auto_top_ups=AutoTopUps(
             database,
             ledger,
-            agreements=Agreements(packages, serves=partial(_serves, stripe.mode), now_us=now_us),
+            agreements=Agreements(packages, serves=checkout.serves, now_us=now_us),
             orders=orders,
             off_session=OffSession(stripe),
             settler=settler,
@@ -101,8 +126,3 @@ def open_payments(
         open_orders=OpenOrders(database, orders=orders, stripe=stripe, settler=settler, now_us=now_us),
         sweeps=Sweeps(database, operator, now_us=now_us),
     )
-
-
-def _serves(stripe_mode: StripeMode, mode: str) -> bool:
-    """Whether customers of *mode* can pay: real money pays for nothing in the sandbox."""
-    return stripe_mode == "test" or mode == "live"

@@ -261,6 +261,13 @@ def test_serve_migrates_its_file_and_several_workers_share_the_work(tmp_path: Pa
     assert "everything holds" in run("verify")
 
 
+def test_serve_warns_where_no_money_comes_for_live_credits(tmp_path: Path):
+    stripe = {"FAREBOX_STRIPE_SECRET_KEY": "sk_test_a", "FAREBOX_STRIPE_WEBHOOK_SECRET": "whsec_a"}
+    with started(tmp_path, "serve", "--port", "0", line="Stripe's key is a test key", **stripe) as (process, line):
+        assert "no money comes for it" in line
+        assert stop(process) == 0
+
+
 def test_workers_that_cannot_start_are_not_announced(tmp_path: Path):
     (tmp_path / "farebox.toml").write_text('models = [{name = "a", price = {input = "99999999999", output = "1"}}]')
     command = (sys.executable, "-m", "gateway.cli", "serve", "--port", "0", "--workers", "2")

@@ -18,14 +18,16 @@ from sqlmodel import SQLModel
 from gateway import copying
 from gateway.billing.rollups import Rollups
 from gateway.cli import main
+from gateway.clock import now_us
 from gateway.copying import CannotCopy, copy_installation
 from gateway.database import Database
 from gateway.migrations import migrate
 from ledger.model import Charge, Scope, Settlement
 from ledger.store.sqlite import SqliteStore
-from tests.gateway.office import open_office
+from tests.gateway.office import open_office, paid_with
 from tests.ledger.rig import SECOND_US, Clock, RandomCommands, Say, partition, usage
 from tests.servers.postgres import database_of
+from tests.servers.stripe import FakeStripe
 
 LATER_US = 10**15
 
@@ -59,10 +61,9 @@ def count(url: str, table: str) -> int:
     return len(rows_of(url, table))
 
 
-async def fill(url: str, seed: random.Random) -> None:
-    """A row at least in every table, and a ledger with a past."""
-    folder = Path(url.removeprefix("sqlite:///")).parent
-    async with open_office(folder) as office:
+async def trade(folder: Path, url: str, stripe: FakeStripe) -> None:
+    """What a day at the office leaves."""
+    async with open_office(folder, **paid_with(stripe)) as office:
         await office.fund_developer("500")
         for key in ("live", "test"):
             await office.post("/v1/billable-metrics", {"key": "grüße", "priority_max": 3}, key=key)
@@ -83,6 +84,7 @@ async def fill(url: str, seed: random.Random) -> None:
         await office.post("/v1/customers/alice/packs", {"pack": "hour"})
         everybody = {"subject": {"type": "tenant"}, "credits": 90_000, "period": {"every": "month"}, "name": "Grüße"}
         await office.post("/v1/budgets", everybody, key="owner")
+        await office.post("/v1/checkout", {"customer_id": "alice", "package_id": "usd-5"})
         await office.post("/v1/webhook-endpoints", {"url": "https://receiver.invalid/"})
         await office.post("/v1/customers", {"external_id": "bob", "metadata": {"plan": ["é", 1, None]}}, once="bob")
         await office.post("/v1/topup/grant", {"customer_id": "bob", "credits": 1})
@@ -90,7 +92,14 @@ async def fill(url: str, seed: random.Random) -> None:
         while not count(url, "webhook_lanes"):
             assert asyncio.get_running_loop().time() < deadline
             await asyncio.sleep(0.01)
-    clock = Clock(us=office.clock.now_us() + LATER_US)
+
+
+async def fill(url: str, seed: random.Random) -> None:
+    """A row at least in every table, and a ledger with a past."""
+    folder = Path(url.removeprefix("sqlite:///")).parent
+    with FakeStripe() as stripe:
+        await trade(folder, url, stripe)
+    clock = Clock(us=now_us() + LATER_US)
     store = await SqliteStore.open(url, clock=clock)
     source = RandomCommands(seed)
     for _ in range(3):
