@@ -1,9 +1,9 @@
-"""Checkout orders of which nothing was heard: after the life of their page the processor is asked what became of them.
+"""Orders of which nothing was heard: after the life of their page the processor is asked what became of them.
 
-Automatic orders are not among them: their customers' turns go on with those.
+With automatic orders their customers' turns go on, as ever; those of who was erased meanwhile have no other turn.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -40,15 +40,27 @@ _OPEN_SQLITE: Final = text(
 
 
 class OpenOrders:
-    """Ends orders that should have ended, in one process at a time."""
+    """Ends orders that should have ended, in one process at a time.
+
+    Args:
+        go_on: with a customer's automatic order.
+    """
 
     def __init__(
-        self, database: Database, *, orders: Orders, stripe: StripeAPI, settler: Settler, now_us: Callable[[], int]
+        self,
+        database: Database,
+        *,
+        orders: Orders,
+        stripe: StripeAPI,
+        settler: Settler,
+        go_on: Callable[[Scope, str], Awaitable[None]],
+        now_us: Callable[[], int],
     ) -> None:
         self._database = database
         self._orders = orders
         self._stripe = stripe
         self._settler = settler
+        self._go_on = go_on
         self._now_us = now_us
         self.sweep = Sweep(name="open orders", schedule=every(PAUSE_S), work=self.round)
 
@@ -65,18 +77,23 @@ class OpenOrders:
         ended = 0
         for scope, order_id in found:
             order = await self._orders.find(scope, order_id)
-            if order is None or order.kind != "checkout" or order.status != "open":
+            if order is None or order.status != "open":
                 continue
             try:
-                ended += await self._asked_after(order)
+                if order.kind == "auto":
+                    await self._go_on(scope, order.customer_id)
+                else:
+                    await self._ask_after(order)
+                after = await self._orders.find(scope, order_id)
+                ended += after is not None and after.status != "open"
             except (DatabaseUnavailable, LedgerUnavailable, ProcessorUnavailable):
                 raise
             except Exception:
                 log.exception("an order cannot be asked after", order=order.id)  # The others can.
         return ended
 
-    async def _asked_after(self, order: Order) -> bool:
-        """Whether *order* has ended."""
+    async def _ask_after(self, order: Order) -> None:
+        """Let what became of *order* have its effect."""
         if order.session_id is not None:
             try:
                 session = await self._stripe.session(order.session_id)
@@ -88,8 +105,6 @@ class OpenOrders:
                 if (observed := facts_of(session)) is not None:
                     await self._settler.observe(observed)
                 if session.get("status") == UNPAID:
-                    after = await self._orders.find(order.scope, order.id)
-                    return after is not None and after.status != "open"
+                    return
         # Nothing can be paid for it any more. If something was, the news of it credit it all the same.
         await self._orders.ended(order, "expired")
-        return True

@@ -102,6 +102,17 @@ def open_payments(
         now_us=now_us,
         new_id=new_id,
     )
+    auto_top_ups = AutoTopUps(
+        database,
+        ledger,
+        agreements=Agreements(packages, serves=checkout.serves, now_us=now_us),
+        orders=orders,
+        off_session=OffSession(stripe),
+        settler=settler,
+        links=links,
+        now_us=now_us,
+        new_id=new_id,
+    )
     return Payments(
         packages=packages,
         orders=orders,
@@ -111,18 +122,10 @@ def open_payments(
         customers=customers,
         checkout=checkout,
         settler=settler,
-        auto_top_ups=AutoTopUps(
-            database,
-            ledger,
-            agreements=Agreements(packages, serves=checkout.serves, now_us=now_us),
-            orders=orders,
-            off_session=OffSession(stripe),
-            settler=settler,
-            links=links,
-            now_us=now_us,
-            new_id=new_id,
-        ),
+        auto_top_ups=auto_top_ups,
         intake=Intake(stripe, settler),
-        open_orders=OpenOrders(database, orders=orders, stripe=stripe, settler=settler, now_us=now_us),
+        open_orders=OpenOrders(
+            database, orders=orders, stripe=stripe, settler=settler, go_on=auto_top_ups.consider, now_us=now_us
+        ),
         sweeps=Sweeps(database, operator, now_us=now_us),
     )

@@ -11,6 +11,7 @@ import pytest
 from gateway.identity.wallets import customer_wallet
 from gateway.payments.auto_top_up import KEY_LIFE_US
 from gateway.payments.auto_top_up_terms import BACK_OFF_US
+from gateway.payments.open_orders import PAGE_LIFE_S
 from ledger.commands import Freeze
 from tests.gateway.office import open_office
 from tests.gateway.purses import AGREED, PUBLIC_URL, USD_10, Purses, open_purses
@@ -373,16 +374,22 @@ async def test_switched_off_meanwhile(purses: Purses, made: bool):
     assert await purses.balance(alice) == 100 + USD_10 * made
 
 
-async def test_erased_meanwhile(purses: Purses):
+@pytest.mark.parametrize("made", [True, False], ids=["made", "not made"])
+async def test_erased_meanwhile(purses: Purses, made: bool):
+    """Nothing more is asked for. What was paid is in the books; who was erased spends nothing of it."""
     alice = await purses.customer(credits=100)
-    purses.stripe.fail_next(PAYMENTS, 500, times=3)
+    purses.stripe.fail_next(PAYMENTS, "reset-after-effect" if made else 500, times=3)
     await purses.consider(alice)
     answer = await purses.office.ask("DELETE", f"/v1/customers/{alice}")
     assert answer.status_code == 204
-    purses.office.clock.pass_s(61)
+    for event in [each for each in purses.stripe.events if each["type"] == "payment_intent.succeeded"]:
+        await purses.payments.intake.receive(*purses.stripe.signed(event))
+    purses.office.clock.pass_s(PAGE_LIFE_S + 60)
     await purses.sweep()
-    assert await purses.outcomes(alice) == ["expired"]
-    assert purses.paid() == []
+    await purses.payments.open_orders.round()
+    assert await purses.outcomes(alice) == (["paid"] if made else ["expired"])
+    assert len(purses.paid()) == made
+    assert await purses.balance(alice) == 100 + USD_10 * made
 
 
 # In the sandbox, and without a processor.
