@@ -18,6 +18,7 @@ EVENT_TYPES: Final = frozenset(
         "credit.expired",
         "credit.granted",
         "credit.low",
+        "credit.restored",
         "pack.purchased",
         "reservation.expired",
         "topup.due",

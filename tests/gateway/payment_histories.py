@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, Final
 
 from gateway.payments.orders import Order
+from pricing.money import CREDIT
 from tests.servers.stripe import only
 from tests.servers.stripe_account import StripeAccount
 
@@ -168,7 +169,7 @@ def order(**fields: Any) -> Order:
         "package": "usd-10",
         "price_minor": PRICE,
         "currency": "usd",
-        "asset": "CREDIT",
+        "asset": CREDIT.code,
         "credited": CREDITED,
         "bonus": 0,
         "spread": 0,

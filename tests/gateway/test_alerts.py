@@ -217,3 +217,5 @@ async def test_a_database_that_hangs_is_waited_for_once_and_shortly(
     assert asyncio.get_running_loop().time() - began_s < 20 * OUTAGE_WAIT_S
     assert counted.reads == 2
     counted.go_on.set()
+    clock.pass_s(AWAY_S)
+    assert await watched(alerts, scope, alice) == [low()], "what was begun is waited for"

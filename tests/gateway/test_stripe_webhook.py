@@ -304,7 +304,7 @@ async def test_a_dispute_that_is_told_before_its_payment_waits_for_it(till: Till
         assert (await till.observations())[created["id"]] == "done"
 
 
-async def test_when_stripe_cannot_be_asked_the_event_comes_again(till: Till):
+async def test_when_stripe_cannot_be_asked_the_event_comes_again(till: Till, log: io.StringIO):
     sale = await till.sale()
     sale.pay()
     (refunded,) = [each for each in till.stripe.refund(sale.payment) if each["type"] == "refund.created"]
@@ -328,7 +328,9 @@ async def test_an_event_of_a_shape_that_cannot_be_read_is_sent_again(till: Till,
 # What holds it up
 
 
-async def test_an_event_that_has_had_no_effect_yet_is_not_done(till: Till, monkeypatch: pytest.MonkeyPatch):
+async def test_an_event_that_has_had_no_effect_yet_is_not_done(
+    till: Till, monkeypatch: pytest.MonkeyPatch, log: io.StringIO
+):
     sale = await till.sale()
     events = sale.pay()
     ledger = till.gateway.services.ledger

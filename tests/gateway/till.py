@@ -18,7 +18,7 @@ from gateway.payments.orders import Order
 from gateway.payments.service import Payments
 from gateway.tables import PaymentCustomer, PaymentObservation
 from ledger.commands import Debit, ReserveLeg
-from ledger.errors import InsufficientCredits
+from ledger.errors import InsufficientCredits, ReceivableOutstanding
 from ledger.ledger import WalletView
 from ledger.model import Charge, ReservationRef, Scope, Settlement
 from tests.gateway.office import Office, open_office
@@ -71,14 +71,19 @@ class Sale:
         )
         try:
             await self.till.gateway.services.ledger.execute(command)
-        except InsufficientCredits:
+        except (InsufficientCredits, ReceivableOutstanding):
             return 0
         return amount
 
+    async def events(self) -> list[str]:
+        """The types of all events of the customer."""
+        page = await self.till.office.get(f"/v1/events?customer_id={self.order.customer_id}", key=self.order.mode)
+        return [event["type"] for event in page["data"]]
+
     async def told(self, type: str) -> list[dict[str, Any]]:
         """What the customer's events of that type tell."""
-        key = "live" if self.order.mode == "live" else "test"
-        page = await self.till.office.get(f"/v1/events?type={type}&customer_id={self.order.customer_id}", key=key)
+        path = f"/v1/events?type={type}&customer_id={self.order.customer_id}"
+        page = await self.till.office.get(path, key=self.order.mode)
         return [event["data"] for event in page["data"]]
 
     @property
@@ -104,8 +109,7 @@ class Till:
     async def sale(self, **fields: Any) -> Sale:
         """An order of a new customer, with a Checkout Session that waits to be paid."""
         new_id = self.gateway.services.new_id
-        key = "live" if fields.get("mode", "live") == "live" else "test"
-        made = await self.office.post("/v1/customers", {"external_id": new_id("user")}, key=key)
+        made = await self.office.post("/v1/customers", {"external_id": new_id("user")}, key=fields.get("mode", "live"))
         terms = {"id": new_id("ord"), "tenant": self.office.tenant, "customer_id": made["id"]}
         order = an_order(**{**terms, "created_at_us": now_us(), **fields})
         assert await self.payments.orders.add(order)
