@@ -77,7 +77,13 @@ class Purses:
         async with self.gateway.services.database.write(of(*self.scope)) as connection:
             await connection.execute(insert_new(PaymentCustomer, connection.dialect.name), row)
             kept = update(PaymentCustomer).where(col(PaymentCustomer.customer_id) == customer_id)
-            await connection.execute(kept.values(processor_id=processor_id, payment_method=card))
+            await connection.execute(kept.values(processor_id=processor_id))
+        await self.change_card(customer_id, card)
+
+    async def change_card(self, customer_id: str, card: str | None) -> None:
+        async with self.gateway.services.database.write(of(*self.scope)) as connection:
+            kept = update(PaymentCustomer).where(col(PaymentCustomer.customer_id) == customer_id)
+            await connection.execute(kept.values(payment_method=card))
 
     async def consider(self, customer_id: str) -> None:
         await self.payments.auto_top_ups.consider(self.scope, customer_id)
@@ -158,7 +164,7 @@ async def open_purses(
     clocks: list[Callable[[], int]] = []
     async with (
         FakeStripe(live=live, now_s=lambda: clocks[0]() // 1_000_000) as stripe,
-        open_office(folder, **stripe_settings(stripe), **settings) as office,
+        open_office(folder, **(stripe_settings(stripe) | settings)) as office,
     ):
         clocks.append(office.clock.now_us)
         purses = Purses(office, stripe, office.gateway)
