@@ -114,6 +114,18 @@ class OrderView(SoldView):
     settled_at: Time | None = Field(description="When it was paid, failed or expired.")
 
 
+class OrderStandingView(OrderView):
+    """An order, and what has become of the payment since."""
+
+    returned: str = Field(
+        description="How much of the price has gone back to who paid it, by refunds and lost disputes. Its part of the "
+        "credits was taken back.",
+        examples=["0.00"],
+    )
+    returned_minor: int = Field(description=PRICE_MINOR, examples=[0])
+    disputed: bool = Field(description="A dispute is open: until it ends, what is left of the credits pays nothing.")
+
+
 def payments_of(services: Services) -> Payments:
     """Raises ApiError 404 where no payments are set up."""
     if services.payments is None:
@@ -153,12 +165,19 @@ def checkout_view(begun: Begun, request: Request, principal: Principal) -> Check
 
 
 @router.get("/orders/{order_id}")
-async def get_order(order_id: OrderPath, principal: Reader, services: Here) -> OrderView:
-    """What has become of an order."""
-    found = await payments_of(services).orders.find(Scope(principal.tenant_id, principal.mode), order_id)
+async def get_order(order_id: OrderPath, principal: Reader, services: Here) -> OrderStandingView:
+    """What has become of an order, and of its payment since."""
+    payments = payments_of(services)
+    found = await payments.orders.find(Scope(principal.tenant_id, principal.mode), order_id)
     if found is None:
         raise not_found(f"order {order_id}")
-    return order_view(found, principal.asset)
+    standing = await payments.settler.standing(found)
+    return OrderStandingView(
+        returned=price_text(standing.taken_minor, found.currency),
+        returned_minor=standing.taken_minor,
+        disputed=standing.frozen,
+        **order_view(found, principal.asset).model_dump(),
+    )
 
 
 @router.get("/customers/{customer:path}/orders")

@@ -391,6 +391,28 @@ async def test_an_order_is_its_tenants_and_its_modes(till: Office):
         assert (await till.refused("GET", f"/v1/orders/{nothing}"))[0] == 404
 
 
+async def test_an_order_tells_what_has_become_of_its_payment(till: Office, stripe: FakeStripe):
+    order = (await till.post("/v1/checkout", ANN))["order_id"]
+    session = sessions(stripe)[0]["id"]
+
+    async def after(events: list[Any]) -> tuple[str, str, int, bool]:
+        for event in events:
+            body, signature = stripe.signed(event)
+            told = await till.client.post("/stripe/webhook", content=body, headers={"Stripe-Signature": signature})
+            assert told.status_code == 200
+        found = await till.get(f"/v1/orders/{order}")
+        return found["status"], found["returned"], found["returned_minor"], found["disputed"]
+
+    assert await after([]) == ("open", "0.00", 0, False)
+    assert await after(stripe.pay(session)) == ("paid", "0.00", 0, False)
+    payment = stripe.payment_of(session)
+    assert await after(stripe.refund(payment, 250)) == ("paid", "2.50", 250, False)
+    disputed = stripe.dispute(payment)
+    assert await after(disputed) == ("paid", "2.50", 250, True)
+    credits = await till.get("/v1/customers/ann/credits")
+    assert (credits["balance"], credits["effective_balance"]) == (750_000, 0)
+
+
 # Erasure.
 
 
