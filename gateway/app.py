@@ -49,6 +49,7 @@ from gateway.identity.principals import Principals
 from gateway.identity.tenants import Tenants
 from gateway.ids import new_id
 from gateway.logs import masked
+from gateway.payments.auto_top_up import TRIGGERS
 from gateway.payments.links import no_page
 from gateway.payments.nightly import Nightly
 from gateway.payments.packages import Packages
@@ -337,7 +338,7 @@ async def running_parts(
             settings, packages=packages, database=database, ledger=ledger, tenants=tenants, now_us=now_us, new_id=new_id
         )
         if payments is not None:
-            _keep_payments(payments, stack, metrics=metrics, now_us=now_us)
+            _start_payments(payments, stack, metrics=metrics, now_us=now_us)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -421,7 +422,7 @@ async def running_parts(
             packages=packages,
             payments=payments,
         )
-        webhooks.start(render=rendering.text, reactions=(Reaction(frozenset({"credit.expired"}), auto_buy.on_event),))
+        webhooks.start(render=rendering.text, reactions=_reactions(auto_buy, payments))
         stack.push_async_callback(webhooks.stop)
         gauges = asyncio.create_task(_set_gauges(metrics, ledger, live, journal, readiness), name="gauges")
         stack.push_async_callback(_cancelled, gauges)
@@ -495,6 +496,23 @@ async def _open_ledger(
     return ledger
 
 
+def _start_payments(payments: Payments, stack: AsyncExitStack, *, metrics: Metrics, now_us: Callable[[], int]) -> None:
+    """Do what payments need done by themselves, until the stack is closed."""
+    stack.push_async_callback(payments.close)
+    _run(payments.auto_top_ups, stack)
+    payments.sweeps.add(payments.open_orders.sweep)
+    payments.sweeps.add(Nightly(payments.reconciler, counters=metrics, now_us=now_us).sweep)
+    _run(payments.sweeps, stack)
+
+
+def _reactions(auto_buy: AutoBuy, payments: Payments | None) -> list[Reaction]:
+    """What we do ourselves about events."""
+    reactions = [Reaction(frozenset({"credit.expired"}), auto_buy.on_event)]
+    if payments is not None:
+        reactions.append(Reaction(TRIGGERS, payments.auto_top_ups.on_event))
+    return reactions
+
+
 class _Running(Protocol):
     def start(self) -> None: ...
 
@@ -505,13 +523,6 @@ def _run(part: _Running, stack: AsyncExitStack) -> None:
     """Start what works by itself, until the stack is closed."""
     part.start()
     stack.push_async_callback(part.stop)
-
-
-def _keep_payments(payments: Payments, stack: AsyncExitStack, *, metrics: Metrics, now_us: Callable[[], int]) -> None:
-    """Do what payments need done from time to time, until the stack is closed."""
-    stack.push_async_callback(payments.close)
-    payments.sweeps.add(Nightly(payments.reconciler, counters=metrics, now_us=now_us).sweep)
-    _run(payments.sweeps, stack)
 
 
 def _open_tracing(settings: Settings, stack: AsyncExitStack) -> BeginTrace | None:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gateway.api.access import Reader, Writer
+from gateway.api.auto_top_ups import AutoTopUpChange
 from gateway.api.idempotency import key_of, once
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here, Services
@@ -30,7 +31,9 @@ from gateway.identity.customer_rows import CustomerChange, CustomerInfo
 from gateway.identity.customers import check_external_id
 from gateway.identity.principals import Principal
 from gateway.identity.thresholds import LOW_BALANCE
+from gateway.payments.auto_top_up_terms import DEFAULT_CAP_PACKAGES
 from gateway.tables import EXTERNAL_ID_LENGTH_MAX
+from gateway.tables.identity import AMOUNT_MAX
 from ledger.model import Scope
 from pricing.money import Asset
 
@@ -83,7 +86,7 @@ class NamesCustomer(Body):
 
 class CustomerSettings(BaseModel):
     """What a customer has agreed to, and what is told of them. What is left out stays as it is; null goes back to what
-    the pack, or the tenant, has.
+    the pack or the tenant has, or to the default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -98,6 +101,26 @@ class CustomerSettings(BaseModel):
     auto_buy_credits: int | None = Field(
         default=None, strict=True, ge=1, description="Millicredits, instead of the pack's credits."
     )
+    auto_topup_enabled: bool = Field(
+        default=False,
+        strict=True,
+        description="Buy the package with the kept payment method when the balance falls below the threshold.",
+    )
+    auto_topup_threshold: int | None = Field(
+        default=None, strict=True, ge=1, description="Millicredits.", examples=[200_000]
+    )
+    auto_topup_package: Word | None = Field(
+        default=None, description="The id of a package of `GET /v1/packages`.", examples=["usd-10"]
+    )
+    auto_topup_monthly_cap: int | None = Field(
+        default=None,
+        strict=True,
+        ge=1,
+        le=AMOUNT_MAX,
+        description="What automatic top-ups may cost in a calendar month (UTC), in the minor unit of the package's "
+        f"currency. Without it: {DEFAULT_CAP_PACKAGES} times the package's price.",
+        examples=[5_000],
+    )
 
     low_balance_thresholds: Thresholds | None = Field(
         default=None,
@@ -110,7 +133,7 @@ class CustomerSettings(BaseModel):
         Raises:
             ApiError: 400 for an amount that the asset cannot hold.
         """
-        for name in ("auto_buy_price", "auto_buy_credits"):
+        for name in ("auto_buy_price", "auto_buy_credits", "auto_topup_threshold"):
             amount = getattr(self, name)
             if amount is not None:
                 units_of_millis(amount, asset, param=f"settings.{name}")
@@ -173,11 +196,18 @@ async def create_customer(
     check_external_id(body.external_id, param="external_id")
     settings = None if body.settings is None else body.settings.named(principal.asset)
     change = CustomerChange(metadata=body.metadata, settings=settings)
+    top_ups = AutoTopUpChange(body.settings, principal, services)
 
     async def act(transactions: Transactions) -> CustomerView:
         customer, created = await services.customers.put(
-            principal.tenant_id, principal.mode, body.external_id, change, transactions=transactions
+            principal.tenant_id,
+            principal.mode,
+            body.external_id,
+            change,
+            check=top_ups.check,
+            transactions=transactions,
         )
+        await top_ups.agree(customer.id, transactions)
         response.status_code = 201 if created else 200
         return customer_view(customer, mode=principal.mode)
 
@@ -187,6 +217,7 @@ async def create_customer(
     await services.customers.named(principal.tenant_id, principal.mode, view.id)
     if body.settings is not None:
         services.alerts.forget(Scope(principal.tenant_id, principal.mode), view.id)
+    await top_ups.agreed(view.id, view.version)
     etag(response, view.version)
     return view
 
@@ -236,11 +267,19 @@ async def change_customer(
         metadata=body.metadata,
         settings=None if body.settings is None else body.settings.named(principal.asset),
     )
+    top_ups = AutoTopUpChange(body.settings, principal, services)
 
     async def act(transactions: Transactions) -> CustomerView:
         changed = await services.customers.change(
-            principal.tenant_id, principal.mode, customer, change, version=expected, transactions=transactions
+            principal.tenant_id,
+            principal.mode,
+            customer,
+            change,
+            version=expected,
+            check=top_ups.check,
+            transactions=transactions,
         )
+        await top_ups.agree(changed.id, transactions)
         return customer_view(changed, mode=principal.mode)
 
     key = key_of(request, body, "customers.change", about=customer, change=True)
@@ -249,6 +288,7 @@ async def change_customer(
         services.changes.announce()
     if body.settings is not None:
         services.alerts.forget(Scope(principal.tenant_id, principal.mode), view.id)
+    await top_ups.agreed(view.id, view.version)
     etag(response, view.version)
     return view
 

@@ -67,6 +67,10 @@ class CustomerName(NamedTuple):
     external_id: str
 
 
+CheckSettings = Callable[[Mapping[str, Any]], None]
+"""Raises ApiError for settings that do not go together, as they would stand after a change."""
+
+
 class Remembered(NamedTuple):
     id: str
     until_s: float
@@ -168,12 +172,19 @@ class Customers:
         return info_of(await self._row(tenant_id, mode, reference))
 
     async def put(
-        self, tenant_id: str, mode: str, external_id: str, change: CustomerChange, *, transactions: Transactions
+        self,
+        tenant_id: str,
+        mode: str,
+        external_id: str,
+        change: CustomerChange,
+        *,
+        check: CheckSettings = lambda settings: None,
+        transactions: Transactions,
     ) -> tuple[CustomerInfo, bool]:
         """The customer of this name with *change*, and whether they are new. `named` gives them what they are due.
 
         Raises:
-            ApiError: 400 when *external_id* is not acceptable, 404 while they are being erased.
+            ApiError: 400 when *external_id* is not acceptable, 404 while they are being erased; what *check* raises.
             DatabaseUnavailable
         """
         check_external_id(external_id, param="external_id")
@@ -181,9 +192,12 @@ class Customers:
         async with transactions.write(of(tenant_id, mode)) as connection:
             created = await self._create(connection, name, change)
             query = select_customers(tenant_id, mode).where(named(external_id))
-            if not created:
+            if created:
+                check(change.settings or {})
+            else:
                 before = (await connection.execute(query.with_for_update())).one_or_none()
                 changed = change if before is None else merged(change, before.settings)
+                check(changed.settings or {})
                 await connection.execute(update_customers(tenant_id, mode, changed).where(named(external_id)))
             found = (await connection.execute(query)).one_or_none()
         if found is None:
@@ -198,12 +212,14 @@ class Customers:
         change: CustomerChange,
         *,
         version: int | None = None,
+        check: CheckSettings = lambda settings: None,
         transactions: Transactions | None = None,
     ) -> CustomerInfo:
         """Change a customer whom *reference* names, if they are at *version*; None takes any.
 
         Raises:
-            ApiError: 404; 412 at another version; 400 or 409 for a new external id that cannot be or is another's.
+            ApiError: 404; 412 at another version; 400 or 409 for a new external id that cannot be or is another's;
+                what *check* raises.
             DatabaseUnavailable
         """
         if change.external_id is not None:
@@ -219,6 +235,7 @@ class Customers:
                     raise errors.version_mismatch(before.version)
                 by_id = select_customers(tenant_id, mode).where(col(Customer.id) == before.id)
                 changed = merged(change, before.settings)
+                check(changed.settings or {})
                 await connection.execute(
                     update_customers(tenant_id, mode, changed).where(col(Customer.id) == before.id)
                 )

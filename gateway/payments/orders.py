@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import msgspec
-from sqlalchemy import ColumnElement, Select, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Select, func, or_, select, tuple_, update
 from sqlmodel import col
 
 from gateway.database import insert_new, of
 from gateway.records import Records
 from gateway.tables import PaymentOrder
 from ledger.model import Scope
+from pricing.periods import Period
 
 OrderKind = Literal["checkout", "auto"]
 OrderStatus = Literal["open", "paid", "failed", "expired"]
@@ -82,6 +83,27 @@ class Orders(Records):
             col(PaymentOrder.customer_id) == customer_id, col(PaymentOrder.created_at_us) >= since_us
         )
         return await self._all(query.order_by(col(PaymentOrder.created_at_us).desc()), scope)
+
+    async def open_automatic(self, scope: Scope, customer_id: str) -> Order | None:
+        """The customer's automatic order that is open; there is one at most."""
+        automatic = (col(PaymentOrder.kind) == "auto", col(PaymentOrder.status) == "open")
+        found = await self._all(_select(scope).where(col(PaymentOrder.customer_id) == customer_id, *automatic), scope)
+        return found[0] if found else None
+
+    async def automatic_minor(self, scope: Scope, customer_id: str, *, currency: str, month: Period) -> int:
+        """What automatic orders made in *month* come to: those that are paid, and the one that may yet be."""
+        query = select(func.coalesce(func.sum(col(PaymentOrder.price_minor)), 0)).where(
+            col(PaymentOrder.tenant) == scope.tenant,
+            col(PaymentOrder.mode) == scope.mode,
+            col(PaymentOrder.customer_id) == customer_id,
+            col(PaymentOrder.kind) == "auto",
+            col(PaymentOrder.status).in_(("open", "paid")),
+            col(PaymentOrder.currency) == currency,
+            col(PaymentOrder.created_at_us) >= month.start_us,
+            col(PaymentOrder.created_at_us) < month.end_us,
+        )
+        async with self._transactions.read(of(*scope)) as connection:
+            return int((await connection.execute(query)).scalar_one())
 
     async def page(self, scope: Scope, customer_id: str, *, before: Order | None, limit: int) -> list[Order]:
         """Newest first, from the one that came just before *before*."""

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
+from gateway.payments.agreements import Agreements
+from gateway.payments.auto_top_up import AutoTopUps
 from gateway.payments.checkout import Checkout
 from gateway.payments.intake import Intake
 from gateway.payments.links import Links
+from gateway.payments.off_session import OffSession
+from gateway.payments.open_orders import OpenOrders
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
@@ -17,6 +21,7 @@ from gateway.payments.returns import Returns
 from gateway.payments.settling import Settler
 from gateway.payments.stripe_api import StripeAPI
 from gateway.payments.sweeps import Sweeps
+from gateway.payments.top_up_failures import TopUpFailures
 from gateway.settings import Settings
 from ledger.ledger import Ledger
 from ledger.model import Scope
@@ -36,6 +41,8 @@ class Payments:
     reconciler: Reconciler
     sweeps: Sweeps
     returns: Returns
+    auto_top_ups: AutoTopUps
+    open_orders: OpenOrders
 
     async def close(self) -> None:
         """Let go of connections. Whoever works with it has ended."""
@@ -74,11 +81,42 @@ def open_payments(
         webhook_secret=settings.stripe_webhook_secret.get_secret_value(),
         api_base=settings.stripe_api_base,
     )
+    operator = OperatorScope(tenants, stripe.mode)
     orders = Orders(database, now_us=now_us, new_id=new_id)
     links = Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us)
+    failures = TopUpFailures(database, links, now_us=now_us)
+    settler = Settler(
+        database,
+        ledger,
+        orders=orders,
+        stripe=stripe,
+        operator=operator,
+        changed=(failures.changed,),
+        told_of_failure=failures.told,
+        now_us=now_us,
+        new_id=new_id,
+    )
     customers = ProcessorCustomers(database, stripe, now_us=now_us)
-    operator = OperatorScope(tenants, stripe.mode)
-    settler = Settler(database, ledger, orders=orders, stripe=stripe, operator=operator, now_us=now_us, new_id=new_id)
+    checkout = Checkout(
+        packages=packages,
+        orders=orders,
+        stripe=stripe,
+        customers=customers,
+        links=links,
+        now_us=now_us,
+        new_id=new_id,
+    )
+    auto_top_ups = AutoTopUps(
+        database,
+        ledger,
+        agreements=Agreements(packages, serves=checkout.serves, now_us=now_us),
+        orders=orders,
+        off_session=OffSession(stripe),
+        settler=settler,
+        links=links,
+        now_us=now_us,
+        new_id=new_id,
+    )
     return Payments(
         packages=packages,
         orders=orders,
@@ -86,16 +124,9 @@ def open_payments(
         operator=operator,
         links=links,
         customers=customers,
-        checkout=Checkout(
-            packages=packages,
-            orders=orders,
-            stripe=stripe,
-            customers=customers,
-            links=links,
-            now_us=now_us,
-            new_id=new_id,
-        ),
+        checkout=checkout,
         settler=settler,
+        auto_top_ups=auto_top_ups,
         intake=Intake(stripe, settler),
         reconciler=Reconciler(
             processor=stripe,
@@ -108,4 +139,7 @@ def open_payments(
         ),
         sweeps=Sweeps(database, operator, now_us=now_us),
         returns=Returns(orders=orders, stripe=stripe, settler=settler),
+        open_orders=OpenOrders(
+            database, orders=orders, stripe=stripe, settler=settler, go_on=auto_top_ups.consider, now_us=now_us
+        ),
     )

@@ -10,9 +10,9 @@ asks for, so that what one with an older look asks for later changes nothing.
 """
 
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import reduce
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 import structlog
@@ -45,6 +45,9 @@ Result = Literal["done", "duplicate", "kept", "refused", "ignored"]
 Changed = Callable[[AsyncConnection, Order], Awaitable[None]]
 """Is told, in the transaction that does it, that an order has ended, or that its payment method is kept for later."""
 
+ToldOfFailure = Callable[[Order, str], Awaitable[Mapping[str, Any]]]
+"""What `topup.failed` says of an order besides."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -62,6 +65,10 @@ class Outcome(msgspec.Struct, frozen=True):
     order: Order | None = None
 
 
+async def _nothing_more(order: Order, reason: str) -> Mapping[str, Any]:
+    return {}
+
+
 class NotBooked(Exception):
     """The ledger refuses what a payment asks for: a fault of ours, which the payer must not suffer from."""
 
@@ -71,6 +78,7 @@ class Settler:
 
     Args:
         changed: are told of every order that changes.
+        told_of_failure: says what follows from a failure.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class Settler:
         stripe: StripeAPI,
         operator: OperatorScope,
         changed: Sequence[Changed] = (),
+        told_of_failure: ToldOfFailure = _nothing_more,
         now_us: Callable[[], int] = now_us,
         new_id: Callable[[str], str] = new_id,
     ) -> None:
@@ -92,6 +101,7 @@ class Settler:
         self._stripe = stripe
         self._operator = operator
         self._changed = tuple(changed)
+        self._told_of_failure = told_of_failure
         self._new_id = new_id
 
     async def observe(self, observed: Observed) -> Outcome:
@@ -285,7 +295,7 @@ class Settler:
                 wallet=_wallet(order),
                 asset=order.asset,
                 event="topup.failed",
-                body={**_told(order), "reason": reason},
+                body={**_told(order), "reason": reason, **await self._told_of_failure(order, reason)},
             )
         )
         await self._end(order, "failed", failure=reason)
