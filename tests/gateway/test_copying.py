@@ -23,6 +23,9 @@ from gateway.copying import CannotCopy, copy_installation
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
 from gateway.migrations import migrate
+from gateway.payments.facts import Facts
+from gateway.payments.observations import Observations
+from gateway.payments.observed import Observed
 from gateway.payments.operator import OperatorScope
 from gateway.payments.processor_transactions import ProcessorTransactions
 from gateway.payments.sweeps import Sweep, Sweeps, daily
@@ -90,6 +93,8 @@ async def trade(folder: Path, url: str, stripe: FakeStripe) -> None:
         await office.post("/v1/budgets", everybody, key="owner")
         await office.post("/v1/checkout", {"customer_id": "alice", "package_id": "usd-5"})
         await office.post("/v1/webhook-endpoints", {"url": "https://receiver.invalid/"})
+        seen = Observed("evt_1", "payment_intent.succeeded", "pi_1", None, Facts(amount_refunded=1))
+        await Observations(office.gateway.services.database).keep(Scope(office.tenant, "test"), seen)
         await office.post("/v1/customers", {"external_id": "bob", "metadata": {"plan": ["é", 1, None]}}, once="bob")
         await office.post("/v1/topup/grant", {"customer_id": "bob", "credits": 1})
         deadline = asyncio.get_running_loop().time() + 20

@@ -4,14 +4,19 @@ import asyncio
 import copy
 import io
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.payments import intake
-from gateway.payments.observed import facts_of
+from gateway.payments.observed import Observed, facts_of
+from gateway.payments.orders import Order
+from gateway.payments.settling import Settler
+from gateway.tables import PaymentOrder
 from ledger.commands import Reverse, TopUp
 from tests.gateway.office import Office
 from tests.gateway.payment_histories import CREDITED, PRICE
@@ -26,6 +31,12 @@ AT_ONCE = 50
 async def till(tmp_path: Path) -> AsyncIterator[Till]:
     async with open_till(tmp_path) as opened:
         yield opened
+
+
+def news(message: Mapping[str, Any]) -> Observed:
+    found = facts_of(message)
+    assert found is not None
+    return found
 
 
 async def test_a_paid_session_is_credited_once_whatever_tells_of_it(till: Till):
@@ -46,8 +57,7 @@ async def test_asking_brings_the_same_news(till: Till):
     sale = await till.sale()
     events = sale.pay()
     settler = till.payments.settler
-    seen = facts_of(await till.payments.stripe.session(sale.session))
-    assert seen is not None
+    seen = news(await till.payments.stripe.session(sale.session))
     outcome = await settler.observe(seen)
     assert (outcome.result, outcome.order and outcome.order.status) == ("done", "paid")
     assert (await settler.observe(seen)).result == "duplicate"
@@ -116,6 +126,7 @@ async def test_a_refund_takes_its_part_and_a_won_dispute_gives_all_of_it_back(ti
     assert await sale.balance() == left - left // 2 - 1
     assert await sale.told("credit.clawed_back")
     assert await sale.told("credit.restored")
+    assert till.stripe.requests == [], "the payment is known already, so nobody need be asked whose it is"
 
 
 async def test_refunds_are_asked_for_when_one_has_failed_after_all(till: Till):
@@ -129,6 +140,24 @@ async def test_refunds_are_asked_for_when_one_has_failed_after_all(till: Till):
     assert await sale.balance() == CREDITED
     await till.deliver(only(till.stripe.refund(sale.payment, 400), "charge.refunded"))
     assert await sale.balance() == CREDITED - CREDITED * 400 // PRICE
+
+
+async def test_who_wants_to_know_is_told_of_an_order_in_the_transaction_that_ends_it(till: Till):
+    sale, told = await till.sale(save_payment_method=True), list[tuple[str, str | None]]()
+
+    async def changed(connection: AsyncConnection, order: Order) -> None:
+        query = select(PaymentOrder.status).where(PaymentOrder.id == order.id)
+        told.append((order.status, await connection.scalar(query)))
+
+    services, payments = till.gateway.services, till.payments
+    parts: dict[str, Any] = {"orders": payments.orders, "stripe": payments.stripe, "operator": payments.operator}
+    settler = Settler(services.database, services.ledger, **parts, changed=(changed,))
+    for event in (*(events := sale.pay()), *events):
+        await settler.observe(news(event))
+    assert told == [("paid", "paid")]
+    agreed = changed_in(only(events, "payment_intent.succeeded"), event__id="evt_2", setup_future_usage="off_session")
+    await settler.observe(news(agreed))
+    assert told == [("paid", "paid")] * 2, "and when what was paid with is kept for later"
 
 
 async def test_fifty_deliveries_at_once_are_one_credit(till: Till):
@@ -184,7 +213,7 @@ async def test_what_stripe_has_not_signed_is_refused_unread(till: Till, log: io.
     assert await sale.balance() == CREDITED
 
 
-def changed(event: Object, **fields: Any) -> Object:
+def changed_in(event: Object, **fields: Any) -> Object:
     """The event with other values in its object; *event__…* ones in itself."""
     made = copy.deepcopy(event)
     for name, value in fields.items():
@@ -216,7 +245,7 @@ REFUSED: dict[str, Callable[[Sale], dict[str, Any]]] = {
 @pytest.mark.parametrize("why", REFUSED)
 async def test_what_is_not_the_payment_that_was_ordered_credits_nothing(till: Till, log: io.StringIO, why: str):
     sale = await till.sale()
-    event = changed(only(sale.pay(), "checkout.session.completed"), **REFUSED[why](sale))
+    event = changed_in(only(sale.pay(), "checkout.session.completed"), **REFUSED[why](sale))
     reason = why.partition(" ")[0]
     assert await till.deliver(event) == {"received": True, "outcome": "refused", "reason": reason}
     assert await sale.balance() == 0
@@ -230,10 +259,10 @@ async def test_what_is_not_the_payment_that_was_ordered_credits_nothing(till: Ti
 async def test_a_second_payment_for_an_order_is_refused(till: Till):
     sale = await till.sale()
     event = only(sale.pay(), "payment_intent.succeeded")
-    second = changed(event, event__id="evt_second", id="pi_second")
+    second = changed_in(event, event__id="evt_second", id="pi_second")
     assert await till.outcomes([event, second]) == ["done", "refused"]
     assert await sale.balance() == CREDITED
-    refunded = changed(only(till.stripe.refund(sale.payment), "charge.refunded"), payment_intent="pi_second")
+    refunded = changed_in(only(till.stripe.refund(sale.payment), "charge.refunded"), payment_intent="pi_second")
     assert (await till.deliver(refunded))["reason"] == "other_payment"
     assert await sale.balance() == CREDITED
 
@@ -255,7 +284,7 @@ async def test_a_test_key_serves_both_modes(till: Till):
 async def test_nothing_of_who_pays_is_logged_or_kept(till: Till, log: io.StringIO):
     sale = await till.sale()
     events = sale.pay() + selected(till.stripe.refund(sale.payment))
-    await till.outcomes([*events, changed(events[0], event__id="evt_other", event__livemode=True)])
+    await till.outcomes([*events, changed_in(events[0], event__id="evt_other", event__livemode=True)])
     kept = repr(await till.observations())
     for secret in (*PERSON.values(), LAST4, till.stripe.webhook_secret, till.stripe.secret_key):
         assert secret not in log.getvalue()
@@ -319,7 +348,7 @@ async def test_when_stripe_cannot_be_asked_the_event_comes_again(till: Till, log
 async def test_an_event_of_a_shape_that_cannot_be_read_is_sent_again(till: Till, log: io.StringIO):
     sale = await till.sale()
     event = only(sale.pay(), "checkout.session.completed")
-    odd = changed(event, amount_total="a thousand")
+    odd = changed_in(event, amount_total="a thousand")
     assert await till.refused(*till.stripe.signed(odd)) == (500, "internal_error")
     assert "a thousand" not in log.getvalue()
     assert (await till.deliver(event))["outcome"] == "done"
@@ -384,7 +413,7 @@ async def test_a_payment_method_is_kept_where_the_payer_agreed(till: Till):
     agreed, other = await till.sale(save_payment_method=True), await till.sale()
     for sale in (agreed, other):
         await till.known_to_stripe(sale)
-        event = changed(only(sale.pay(), "payment_intent.succeeded"), setup_future_usage="off_session")
+        event = changed_in(only(sale.pay(), "payment_intent.succeeded"), setup_future_usage="off_session")
         await till.deliver(event)
         method = event["data"]["object"]["payment_method"]
         kept = await till.method_kept(sale.order.scope, sale.order.customer_id)
