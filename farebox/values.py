@@ -11,7 +11,7 @@ from farebox.credits import Amount, Credits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CustomerSettings:
-    """What a customer has agreed to."""
+    """What a customer has agreed to, and what is told of them."""
 
     auto_buy_enabled: bool = False
     auto_buy_pack: str | None = None
@@ -19,6 +19,8 @@ class CustomerSettings:
     """Millicredits, instead of the pack's price."""
     auto_buy_credits: int | None = None
     """Millicredits, instead of the pack's credits."""
+    low_balance_thresholds: tuple[int, ...] | None = None
+    """Millicredits below which `credit.low` tells; None takes the tenant's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from gateway.api.entitlements import Answer, Checks, route_of
 from gateway.api.event_view import Rendering, customer_object
 from gateway.api.frame import Frame
 from gateway.api.services import Services
+from gateway.billing.alerts import Alerts
 from gateway.billing.auto_buy import AutoBuy
 from gateway.billing.budget_book import BudgetBook
 from gateway.billing.budgets import Budgets
@@ -308,8 +309,14 @@ async def running_parts(
         tenants = Tenants(database, now_us=now_us)
         budget_book = BudgetBook(database, now_us=now_us)
         budgets = Budgets(budget_book, ledger, now_us=now_us)
-        catalog, billables = Catalog(database), BillableMetrics(database, now_us=now_us)
-        caches = (principals.invalidate, customers.forget, catalog.invalidate, budgets.invalidate)
+        catalog, billables, alerts = Catalog(database), BillableMetrics(database, now_us=now_us), Alerts(database)
+        caches = (
+            principals.invalidate,
+            customers.forget,
+            catalog.invalidate,
+            budgets.invalidate,
+            alerts.invalidate,
+        )
         changes = Changes(*caches, url=settings.redis_url, link=link)
         _run(changes, stack)
         rate_limit = ProcessRateLimit() if link is None else await _counting_together(link, stack)
@@ -322,10 +329,10 @@ async def running_parts(
 
         packs = Packs(database, ledger, now_us=now_us)
         auto_buy = AutoBuy(database, ledger, packs)
-        charging = Charging(ledger, budgets=budgets, auto_buy=auto_buy)
+        charging = Charging(ledger, budgets=budgets, alerts=alerts, auto_buy=auto_buy)
         packages = Packages(settings.packages)
         payments = open_payments(
-            settings, packages=packages, database=database, tenants=tenants, now_us=now_us, new_id=new_id
+            settings, packages=packages, database=database, ledger=ledger, tenants=tenants, now_us=now_us, new_id=new_id
         )
         if payments is not None:
             stack.push_async_callback(payments.close)
@@ -384,6 +391,7 @@ async def running_parts(
             charging=charging,
             budgets=budgets,
             budget_book=budget_book,
+            alerts=alerts,
             refunds=Refunds(ledger, new_id=new_id),
             reservations=Reservations(catalog=catalog, charging=charging, ledger=ledger, new_id=new_id, now_us=now_us),
             packs=packs,

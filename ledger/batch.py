@@ -245,6 +245,8 @@ class Writes:
     wallets_opened: list[Wallet] = field(default_factory=list)
     wallets_changed: list[tuple[Wallet, int]] = field(default_factory=list)
     """With the version that the wallet was loaded with."""
+    wallets_watched: list[Wallet] = field(default_factory=list)
+    """Those of both whose alerts, or what of them has rung, are others than before: few batches change that."""
     blocks_opened: list[Block] = field(default_factory=list)
     blocks_changed: list[tuple[Block, bool]] = field(default_factory=list)
     """With whether the block was live when it was loaded."""
@@ -360,10 +362,14 @@ def _decide_one(state: State, command: AnyCommand, clock_us: int, writes: Writes
 
 def _gather(state: State, touched: _Touched, writes: Writes) -> None:
     for ref, wallet in touched.wallets.items():
+        after = state.wallets[ref]
         if wallet is None:
-            writes.wallets_opened.append(state.wallets[ref])
+            writes.wallets_opened.append(after)
         else:
-            writes.wallets_changed.append((state.wallets[ref], wallet.version))
+            writes.wallets_changed.append((after, wallet.version))
+        known = ((), ()) if wallet is None else (wallet.alerts, wallet.rung)
+        if known != (after.alerts, after.rung):
+            writes.wallets_watched.append(after)
     for (ref, block_id), block in touched.blocks.items():
         if block is None:
             writes.blocks_opened.append(state.blocks[ref][block_id])

@@ -6,6 +6,7 @@ import msgspec
 
 from ledger.model import (
     UNRESTRICTED,
+    Alert,
     Funding,
     Payment,
     ReservationRef,
@@ -191,13 +192,21 @@ class Limit(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         return [(self.wallet, period.block_id) for period in self.periods]
 
 
+class Watch(msgspec.Struct, frozen=True, gc=False):
+    """Watch *wallet* for these *alerts* from now on, instead of for those that it was watched for."""
+
+    wallet: WalletRef
+    alerts: tuple[Alert, ...]
+
+
 class Hold(Command, frozen=True, kw_only=True):
     """What a reservation and a debit have in common.
 
     The first leg is the payer's, a second one bears what a product action's price leaves uncovered. Every limit
     must afford what the first leg holds. *unfunded* is the tenant's line that bounds what may be burnt from credits
     that the operator was not paid for, an agreed overdraft among them; None leaves it unbounded. *developer* names
-    the account that markup is payable to.
+    the account that markup is payable to. *watches* are of wallets that a leg names; a wallet that none is of goes on
+    being watched as it was, and so do all when the command is refused.
     """
 
     reservation: ReservationRef
@@ -207,6 +216,7 @@ class Hold(Command, frozen=True, kw_only=True):
     unfunded: WalletRef | None = None
     developer: str | None = None
     tags: Tags = Tags()
+    watches: tuple[Watch, ...] = ()
 
     @property
     def wallets(self) -> list[WalletRef]:

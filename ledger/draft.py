@@ -9,11 +9,13 @@ from typing import Any
 
 import msgspec
 
+from ledger import alerts
 from ledger.burndown import payable
 from ledger.commands import Command
 from ledger.model import (
     NO_DEBTS,
     Account,
+    Alert,
     Block,
     Debts,
     Funding,
@@ -81,6 +83,7 @@ class Draft:
         "_blocks_opened",
         "_wallets",
         "_wallets_opened",
+        "_watched",
         "command",
         "events",
         "now_us",
@@ -100,6 +103,8 @@ class Draft:
         self._blocks_opened: dict[BlockRef, Block] = {}
         self._blocks: dict[BlockRef, BlockChanged] = {}
         self._wallets: dict[WalletRef, WalletChanged] = {}
+        self._watched: dict[WalletRef, tuple[tuple[Alert, ...], tuple[Alert, ...]]] = {}
+        """What a wallet is watched for from now on, and which of that counts as rung."""
 
     # What is there, with this draft's changes on top.
 
@@ -168,6 +173,36 @@ class Draft:
         wallet_change = self._wallets.get(ref)
         return balance if wallet_change is None else balance - wallet_change.receivable
 
+    # What is watched.
+
+    def watch(self, ref: WalletRef, watched: tuple[Alert, ...]) -> None:
+        """Watch the wallet, if there is one, for *watched* instead of for what it was watched for."""
+        wallet = self.wallet(ref)
+        if wallet is None or wallet.alerts == watched:
+            return
+        self.change_wallet(ref)
+        balance = self.state.balance(ref, self.now_us)
+        self._watched[ref] = watched, alerts.carried(watched, wallet.alerts, wallet.rung, balance)
+
+    def _ring(self) -> None:
+        """Ring what the balances of this draft are below of, each alert once a crossing."""
+        for ref in list(self._wallets):
+            wallet = self.wallet(ref)
+            assert wallet is not None, "what changes is there"
+            news = self._watched.get(ref)
+            if news is None and not wallet.alerts:
+                continue
+            watched, before = news or (wallet.alerts, wallet.rung)
+            balance = self.balance(ref)
+            rung = alerts.below(watched, balance)
+            for alert in rung:
+                if alert not in before:
+                    self.raise_event(ref, alerts.EVENTS[alert.kind], alerts.facts(alert, balance))
+            if watched != wallet.alerts:
+                self._wallets[ref] = msgspec.structs.replace(self._wallets[ref], alerts=watched)
+            if rung != wallet.rung:
+                self._wallets[ref] = msgspec.structs.replace(self._wallets[ref], rung=rung)
+
     # What changes.
 
     def open_wallet(self, ref: WalletRef, asset: str) -> Wallet:
@@ -225,6 +260,8 @@ class Draft:
         overdraft_reserved: int = 0,
         blocks_opened: int = 0,
         events_raised: int = 0,
+        frozen: bool | None = None,
+        overdraft_limit: int | None = None,
         debts: Debts | None = None,
     ) -> None:
         before = self._wallets.get(ref)
@@ -233,9 +270,19 @@ class Draft:
             overdraft_reserved += before.overdraft_reserved
             blocks_opened += before.blocks_opened
             events_raised += before.events_raised
+            frozen = before.frozen if frozen is None else frozen
+            overdraft_limit = before.overdraft_limit if overdraft_limit is None else overdraft_limit
             debts = before.debts if debts is None else debts
         self._wallets[ref] = WalletChanged(
-            ref, self.now_us, receivable, overdraft_reserved, blocks_opened, events_raised, None, None, debts
+            ref,
+            self.now_us,
+            receivable,
+            overdraft_reserved,
+            blocks_opened,
+            events_raised,
+            frozen,
+            overdraft_limit,
+            debts,
         )
 
     def hold(self, source: Source, amount: int) -> None:
@@ -347,6 +394,7 @@ class Draft:
         self, result: Result, reservation: Reservation | None = None, *, answers: tuple[str, str] | None = None
     ) -> Applied:
         """All facts of this draft, and the *reservation* as it is now; a changed wallet's version rises once."""
+        self._ring()
         facts: list[Fact] = [*self.transfers]
         if self._wallets_opened:
             facts += map(WalletOpened, self._wallets_opened.values())

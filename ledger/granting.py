@@ -8,7 +8,6 @@ from ledger.debts import repay
 from ledger.draft import FUNDING_ACCOUNT, NO_TAGS, Draft, Source
 from ledger.model import AMOUNT_MAX, Account, Block, Funding, Wallet, WalletRef
 from ledger.outcomes import (
-    Applied,
     BlockChanged,
     Changed,
     Expired,
@@ -17,7 +16,6 @@ from ledger.outcomes import (
     Reason,
     Rejected,
     Revoked,
-    WalletChanged,
 )
 from ledger.state import State
 
@@ -266,16 +264,15 @@ def expire(state: State, command: Expire, now_us: int) -> Outcome:
 def freeze(state: State, command: Freeze, now_us: int) -> Outcome:
     if command.wallet not in state.wallets:
         return Rejected(Reason.NOT_FOUND)
+    draft = Draft(state, command, now_us)
     if command.block_id is None:
-        changed = WalletChanged(wallet=command.wallet, at_us=now_us, frozen=command.frozen)
-        return Applied(result=Changed(), facts=(changed,))
+        draft.change_wallet(command.wallet, frozen=command.frozen)
+        return draft.applied(Changed())
     if command.block_id not in state.blocks.get(command.wallet, {}):
         return Rejected(Reason.NOT_FOUND)
-    facts = (
-        BlockChanged(wallet=command.wallet, block=command.block_id, frozen=command.frozen),
-        WalletChanged(wallet=command.wallet, at_us=now_us),
-    )
-    return Applied(result=Changed(), facts=facts)
+    draft.change_wallet(command.wallet)
+    draft.other.append(BlockChanged(wallet=command.wallet, block=command.block_id, frozen=command.frozen))
+    return draft.applied(Changed())
 
 
 def set_overdraft(state: State, command: SetOverdraft, now_us: int) -> Outcome:
@@ -285,7 +282,7 @@ def set_overdraft(state: State, command: SetOverdraft, now_us: int) -> Outcome:
     wallet = draft.open_wallet(command.wallet, command.asset)
     if wallet.asset != command.asset:
         return Rejected(Reason.ASSET_MISMATCH)
-    draft.other.append(WalletChanged(wallet=command.wallet, at_us=now_us, overdraft_limit=command.limit))
+    draft.change_wallet(command.wallet, overdraft_limit=command.limit)
     return draft.applied(Changed())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from ledger import alerts
 from ledger.model import (
     USD_ASSET,
     WALLET_PREFIX,
@@ -91,6 +92,8 @@ def check_state(state: State, *, operator: str | None = None) -> Iterator[Violat
         for part in reservation.slices:
             held[part.wallet, part.block] += part.amount
     for ref, wallet in state.wallets.items():
+        if not set(wallet.rung) <= set(wallet.alerts):
+            yield Violation("a wallet rings only what it is watched for", {"wallet": ref})
         if wallet.receivable < 0 or wallet.overdraft_reserved < 0 or wallet.overdraft_limit < 0:
             yield Violation("a wallet's amounts must not be negative", {"wallet": ref})
         yield from _check_held(held.pop((ref, None), 0), wallet.overdraft_reserved, ref, None)
@@ -213,6 +216,7 @@ class Audit:
                 self._accounts[ref] += amount
                 wallets[ref] = None
         self._check_touched(wallets, held)
+        self._check_rung(entry)
         self._check_cost(entry)
         self._check_booked(entry, charged)
 
@@ -404,6 +408,18 @@ class Audit:
         if booked != charged:
             wrong = [booking for booking in {**booked, **charged} if booked[booking] != charged[booking]]
             self._report("a charge is booked as its reservation tells it", entry, differing=wrong)
+
+    def _check_rung(self, entry: JournalEntry) -> None:
+        """What an entry says of a wallet's alerts is what they are, by the balance that it leaves.
+
+        One that says nothing of them may be an older release's, which does not know of them.
+        """
+        for fact in entry.facts:
+            if isinstance(fact, WalletChanged) and (fact.alerts, fact.rung) != (None, None):
+                wallet = self.state.wallets.get(fact.wallet)
+                balance = self.state.balance(fact.wallet, entry.at_us)
+                if wallet is not None and wallet.rung != alerts.below(wallet.alerts, balance):
+                    self._report("what has rung is what the balance is below of", entry, fact=fact, balance=balance)
 
     def _check_cost(self, entry: JournalEntry) -> None:
         """The provider's cost is in the journal as the usage tells it."""

@@ -8,7 +8,7 @@ A value cannot contain itself, so the cycle collector need not look at it (``gc=
 """
 
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -113,6 +113,15 @@ class Restriction(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
 UNRESTRICTED = Restriction()
 
+AlertKind = Literal["low", "exhausted", "top_up"]
+
+
+class Alert(msgspec.Struct, frozen=True, gc=False):
+    """A wallet is watched for its balance to sink *below* this."""
+
+    kind: AlertKind
+    below: int
+
 
 class Debts(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What a wallet's receivable comes from, and what has repaid it.
@@ -136,7 +145,8 @@ class Wallet(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     ``receivable`` is what was used beyond the blocks under an agreed overdraft or after a claw-back; the next grant
     repays it first. ``overdraft_reserved`` is the part of the overdraft that open reservations hold. ``version``
-    rises with every command that touches the wallet.
+    rises with every command that touches the wallet. ``rung`` are those of its ``alerts`` that the balance was below of
+    with the last command that touched the wallet; in the order of ``alerts``.
     """
 
     ref: WalletRef
@@ -150,6 +160,8 @@ class Wallet(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     blocks_opened: int = 0
     events_raised: int = 0
     debts: Debts = NO_DEBTS
+    alerts: tuple[Alert, ...] = ()
+    rung: tuple[Alert, ...] = ()
 
     @property
     def account(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from ledger.model import (
+    Alert,
     Block,
     Charge,
     Debts,
@@ -173,6 +174,8 @@ class WalletChanged(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, t
     overdraft_limit: int | None = None
     debts: Debts | None = None
     """As they are now, where they have changed."""
+    alerts: tuple[Alert, ...] | None = None
+    rung: tuple[Alert, ...] | None = None
 
 
 class BlockOpened(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="block_opened"):

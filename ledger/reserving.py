@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from ledger import alerts
 from ledger.commands import Debit, Extend, Hold, Reserve, ReserveLeg
 from ledger.draft import NO_TAGS, Draft, Source, total
 from ledger.limits import open_period, sensible
@@ -76,7 +77,14 @@ def _well_formed(command: Hold) -> bool:
     for leg in command.legs:
         if not leg.wallets or not 0 <= leg.minimum <= leg.amount <= AMOUNT_MAX:
             return False
-    return len(command.legs) > 0 and all(map(sensible, command.limits))
+    return len(command.legs) > 0 and all(map(sensible, command.limits)) and _watches_payers(command)
+
+
+def _watches_payers(command: Hold) -> bool:
+    for watch in command.watches:
+        if not alerts.sensible(watch.alerts) or not any(watch.wallet in leg.wallets for leg in command.legs):
+            return False
+    return True
 
 
 def chargeable(settlement: Settlement, *, legs: int, already: int = 0) -> bool:
@@ -112,6 +120,8 @@ def hold_all(
             return Rejected(Reason.ASSET_MISMATCH)
     legs = tuple([Leg(_distinct(leg.wallets)) for leg in command.legs])
     draft.open_wallet(legs[0].wallets[0], command.asset)
+    for watch in command.watches:
+        draft.watch(watch.wallet, watch.alerts)
     reservation = Reservation(
         ref=command.reservation,
         state=ReservationState.OPEN,

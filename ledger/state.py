@@ -80,6 +80,8 @@ def _change_wallet(state: State, change: WalletChanged) -> None:
         frozen=wallet.frozen if change.frozen is None else change.frozen,
         overdraft_limit=wallet.overdraft_limit if change.overdraft_limit is None else change.overdraft_limit,
         debts=wallet.debts if change.debts is None else change.debts,
+        alerts=wallet.alerts if change.alerts is None else change.alerts,
+        rung=wallet.rung if change.rung is None else change.rung,
         version=wallet.version + 1,
         last_fact_us=max(wallet.last_fact_us, change.at_us),
     )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from ledger.commands import Reverse, TopUp
 from ledger.debts import repay
 from ledger.draft import FUNDING_ACCOUNT, Draft
-from ledger.model import AMOUNT_MAX, Account, Block, Funding, Reversal
+from ledger.model import AMOUNT_MAX, NOT_REVERSED, Account, Block, Funding, Reversal
 from ledger.outcomes import Outcome, Reason, Rejected, ToppedUp
 from ledger.state import State
 
@@ -98,7 +98,7 @@ def _open(draft: Draft, command: TopUp, lot: Lot) -> int:
         operator_paid=True,
         payment_reference=command.payment,
         metadata=command.metadata,
-        reversal=Reversal(spread=lot.spread),
+        reversal=Reversal(spread=lot.spread) if lot.spread else NOT_REVERSED,
     )
     draft.open_block(block)
     draft.raise_block_event("credit.granted", block)

@@ -35,6 +35,7 @@ from gateway.api import (
     reservations,
     revocations,
     rules,
+    stripe_webhook,
     tenants,
     topup,
     usage,
@@ -86,7 +87,7 @@ RESOURCES: Final = (
     autumn,
     chargly,
 )
-PLAIN: Final = (health, docs)
+PLAIN: Final = (health, docs, stripe_webhook)
 """They need no key."""
 
 

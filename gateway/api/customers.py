@@ -17,9 +17,11 @@ from gateway.api.wire import (
     Body,
     Metadata,
     Page,
+    Thresholds,
     Time,
     View,
     Word,
+    check_thresholds,
     units_of_millis,
 )
 from gateway.clock import time_text
@@ -27,7 +29,9 @@ from gateway.database import Transactions
 from gateway.identity.customer_rows import CustomerChange, CustomerInfo
 from gateway.identity.customers import check_external_id
 from gateway.identity.principals import Principal
+from gateway.identity.thresholds import LOW_BALANCE
 from gateway.tables import EXTERNAL_ID_LENGTH_MAX
+from ledger.model import Scope
 from pricing.money import Asset
 
 router = APIRouter(prefix="/v1", tags=["customers"], route_class=ExactRoute)
@@ -78,7 +82,9 @@ class NamesCustomer(Body):
 
 
 class CustomerSettings(BaseModel):
-    """What a customer has agreed to. What is left out stays as it is; null goes back to the pack's own."""
+    """What a customer has agreed to, and what is told of them. What is left out stays as it is; null goes back to what
+    the pack, or the tenant, has.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -93,6 +99,11 @@ class CustomerSettings(BaseModel):
         default=None, strict=True, ge=1, description="Millicredits, instead of the pack's credits."
     )
 
+    low_balance_thresholds: Thresholds | None = Field(
+        default=None,
+        description="Millicredits below which `credit.low` tells, instead of the tenant's. An empty list: none.",
+    )
+
     def named(self, asset: Asset) -> dict[str, Any]:
         """Those that were sent.
 
@@ -103,7 +114,9 @@ class CustomerSettings(BaseModel):
             amount = getattr(self, name)
             if amount is not None:
                 units_of_millis(amount, asset, param=f"settings.{name}")
-        return self.model_dump(exclude_unset=True)
+        if self.low_balance_thresholds is not None:
+            check_thresholds(self.low_balance_thresholds, asset, param=f"settings.{LOW_BALANCE}")
+        return self.model_dump(exclude_unset=True, mode="json")
 
 
 class NewCustomer(Body):
@@ -172,6 +185,8 @@ async def create_customer(
     view = await once(request, response, services, principal, key=key, act=act, view=CustomerView)
     # The ledger is not asked within the transaction. Whoever comes first after us would do it too.
     await services.customers.named(principal.tenant_id, principal.mode, view.id)
+    if body.settings is not None:
+        services.alerts.forget(Scope(principal.tenant_id, principal.mode), view.id)
     etag(response, view.version)
     return view
 
@@ -230,8 +245,10 @@ async def change_customer(
 
     key = key_of(request, body, "customers.change", about=customer, change=True)
     view = await once(request, response, services, principal, key=key, act=act, view=CustomerView)
-    if body.external_id is not None:  # Nothing else of a customer is remembered.
+    if body.external_id is not None:
         services.changes.announce()
+    if body.settings is not None:
+        services.alerts.forget(Scope(principal.tenant_id, principal.mode), view.id)
     etag(response, view.version)
     return view
 

@@ -34,6 +34,10 @@ NAMES: Final[Mapping[str, str]] = {
     "reason": "reason",
     "cause": "cause",
     "pack": "pack",
+    "order": "order_id",
+    "package": "package",
+    "price": "price",
+    "currency": "currency",
     "metric": "billable_metric_key",
     "action": "action",
     "model": "model",
@@ -46,7 +50,10 @@ AMOUNTS: Final[Mapping[str, str]] = {
     "charged": "charged",
     "refunded": "refunded",
     "price": "price",
+    "bonus": "bonus",
     "owed": "owed",
+    "threshold": "threshold",
+    "balance": "balance",
 }
 
 CustomerObject = Callable[[str, str, str], Awaitable[dict[str, Any] | None]]

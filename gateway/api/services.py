@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
+from gateway.billing.alerts import Alerts
 from gateway.billing.budget_book import BudgetBook
 from gateway.billing.budgets import Budgets
 from gateway.billing.catalog import Catalog
@@ -58,6 +59,7 @@ class Services:
     charging: Charging
     budgets: Budgets
     budget_book: BudgetBook
+    alerts: Alerts
     refunds: Refunds
     reservations: Reservations
     packs: Packs

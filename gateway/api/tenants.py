@@ -10,13 +10,26 @@ from gateway.api.idempotency import key_of, once
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here
 from gateway.api.versions import etag, expected_version
-from gateway.api.wire import Body, Credits, Metadata, Millicredits, Text, View, Word, amounts, units_of_millis
+from gateway.api.wire import (
+    Body,
+    Credits,
+    Metadata,
+    Millicredits,
+    Text,
+    Thresholds,
+    View,
+    Word,
+    amounts,
+    check_thresholds,
+    units_of_millis,
+)
 from gateway.database import Transactions
 from gateway.errors import not_found
 from gateway.identity.availability import Availability
 from gateway.identity.default_grant import DefaultGrant
 from gateway.identity.principals import Principal
 from gateway.identity.tenants import GRANT_LIFE_S_MAX, GRANT_PARAM, TenantInfo
+from gateway.identity.thresholds import LOW_BALANCE
 from ledger.model import PRIORITY_MAX
 from pricing.money import Asset
 
@@ -75,6 +88,11 @@ class TenantConfigChange(Body):
     open_allowance: int | None = Field(
         default=None, strict=True, ge=0, description="Millicredits that each process may serve before it is back."
     )
+    low_balance_thresholds: Thresholds | None = Field(
+        default=None,
+        description="Millicredits. `credit.low` tells when the balance of a customer, or of a developer's own wallet, "
+        "sinks below one of them. An empty list: none.",
+    )
 
 
 class DefaultGrantView(View):
@@ -95,6 +113,7 @@ class TenantConfigView(View):
     when_ledger_is_down: str = Field(examples=["closed"])
     open_allowance: Millicredits
     open_allowance_decimal: Credits
+    low_balance_thresholds: tuple[Millicredits, ...] = Field(examples=[[5000, 1000]])
     version: int = Field(description="Rises with every change; the ETag.")
 
 
@@ -116,6 +135,7 @@ def config_view(tenant: TenantInfo, asset: Asset) -> TenantConfigView:
         tenant_id=tenant.id,
         default_grant=shown,
         when_ledger_is_down=availability.choice,
+        low_balance_thresholds=tenant.low_balance_thresholds,
         version=tenant.version,
         **amounts(asset, open_allowance=availability.allowance),
     )
@@ -160,6 +180,9 @@ async def change_tenant_config(
     grant: DefaultGrant | Literal["none"] | None = None
     if GRANT_PARAM in body.model_fields_set:
         grant = "none" if body.default_grant is None else body.default_grant.terms(principal.asset)
+    thresholds = body.low_balance_thresholds
+    if thresholds is not None:
+        check_thresholds(thresholds, principal.asset, param=LOW_BALANCE)
     expected = expected_version(request)
 
     async def act(transactions: Transactions) -> TenantConfigView:
@@ -168,6 +191,7 @@ async def change_tenant_config(
             when_ledger_is_down=body.when_ledger_is_down,
             open_allowance=allowance,
             default_grant=grant,
+            low_balance_thresholds=thresholds,
             version=expected,
         )
         return config_view(changed, principal.asset)

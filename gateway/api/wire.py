@@ -14,6 +14,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, 
 
 from gateway.clock import EPOCH, MICROSECOND
 from gateway.errors import invalid_request
+from gateway.identity.thresholds import THRESHOLDS_MAX
 from pricing.metering import MICROS_PER_UNIT, UNITS_MAX, microunits
 from pricing.money import Asset, parse_decimal
 
@@ -116,6 +117,14 @@ def units_of_usd(usd: Decimal, asset: Asset, *, param: str) -> int:
     return units
 
 
+def check_thresholds(thresholds: tuple[int, ...], asset: Asset, *, param: str) -> None:
+    """Raises ApiError 400 naming *param* for a threshold that the asset cannot hold, or that is there twice."""
+    for threshold in thresholds:
+        units_of_millis(threshold, asset, param=param)
+    if len(set(thresholds)) < len(thresholds):
+        raise invalid_request(f"{param} has a threshold twice.", param=param)
+
+
 def shown_units(micros: int) -> float | int:
     """A quantity in millionths, as the JSON number that has its exact digits: a double tells all that there can be."""
     whole, part = divmod(micros, MICROS_PER_UNIT)
@@ -207,3 +216,6 @@ Metadata = Annotated[
 ]
 Text = Annotated[str, AfterValidator(_printable), Field(max_length=TEXT_LENGTH_MAX)]
 Word = Annotated[str, AfterValidator(_printable), Field(min_length=1, max_length=256)]
+Thresholds = Annotated[
+    tuple[Annotated[int, Field(strict=True, ge=1)], ...], Field(max_length=THRESHOLDS_MAX, examples=[[5000, 1000]])
+]

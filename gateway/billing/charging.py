@@ -4,6 +4,7 @@ from typing import TypeVar
 
 import msgspec
 
+from gateway.billing.alerts import Alerts
 from gateway.billing.auto_buy import AutoBuy
 from gateway.billing.budgets import Budgets
 from gateway.billing.spender import Spender
@@ -18,14 +19,15 @@ Asked = TypeVar("Asked", bound=Reserve | Debit | Extend)
 
 
 class Charging:
-    """Puts a hold or a debit to the ledger, under the budgets of who spends.
+    """Puts a hold or a debit to the ledger, under the budgets of who spends, and with what its payers are watched for.
 
     A plan that has run out is followed by the next, if its customer agreed.
     """
 
-    def __init__(self, ledger: Ledger, *, budgets: Budgets, auto_buy: AutoBuy) -> None:
+    def __init__(self, ledger: Ledger, *, budgets: Budgets, alerts: Alerts, auto_buy: AutoBuy) -> None:
         self._ledger = ledger
         self._budgets = budgets
+        self._alerts = alerts
         self._auto_buy = auto_buy
 
     async def ask(self, command: Reserve | Debit | Extend, spender: Spender) -> Applied:
@@ -37,6 +39,8 @@ class Charging:
             LedgerUnavailable
         """
         limited = await self.limited(command, spender)
+        if not isinstance(limited, Extend):  # Whoever extends has been watched since the reservation.
+            limited = msgspec.structs.replace(limited, watches=await self._alerts.watches(limited))
         try:
             return await self._asked(limited, spender)
         except LimitReached as refused:

@@ -7,6 +7,7 @@ import msgspec
 from sqlalchemy import Select, Update, select, update
 from sqlmodel import col
 
+from gateway.identity.thresholds import thresholds_of
 from gateway.tables import Customer
 
 CUSTOMER_PREFIX: Final = "cus_"
@@ -64,6 +65,8 @@ def update_customers(tenant_id: str, mode: str, change: CustomerChange) -> Updat
     """Of those who are not erased. Every change is a version; to change nothing is none."""
     table = Customer.__table__  # type: ignore[attr-defined]
     asked = {"external_id": change.external_id, "metadata": change.metadata, "settings": change.settings}
-    values = {table.c[column]: value for column, value in asked.items() if value is not None}
+    values: dict[Any, Any] = {table.c[column]: value for column, value in asked.items() if value is not None}
     changed = 1 if values else 0
+    if change.settings is not None:
+        values[table.c.own_alerts] = thresholds_of(change.settings).own
     return update(table).where(*of_all(tenant_id, mode)).values({**values, table.c.version: table.c.version + changed})

@@ -39,6 +39,7 @@ from gateway.identity.customer_rows import (
     update_customers,
 )
 from gateway.identity.default_grant import GiveWelcome, Welcome, welcome_due
+from gateway.identity.thresholds import thresholds_of
 from gateway.ids import new_id, reserved_prefix
 from gateway.lru import LRU
 from gateway.tables import EXTERNAL_ID_LENGTH_MAX, Customer, Tenant
@@ -308,6 +309,7 @@ class Customers:
                 "external_id": name.external_id,
                 "metadata": change.metadata or {},
                 "settings": change.settings or {},
+                "own_alerts": thresholds_of(change.settings or {}).own,
                 "version": 1,
                 "welcome": welcome_due(settings, asset),
                 "created_at_us": self._now_us(),

@@ -16,6 +16,7 @@ from gateway.identity.availability import Availability, Chosen, chosen, open_all
 from gateway.identity.default_grant import DefaultGrant, default_grant, with_default_grant
 from gateway.identity.keys import APP_SCOPES, INSTALLATION_SCOPES, KeyKind, KeyScope
 from gateway.identity.principals import BillingMode, OnDisconnect
+from gateway.identity.thresholds import thresholds_of, with_thresholds
 from gateway.records import Records
 from gateway.tables import AMOUNT_MAX, MARKUP_BPS_MAX, NAME_LENGTH_MAX, ApiKey, App, AssetVersion, Tenant
 from ledger.model import PRIORITY_MAX
@@ -53,6 +54,11 @@ class TenantInfo(msgspec.Struct, frozen=True):
     def default_grant(self) -> DefaultGrant | None:
         """What its new customers get."""
         return default_grant(self.settings)
+
+    @property
+    def low_balance_thresholds(self) -> tuple[int, ...]:
+        """Below what balances its customers' wallets and its developers' own ring, in millicredits."""
+        return thresholds_of(self.settings).low_balance_thresholds or ()
 
     @property
     def version(self) -> int:
@@ -181,6 +187,7 @@ class Tenants(Records):
         when_ledger_is_down: Availability | None = None,
         open_allowance: int | None = None,
         default_grant: DefaultGrant | Literal["none"] | None = None,
+        low_balance_thresholds: tuple[int, ...] | None = None,
         version: int | None = None,
     ) -> TenantInfo:
         """Change what is not None, if the settings are at *version*. All processes follow within a lease.
@@ -188,6 +195,7 @@ class Tenants(Records):
         Args:
             open_allowance: in the asset's smallest unit, for each process.
             default_grant: for customers who are new from now on; `none` ends it.
+            low_balance_thresholds: in millicredits that the asset can hold.
 
         Raises:
             ApiError: 400 for an allowance or a grant out of range, 404 for an unknown tenant, 412 at another version.
@@ -206,6 +214,8 @@ class Tenants(Records):
             changed = with_availability(settings, choice=when_ledger_is_down, allowance=open_allowance)
             if default_grant is not None:
                 changed = with_default_grant(changed, None if default_grant == "none" else default_grant)
+            if low_balance_thresholds is not None:
+                changed = with_thresholds(changed, low_balance_thresholds)
             if changed != settings:
                 changed[VERSION] = version_of(settings) + 1
                 await connection.execute(update(Tenant).where(col(Tenant.id) == tenant_id).values(settings=changed))

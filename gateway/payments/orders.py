@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import msgspec
-from sqlalchemy import Select, select, update
+from sqlalchemy import ColumnElement, Select, or_, select, update
 from sqlmodel import col
 
 from gateway.database import insert_new, of
@@ -87,26 +87,30 @@ class Orders(Records):
         """The processor has made a Checkout Session for it."""
         await self._change(order, session_id=session_id, checkout_url=checkout_url)
 
-    async def note_payment(self, order: Order, payment_intent: str) -> None:
-        """The processor's payment for it is known."""
-        await self._change(order, payment_intent=payment_intent)
+    async def note_payment(self, order: Order, payment_intent: str) -> bool:
+        """The processor's payment for it is known; False where another one is, which stays: an order is paid once."""
+        column = col(PaymentOrder.payment_intent)
+        free = or_(column.is_(None), column == payment_intent)
+        return bool(await self._change(order, free, payment_intent=payment_intent))
 
-    async def paid(self, order: Order) -> None:
-        await self._change(order, status="paid", failure=None, settled_at_us=self._now_us())
+    async def paid(self, order: Order) -> bool:
+        """False where it was before."""
+        not_yet = col(PaymentOrder.status) != "paid"
+        return bool(await self._change(order, not_yet, status="paid", failure=None, settled_at_us=self._now_us()))
 
     async def ended(self, order: Order, status: Literal["failed", "expired"], *, failure: str | None = None) -> bool:
         """It will not be paid, as far as one can tell; False where it had ended before."""
-        changed = await self._change(order, _if_open=True, status=status, failure=failure, settled_at_us=self._now_us())
-        return changed == 1
+        still_open = col(PaymentOrder.status) == "open"
+        changes = {"status": status, "failure": failure, "settled_at_us": self._now_us()}
+        return bool(await self._change(order, still_open, **changes))
 
-    async def _change(self, order: Order, *, _if_open: bool = False, **values: Any) -> int:
+    async def _change(self, order: Order, *conditions: ColumnElement[bool], **values: Any) -> int:
         matches = [
             col(PaymentOrder.tenant) == order.tenant,
             col(PaymentOrder.mode) == order.mode,
             col(PaymentOrder.id) == order.id,
+            *conditions,
         ]
-        if _if_open:
-            matches.append(col(PaymentOrder.status) == "open")
         async with self._transactions.write(of(order.tenant, order.mode)) as connection:
             return (await connection.execute(update(PaymentOrder).where(*matches).values(**values))).rowcount
 

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
+from gateway.payments.intake import Intake
 from gateway.payments.links import Links
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
+from gateway.payments.settling import Settler
 from gateway.payments.stripe_api import StripeAPI
 from gateway.settings import Settings
+from ledger.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,8 @@ class Payments:
     stripe: StripeAPI
     operator: OperatorScope
     links: Links
+    settler: Settler
+    intake: Intake
 
     async def close(self) -> None:
         """Let go of connections. Whoever works with it has ended."""
@@ -35,6 +40,7 @@ def open_payments(
     *,
     packages: Packages,
     database: Database,
+    ledger: Ledger,
     tenants: Tenants,
     now_us: Callable[[], int],
     new_id: Callable[[str], str],
@@ -48,10 +54,15 @@ def open_payments(
         webhook_secret=settings.stripe_webhook_secret.get_secret_value(),
         api_base=settings.stripe_api_base,
     )
+    orders = Orders(database, now_us=now_us, new_id=new_id)
+    operator = OperatorScope(tenants, stripe.mode)
+    settler = Settler(database, ledger, orders=orders, stripe=stripe, operator=operator, now_us=now_us, new_id=new_id)
     return Payments(
         packages=packages,
-        orders=Orders(database, now_us=now_us, new_id=new_id),
+        orders=orders,
         stripe=stripe,
-        operator=OperatorScope(tenants, stripe.mode),
+        operator=operator,
         links=Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us),
+        settler=settler,
+        intake=Intake(stripe, settler),
     )

@@ -32,6 +32,7 @@ LISTED_MAX: Final = 1_000
 """Payments of a customer, or refunds and disputes of a payment, that are read at most."""
 
 SIGNATURE_LIFE_S: Final = 300
+TOO_OLD: Final = "too old"
 _UNREADABLE: Final = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 StripeMode = Literal["live", "test"]
@@ -94,6 +95,7 @@ class StripeAPI:
     """Stripe, for one account.
 
     Args:
+        webhook_secret: several, with commas between them, while one is replaced by another.
         api_base: instead of Stripe's own address, as for a stand-in.
 
     Raises:
@@ -104,7 +106,7 @@ class StripeAPI:
         # It would tell Stripe about this machine, and keep an id in the home directory for that.
         stripe.enable_telemetry = False
         self.mode: StripeMode = "live" if key_is_live(secret_key) else "test"
-        self._webhook_secret = webhook_secret
+        self._webhook_secrets = [secret.strip() for secret in webhook_secret.split(",")]
         self._http = StripeHTTP()
         self._client = stripe.StripeClient(
             secret_key,
@@ -273,12 +275,11 @@ class StripeAPI:
         Raises:
             SignatureInvalid
         """
+        problems = {_problem(body, signature, secret) for secret in self._webhook_secrets}
+        if None not in problems:
+            raise SignatureInvalid(TOO_OLD if TOO_OLD in problems else "not signed with our secret")
         try:
-            stripe.WebhookSignature.verify_header(body, signature, self._webhook_secret, SIGNATURE_LIFE_S)
             event = msgspec.json.decode(body)
-        except stripe.SignatureVerificationError as error:
-            reason = "too old" if "tolerance" in str(error.user_message) else "not signed with our secret"
-            raise SignatureInvalid(reason) from None
         except _UNREADABLE:
             raise SignatureInvalid("not JSON") from None
         if not isinstance(event, dict):
@@ -317,6 +318,19 @@ class StripeAPI:
             raise ProcessorUnavailable(f"no answer within {TIMEOUT_S:g} s") from None
         except stripe.StripeError as error:
             raise _translated(error) from None
+
+
+def _problem(body: bytes, signature: str, secret: str) -> str | None:
+    """What is wrong with *signature*; None when it is *secret*'s, and fresh."""
+    if not signature.isascii():  # What compares signatures would fail on it.
+        return "not text"
+    try:
+        stripe.WebhookSignature.verify_header(body, signature, secret, SIGNATURE_LIFE_S)
+    except stripe.SignatureVerificationError as error:
+        return TOO_OLD if "tolerance" in str(error.user_message) else "another's"
+    except UnicodeDecodeError:
+        return "not text"
+    return None
 
 
 def key_is_live(secret_key: str) -> bool:

@@ -122,7 +122,8 @@ class Customer(SQLModel, table=True):
     """A tenant's user. The tenant names it by its own id, we by ours; the wallet hangs on ours.
 
     `welcome` is the default grant that is still due to them; null where there is none. From `erased_at_us` on nobody
-    finds them, and once all is erased `external_id` is our own id, so that their name is free.
+    finds them, and once all is erased `external_id` is our own id, so that their name is free. `own_alerts` tells that
+    their settings have thresholds, or an agreement to be topped up: nobody else is looked up for that.
     """
 
     __tablename__ = "customers"
@@ -131,6 +132,13 @@ class Customer(SQLModel, table=True):
         CheckConstraint(f"length(external_id) BETWEEN 1 AND {EXTERNAL_ID_LENGTH_MAX}", name="external_id_length"),
         UniqueConstraint("tenant", "mode", "external_id", name="customers_external_id"),
         ForeignKeyConstraint(["tenant"], ["tenants.id"]),
+        Index(
+            "customers_own_alerts",
+            "tenant",
+            "mode",
+            sqlite_where=text("own_alerts"),
+            postgresql_where=text("own_alerts"),
+        ),
     )
 
     tenant: str = Field(primary_key=True, sa_type=String)
@@ -145,6 +153,7 @@ class Customer(SQLModel, table=True):
     version: int = Field(default=1, sa_column_kwargs={"server_default": text("'1'")})
     welcome: dict[str, Any] | None = Field(default=None, sa_type=JSON(none_as_null=True))
     erased_at_us: int | None = Field(default=None, sa_type=BigInteger)
+    own_alerts: bool = Field(default=False, sa_column_kwargs={"server_default": text("false")})
 
 
 class KeptAnswer(SQLModel, table=True):

@@ -86,6 +86,9 @@ _BEGIN: Final = f"BEGIN; SET LOCAL lock_timeout = {LOCK_WAIT_MS}"
 _LOAD: Final = "SELECT farebox_load_v1($1, $2, $3, $4, $5, $6)"
 _WRITE: Final = f"SELECT farebox_write_v2({', '.join(f'${number}' for number in range(1, 14))})"
 _APPLY: Final = f"SELECT farebox_apply_v2({', '.join(f'${number}' for number in range(1, 27))})"
+_WRITE_WATCHED: Final = f"SELECT farebox_write_v3({', '.join(f'${number}' for number in range(1, 15))})"
+_APPLY_WATCHED: Final = f"SELECT farebox_apply_v3({', '.join(f'${number}' for number in range(1, 28))})"
+"""These two also write what wallets are watched for."""
 
 
 class _Loaded(msgspec.Struct):
@@ -311,7 +314,8 @@ class Batches:
         await self._announce(writes)
         try:
             async with self._connections.one(limit_s=BATCH_S) as connection:
-                answer = _decode_answer(await connection.fetchval(_APPLY, *parameters))
+                apply = _APPLY_WATCHED if writes.wallets_watched else _APPLY
+                answer = _decode_answer(await connection.fetchval(apply, *parameters))
         except asyncpg.UniqueViolationError:
             return False
         self._read_clock(answer.now_us)
@@ -373,7 +377,8 @@ class Batches:
             written = rows.writes_of(writes, keys_there)
             await self._announce(writes)
             if writes.journal:
-                await connection.fetchval(_WRITE, *written.parameters)
+                write = _WRITE_WATCHED if writes.wallets_watched else _WRITE
+                await connection.fetchval(write, *written.parameters)
             # A repetition is told that it has happened. A server that was started anew before its standby had it waits
             # for the standby only when something is committed: the locks.
             told = writes.journal or any(isinstance(each, Applied) and each.replayed for each in outcomes)

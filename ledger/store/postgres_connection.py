@@ -28,7 +28,7 @@ STATEMENT_MS: Final = 8_000
 ABANDONED_MS: Final = 10_000
 """How long the server keeps a transaction, and its locks, whose client says nothing more."""
 
-FUNCTION: Final = "farebox_apply_v2"
+FUNCTION: Final = "farebox_apply_v3"
 """Made by the last migration that this store needs."""
 
 _SET_UP: Final = (

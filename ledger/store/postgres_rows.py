@@ -25,7 +25,8 @@ from ledger.store.rows import (
     to_json,
     transfer_row,
     usage_row,
-    wallet_row,
+    wallet_books,
+    wallet_watched,
 )
 
 _encode = msgspec.json.Encoder().encode
@@ -80,7 +81,10 @@ def _changes_of(block: Block) -> Row:
 
 
 class Written(NamedTuple):
-    """What a batch writes: the parameters of ``farebox_write_v2``, in its order, and the texts of the reservations."""
+    """What a batch writes: the parameters of ``farebox_write_v2``, in its order, and the texts of the reservations.
+
+    What wallets are watched for comes last, for ``farebox_write_v3``, and only where that has changed.
+    """
 
     parameters: tuple[Any, ...]
     bodies: dict[ReservationRef, str]
@@ -104,8 +108,8 @@ def writes_of(writes: Writes, keys_there: Iterable[KeyRef]) -> Written:
     opened = [reservation_row(reservation) for reservation in writes.reservations_opened]
     changed = [reservation_row(reservation) for reservation in writes.reservations_changed]
     parameters = (
-        list(map(wallet_row, writes.wallets_opened)),
-        [(*wallet_row(wallet), was) for wallet, was in writes.wallets_changed],
+        list(map(wallet_books, writes.wallets_opened)),
+        [(*wallet_books(wallet), was) for wallet, was in writes.wallets_changed],
         [*((*scope, operation, key) for scope, operation, key in writes.keys_freed), *taken_anew],
         taken,
         commands,
@@ -118,6 +122,7 @@ def writes_of(writes: Writes, keys_there: Iterable[KeyRef]) -> Written:
         [event_row(raised)[:-1] for raised in writes.events],
         list(map(usage_row, writes.usage)),
     )
-    return Written(
-        tuple(rows or None for rows in parameters), {ReservationRef(*row[:3]): row[-1] for row in (*opened, *changed)}
-    )
+    given = [rows or None for rows in parameters]
+    if writes.wallets_watched:
+        given.append([(*wallet.ref, *wallet_watched(wallet)) for wallet in writes.wallets_watched])
+    return Written(tuple(given), {ReservationRef(*row[:3]): row[-1] for row in (*opened, *changed)})

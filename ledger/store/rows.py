@@ -11,6 +11,7 @@ from ledger.model import (
     NO_DEBTS,
     NOT_REVERSED,
     UNRESTRICTED,
+    Alert,
     Block,
     Charge,
     Debts,
@@ -37,6 +38,7 @@ _decode_debts = msgspec.json.Decoder(Debts).decode
 _decode_reversal = msgspec.json.Decoder(Reversal).decode
 _decode_wallet_ref = msgspec.json.Decoder(WalletRef).decode
 _decode_mapping = msgspec.json.Decoder(dict[str, Any]).decode
+_decode_alerts = msgspec.json.Decoder(tuple[Alert, ...]).decode
 _decode_units = msgspec.json.Decoder(dict[str, int]).decode
 _decode_charges = msgspec.json.Decoder(tuple[Charge, ...]).decode
 _decode_headers = msgspec.json.Decoder(tuple[tuple[str, str], ...]).decode
@@ -60,6 +62,16 @@ def result_from(body: str) -> Result:
 
 
 def wallet_row(wallet: Wallet) -> Row:
+    return (*wallet_books(wallet), *wallet_watched(wallet))
+
+
+def wallet_watched(wallet: Wallet) -> Row:
+    """What few commands change of a wallet."""
+    return (to_json(wallet.alerts) if wallet.alerts else None, to_json(wallet.rung) if wallet.rung else None)
+
+
+def wallet_books(wallet: Wallet) -> Row:
+    """A wallet's row without what it is watched for."""
     return (
         *wallet.ref,
         wallet.asset,
@@ -88,6 +100,8 @@ def wallet_from(row: Sequence[Any]) -> Wallet:
         blocks_opened=row[10],
         events_raised=row[11],
         debts=NO_DEBTS if row[12] is None else _decode_debts(row[12]),
+        alerts=() if row[13] is None else _decode_alerts(row[13]),
+        rung=() if row[14] is None else _decode_alerts(row[14]),
     )
 
 

@@ -44,8 +44,10 @@ from ledger.store.rows import (
     to_json,
     transfer_row,
     usage_row,
+    wallet_books,
     wallet_from,
     wallet_row,
+    wallet_watched,
 )
 
 WALLETS_KEPT_MAX = 10_000
@@ -95,6 +97,7 @@ _WALLET_CHANGES = (
     "debts",
 )
 _CHANGE_WALLETS = statements.update("ledger_wallet", (*_WALLET, "version"), _WALLET_CHANGES)
+_WATCH_WALLETS = statements.update("ledger_wallet", _WALLET, ("alerts", "rung"))
 
 _BLOCK_CHANGES = ("granted", "consumed", "reserved", "expired", "revoked", "clawed", "remaining", "frozen", "reversal")
 _CHANGE_BLOCKS = statements.update("ledger_block", (*_WALLET, "id"), _BLOCK_CHANGES)
@@ -299,12 +302,13 @@ class BatchConnection:
             _CHANGE_WALLETS.run(
                 connection,
                 [
-                    (*wallet.ref, version, *wallet_row(wallet)[4:])  # All but what never changes.
+                    (*wallet.ref, version, *wallet_books(wallet)[4:])  # All but what never changes.
                     for wallet, version in writes.wallets_changed
                 ],
             ),
             len(writes.wallets_changed),
         )
+        _WATCH_WALLETS.run(connection, [(*wallet.ref, *wallet_watched(wallet)) for wallet in writes.wallets_watched])
         _ADD_BLOCKS.run(connection, [block_row(block) for block in writes.blocks_opened])
         self._change_blocks(writes)
         _ADD_RESERVATIONS.run(connection, [reservation_row(reservation) for reservation in writes.reservations_opened])

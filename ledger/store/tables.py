@@ -76,7 +76,7 @@ class LedgerTransferRow(SQLModel, table=True):
 
 
 class LedgerWalletRow(SQLModel, table=True):
-    """*debts* are JSON, NULL where there are none."""
+    """*debts*, *alerts* and *rung* are JSON, NULL where there are none."""
 
     __tablename__ = "ledger_wallet"
     __table_args__ = (
@@ -99,6 +99,8 @@ class LedgerWalletRow(SQLModel, table=True):
     blocks_opened: int = Field(sa_type=BigInteger)
     events_raised: int = Field(sa_type=BigInteger)
     debts: str | None = Field(default=None, sa_type=Text)
+    alerts: str | None = Field(default=None, sa_type=Text)
+    rung: str | None = Field(default=None, sa_type=Text)
 
 
 class LedgerBlockRow(SQLModel, table=True):

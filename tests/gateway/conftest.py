@@ -15,7 +15,10 @@ from tests.gateway.office import Office, open_office
 from tests.gateway.rig import empty_database, name_database
 
 STORES = ("sqlite", "postgresql")
-ON_EVERY_STORE = ("test_journey_", "test_api_", "test_isolation", "test_idempotency", "test_readiness", "test_metrics")
+ON_EVERY_STORE = (
+    *("test_journey_", "test_api_", "test_isolation", "test_idempotency", "test_readiness", "test_metrics"),
+    "test_stripe_webhook",
+)
 
 
 @dataclass

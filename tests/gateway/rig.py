@@ -16,6 +16,7 @@ import httpx
 import uvicorn
 from sqlalchemy import text
 
+from gateway.billing.alerts import Alerts
 from gateway.billing.auto_buy import AutoBuy
 from gateway.billing.budget_book import BudgetBook
 from gateway.billing.budgets import Budgets
@@ -470,6 +471,7 @@ async def running(
         charging=Charging(
             ledger,
             budgets=Budgets(BudgetBook(database), ledger, now_us=clock.now_us),
+            alerts=Alerts(database),
             auto_buy=AutoBuy(database, ledger, Packs(database, ledger)),
         ),
         live=live,

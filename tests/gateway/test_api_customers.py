@@ -12,6 +12,7 @@ NO_SETTINGS: Final = {
     "auto_buy_pack": None,
     "auto_buy_price": None,
     "auto_buy_credits": None,
+    "low_balance_thresholds": None,
 }
 
 
@@ -33,7 +34,7 @@ async def test_a_change_replaces_metadata_and_those_settings_that_it_names(offic
     answer = await office.ask("PATCH", "/v1/customers/alice", {"settings": {"auto_buy_enabled": True}})
     assert (answer.status_code, answer.headers["etag"]) == (200, '"2"')
     assert answer.json()["metadata"] == {"a": 1}
-    agreed = {"auto_buy_enabled": True, "auto_buy_pack": "weekly", "auto_buy_price": 5000, "auto_buy_credits": None}
+    agreed = {**NO_SETTINGS, "auto_buy_enabled": True, "auto_buy_pack": "weekly", "auto_buy_price": 5000}
     assert answer.json()["settings"] == agreed
     changes = {"metadata": {"b": [2.5]}, "settings": {"auto_buy_price": None}}
     changed = (await office.ask("PATCH", "/v1/customers/alice", changes)).json()
@@ -46,7 +47,7 @@ async def test_who_is_created_again_keeps_the_settings_that_are_not_named(office
     await made(office, settings={"auto_buy_enabled": True, "auto_buy_pack": "weekly"})
     again = await office.ask("POST", "/v1/customers", {"external_id": "alice", "settings": {"auto_buy_price": 5000}})
     assert again.status_code == 200
-    agreed = {"auto_buy_enabled": True, "auto_buy_pack": "weekly", "auto_buy_price": 5000, "auto_buy_credits": None}
+    agreed = {**NO_SETTINGS, "auto_buy_enabled": True, "auto_buy_pack": "weekly", "auto_buy_price": 5000}
     assert again.json()["settings"] == agreed
     assert (await office.get("/v1/customers/alice"))["settings"] == agreed
 
@@ -96,7 +97,8 @@ async def test_of_many_who_change_different_settings_none_takes_the_others_back(
     changes = [{"auto_buy_enabled": True}, {"auto_buy_pack": "weekly"}, {"auto_buy_price": 7}, {"auto_buy_credits": 9}]
     await asyncio.gather(*(office.ask("PATCH", "/v1/customers/alice", {"settings": change}) for change in changes))
     found = await office.get("/v1/customers/alice")
-    assert (found["settings"], found["version"]) == ({key: each[key] for each in changes for key in each}, 5)
+    agreed = NO_SETTINGS | {key: each[key] for each in changes for key in each}
+    assert (found["settings"], found["version"]) == (agreed, 5)
 
 
 async def test_a_customer_can_be_given_another_name(office: Office):

@@ -41,6 +41,7 @@ async def test_a_tenant_sees_and_changes_what_it_has_chosen(office: Office):
         "when_ledger_is_down": "closed",
         "open_allowance": 0,
         "open_allowance_decimal": "0",
+        "low_balance_thresholds": [],
         "version": 1,
     }
     assert (answer.json(), answer.headers["etag"]) == (nothing, '"1"')

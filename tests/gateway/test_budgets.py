@@ -210,7 +210,7 @@ async def test_nothing_is_asked_of_the_ledger_where_nobody_knows_the_limits(
     nobody: Any = None
     command: Any = type("Asked", (), {"scope": scope})()
     with pytest.raises(LedgerUnavailable) as away:
-        await Charging(ledger, budgets=budgets, auto_buy=nobody).ask(command, ALICE)
+        await Charging(ledger, budgets=budgets, alerts=nobody, auto_buy=nobody).ask(command, ALICE)
     assert not away.value.in_doubt
 
 

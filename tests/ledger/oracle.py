@@ -6,11 +6,12 @@ of the journal from its entries alone.
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import msgspec
 
 from ledger.commands import AnyCommand, Hold, Refund
-from ledger.model import Reservation, ReservationState, Scope
+from ledger.model import Alert, Reservation, ReservationState, Scope, WalletRef
 from ledger.outcomes import (
     Applied,
     BlockChanged,
@@ -164,6 +165,49 @@ def check_step(state: State, command: AnyCommand, outcome: Applied, now_us: int)
         before = state.wallets[ref].events_raised if ref in state.wallets else 0
         assert raised == list(range(before + 1, before + len(raised) + 1)), "events are numbered without a gap"
     assert len({event.id for event in outcome.events}) == len(outcome.events)
+
+
+class Watched(NamedTuple):
+    """A wallet at a moment: what it is watched for, what of that has rung, and its balance."""
+
+    alerts: tuple[Alert, ...] = ()
+    rung: tuple[Alert, ...] = ()
+    balance: int = 0
+
+
+def watched(state: State, now_us: int) -> dict[WalletRef, Watched]:
+    found = {}
+    for ref, wallet in state.wallets.items():
+        blocks = state.blocks.get(ref, {}).values()
+        there = [block for block in blocks if block.expires_at_us is None or now_us < block.expires_at_us]
+        left = sum(block.granted - block.consumed - block.expired - block.revoked for block in there)
+        found[ref] = Watched(wallet.alerts, wallet.rung, left - wallet.receivable)
+    return found
+
+
+TOLD = {"low": "credit.low", "exhausted": "credit.exhausted", "top_up": "topup.due"}
+
+
+def check_alerts(
+    before: dict[WalletRef, Watched], after: dict[WalletRef, Watched], command: AnyCommand, outcome: Applied
+) -> None:
+    """One command at one time: each wallet that it touched rings what its balance has sunk below of, and no other."""
+    news = {watch.wallet: watch.alerts for watch in command.watches} if isinstance(command, Hold) else {}
+    touched = {fact.wallet for fact in outcome.facts if isinstance(fact, WalletChanged)}
+    for ref, now in after.items():
+        was = before.get(ref, Watched())
+        if ref not in touched:
+            assert now == was, f"{ref} changes without a fact of its own"
+            continue
+        assert now.alerts == news.get(ref, was.alerts), ref
+        assert now.rung == tuple(alert for alert in now.alerts if now.balance < alert.below), ref
+        silent = {alert for alert in now.alerts if alert not in was.alerts and was.balance < alert.below}
+        rings = [alert for alert in now.rung if alert not in was.rung and alert not in silent]
+        told = [event for event in outcome.events if event.wallet == ref and event.type in TOLD.values()]
+        assert [event.type for event in told] == [TOLD[alert.kind] for alert in rings], ref
+        for event, alert in zip(told, rings, strict=True):
+            threshold = {} if alert.kind == "exhausted" else {"threshold": alert.below}
+            assert event.body == {**threshold, "balance": now.balance}
 
 
 def _check_change(before: Reservation | None, after: Reservation) -> None:

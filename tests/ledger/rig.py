@@ -37,9 +37,11 @@ from ledger.commands import (
     StoredResponse,
     Tell,
     TopUp,
+    Watch,
 )
 from ledger.model import (
     UNRESTRICTED,
+    Alert,
     Charge,
     Funding,
     ReservationRef,
@@ -429,8 +431,9 @@ class RandomCommands:
         name = f"{next(self._names):04d}"
         self._reserved.append(name)
         amount = self._random.randint(1, 150)
+        payers = self._random.choice(["a", "a", "b", "c", "a,b", "pool,a"])
         return self._say.reserve(
-            self._random.choice(["a", "a", "b", "c", "a,b", "pool,a"]),
+            payers,
             name,
             amount,
             minimum=self._random.choice([amount, 0]),
@@ -441,7 +444,14 @@ class RandomCommands:
             tags=Tags(app=self._random.choice(["app_1", "app_2"])),
             mark=self._random.choice([None, Settlement((Charge(3, 1),), usage(name))]),
             key=self._key(),
+            watches=self._watches(payers),
         )
+
+    def _watches(self, payers: str) -> tuple[Watch, ...]:
+        """Of the first payer: mostly the same, so that it rings."""
+        alerts = (Alert("low", 100), Alert("exhausted", 1), Alert("top_up", 60))
+        watched = self._random.choice([None, alerts, alerts, alerts, alerts[:2], ()])
+        return () if watched is None else (Watch(wallet(payers.split(",", maxsplit=1)[0]), watched),)
 
     def _extend(self, now_us: int) -> AnyCommand:
         limits = self._random.choice([(), (self._limit(now_us),)])
@@ -475,7 +485,7 @@ class RandomCommands:
         name = f"{next(self._names):04d}" if self._random.random() < 0.8 else self._any_reservation()
         limits = self._random.choice([(), (self._limit(now_us),)])
         payer, base = self._random.choice("abc"), self._random.randint(1, 60)
-        return self._say.debit(payer, name, base, beyond=beyond, limits=limits)
+        return self._say.debit(payer, name, base, beyond=beyond, limits=limits, watches=self._watches(payer))
 
     def _switch(self, now_us: int) -> AnyCommand:
         owner, block = self._random.choice(self._granted)

@@ -14,6 +14,7 @@ be applied. After every step the invariants of ``tests.ledger.oracle`` hold, and
                                            ``thresholds=8000,10000`` where a limit is filled each period:
                                            ``limits=day:100:0..50:50..90`` (amount, periods; ``90..`` has no end)
                                            ``request= developer= app= metric= model= max= asset= keystays``
+                                           ``watch=low:50,exhausted:1,top_up:30`` of the first payer; ``watch=``
 ``extend r1 60..20``                       ``ttl= mark= limits=``. ``heartbeat r1`` extends by nothing
 ``commit r1 30+5``                         base and markup; a leg each: ``30+5|10``. ``partial response cost=``
                                            ``units=input:3,output:5``; ``waive``, ``beyond tells`` for what is missing
@@ -29,7 +30,7 @@ be applied. After every step the invariants of ``tests.ledger.oracle`` hold, and
 ``revoke w1 b1 40`` · ``clawback w1 b1 40``   ``reference=``; ``all`` for an amount
 ``expire w1`` · ``freeze w1 [b1]`` · ``unfreeze w1 [b1]`` · ``overdraft w1 50`` · ``limit day:70:0..50``
 
-``wallet w1 available=55 reserved=0``      also ``balance receivable overdraft_reserved version frozen``
+``wallet w1 available=55 reserved=0``      also ``balance receivable overdraft_reserved version frozen alerts rung``
 ``block w1 b1 remaining=55``               any field of a block
 ``reservation r1 state=open held=60``      also ``charged shortfall slices payments`` and any other field
 ``account revenue = 40``                   of the journal; ``account revenue@t2``, ``account provider_cost USD``
@@ -72,9 +73,12 @@ from ledger.commands import (
     StoredResponse,
     Tell,
     TopUp,
+    Watch,
 )
 from ledger.core import decide
 from ledger.model import (
+    Alert,
+    AlertKind,
     Charge,
     Funding,
     Payment,
@@ -147,8 +151,10 @@ class Case:
                 assert not outcome.facts
                 assert not outcome.events
             oracle.check_step(self.state, command, outcome, self.now_us)
+            before = oracle.watched(self.state, self.now_us)
             for fact in outcome.facts:
                 evolve(self.state, fact)
+            oracle.check_alerts(before, oracle.watched(self.state, self.now_us), command, outcome)
             self.facts += outcome.facts
             self.events += outcome.events
         oracle.check_state(self.state, oracle.account_balances(self.facts))
@@ -352,7 +358,9 @@ def _hold(line: _Line, wallets: str, amounts: str) -> dict[str, Any]:
         most, _, least = amount.partition("..")
         legs.append(ReserveLeg(tuple(map(wallet_ref, filter(None, names.split(",")))), int(most), int(least or most)))
     unfunded = line.option("unfunded")
+    watched = line.options.pop("watch", None)
     return {
+        "watches": () if watched is None else (Watch(legs[0].wallets[0], alerts_of(watched)),),
         "asset": line.option("asset", ASSET),
         "legs": tuple(legs),
         "limits": line.limits(),
@@ -607,8 +615,14 @@ _SHOWN: dict[type, Callable[[Any], str]] = {
     Payment: lambda paid: f"{paid.wallet.wallet}/{paid.block or 'overdraft'}:{paid.base}+{paid.markup}",
     Settlement: lambda settlement: _shown(settlement.charges),
     WalletRef: lambda ref: ref.wallet,
+    Alert: lambda alert: f"{alert.kind}:{alert.below}",
     bool: lambda yes: str(yes).lower(),
 }
+
+
+def alerts_of(text: str) -> tuple[Alert, ...]:
+    parts = [part.partition(":") for part in text.split(",") if part]
+    return tuple(Alert(msgspec.convert(kind, AlertKind), int(below)) for kind, _, below in parts)
 
 
 def _scope(text: str) -> Scope:

@@ -41,6 +41,9 @@ APPS = st.sampled_from(["", "", " app=a1", " app=a2"])
 KEYS = st.sampled_from([*[""] * 12, " key=k1", " key=k2", " key=k2 digest=other"])
 LIKELY = st.sampled_from([True, True, True, True, False])
 GRANTED = st.integers(1, 300)
+WATCHES = st.sampled_from(
+    [*[""] * 4, " watch=low:60,exhausted:1", " watch=low:60,exhausted:1", " watch=top_up:90,low:60,low:150", " watch="]
+)
 
 
 @st.composite
@@ -80,7 +83,7 @@ def bounds(draw: st.DrawFn, scope: str, now_us: int) -> str:
     line = draw(st.sampled_from(["", "", f" unfunded=line{scope}"]))
     developer = draw(st.sampled_from(["", " developer=d1"]))
     highest = draw(st.sampled_from(["", "", "", " max=0", " max=1"]))
-    return f"{limits}{line}{developer}{draw(APPS)}{highest}"
+    return f"{limits}{line}{developer}{draw(APPS)}{highest}{draw(WATCHES)}"
 
 
 class Ledgers(RuleBasedStateMachine):

@@ -815,4 +815,4 @@ def test_a_batch_works_as_whoever_calls_it(postgres_database: PostgresDatabase) 
         found = connection.execute(
             "SELECT prosecdef FROM pg_proc WHERE proname SIMILAR TO 'farebox%_v[0-9]'"
         ).fetchall()
-    assert found == [(False,)] * 6
+    assert found == [(False,)] * 8

@@ -12,6 +12,7 @@ from ledger.batch import RESPONSE_LIFE_US, AppliedBefore, CommandRef, fold, kind
 from ledger.commands import AnyCommand, Limit, LimitPeriod
 from ledger.model import (
     UNRESTRICTED,
+    Alert,
     Block,
     Charge,
     Debts,
@@ -680,6 +681,8 @@ def test_every_field_of_a_wallet_and_a_block_goes_through_its_row() -> None:
         blocks_opened=6,
         events_raised=7,
         debts=Debts(reversed=1, repaid_paid=2, repaid_due=3),
+        alerts=(Alert("low", 50), Alert("exhausted", 1)),
+        rung=(Alert("low", 50),),
     )
     amounts = {name: 2 for name in Block.__struct_fields__ if name in {"consumed", "expired", "revoked", "clawed"}}
     block = Block(

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from ledger.commands import Watch
 from ledger.erasable import bare
 from ledger.invariants import Audit, violations
 from ledger.ledger import Ledger
-from ledger.model import Charge, Funding, Scope, Settlement
+from ledger.model import Alert, Charge, Funding, Scope, Settlement
 from ledger.outcomes import Settled, Transfer
 from ledger.state import State, evolve
 from ledger.store.protocol import JournalEntry, Store
@@ -42,15 +43,18 @@ async def damage(ledger: Ledger, store: Store, database: Database, say: Say) -> 
     assert isinstance(back, Settled)
     await ledger.execute(say.refund(back, 12))
     await ledger.execute(say.refund(back, 7))
-    await ledger.execute(say.top_up("e", "t", 100, spread=20))
-    await ledger.execute(say.debit("e", "bought", 100))
-    await ledger.execute(say.reverse("e", "t", 5, 10, revision=1))
-    await ledger.execute(say.grant("e", "gift", 30, funding=Funding.EXTERNAL))
+    await ledger.execute(say.top_up("h", "t", 100, spread=20))
+    await ledger.execute(say.debit("h", "bought", 100))
+    await ledger.execute(say.reverse("h", "t", 5, 10, revision=1))
+    await ledger.execute(say.grant("h", "gift", 30, funding=Funding.EXTERNAL))
     await ledger.execute(say.grant("line", "line", 50, funding=Funding.PROMOTIONAL))
     await ledger.execute(say.top_up("f", "given", 100))
     given = (await ledger.execute(say.debit("f", "given", 40))).result
     assert isinstance(given, Settled)
     await ledger.execute(say.refund(given, 15, unfunded=wallet("line")))
+    await ledger.execute(say.grant("e", "e", 40))
+    watched = Watch(wallet("e"), (Alert("low", 30), Alert("exhausted", 1)))
+    await ledger.execute(say.debit("e", "low", 20, watches=(watched,)))
     assert (await verify(store)).violations == ()
 
     async def do(sql: str) -> Verified:
@@ -92,6 +96,8 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
         ("UPDATE ledger_block SET metadata = '{' WHERE id = 'blk_1'", "a row is damaged"),
         ("UPDATE ledger_wallet SET receivable = 0 WHERE wallet = 'customer:b'", "a wallet is stored otherwise"),
         ("UPDATE ledger_wallet SET version = version + 1 WHERE wallet = 'customer:b'", "a wallet is stored otherwise"),
+        ("UPDATE ledger_wallet SET rung = NULL WHERE wallet = 'customer:e'", "a wallet is stored otherwise"),
+        ("UPDATE ledger_wallet SET alerts = '{' WHERE wallet = 'customer:e'", "a row is damaged"),
         ("DELETE FROM ledger_wallet WHERE wallet = 'customer:b'", "the journal has a wallet that is not stored"),
         ("DELETE FROM ledger_block WHERE id = 'blk_1'", "the journal has a block that is not stored"),
         (
@@ -160,7 +166,7 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
             "a tenant owes the revenue that it gives back",
         ),
         ("UPDATE ledger_block SET reversal = NULL WHERE id = 'blk_t'", "a block is stored otherwise"),
-        ("UPDATE ledger_wallet SET debts = NULL WHERE wallet = 'customer:e'", "a wallet is stored otherwise"),
+        ("UPDATE ledger_wallet SET debts = NULL WHERE wallet = 'customer:h'", "a wallet is stored otherwise"),
         ("UPDATE ledger_block SET clawed = -1 WHERE id = 'blk_1'", "a block is stored otherwise"),
         (in_facts("revoke", '"clawed":5', '"clawed":-5'), "a block's amounts are not negative"),
         (
@@ -196,6 +202,11 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
         ),
         (in_facts("commit", '"at_us":17', '"at_us":16'), "a wallet's facts are in the order of time"),
         (in_facts("debit", '"receivable":15', '"receivable":115'), "a wallet goes below zero only as far as agreed"),
+        (
+            in_facts("debit", '"rung":[{"kind":"low","below":30}]', '"rung":[]'),
+            "what has rung is what the balance is below",
+        ),
+        (in_facts("debit", '"below":30}]', '"below":29}]'), "a wallet rings only what it is watched for"),
         (in_facts("debit", '"owed":[9]', '"owed":[8]'), "a wallet goes below zero only as far as agreed"),
         (in_facts("refund", '"base":19', '"base":41'), "no more is given back than was paid"),
         (in_facts("refund", '"base":19', '"base":18'), "a charge is booked as its reservation tells it"),

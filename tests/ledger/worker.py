@@ -9,11 +9,17 @@ import itertools
 import sys
 
 from gateway.stores import open_store
+from ledger.commands import Watch
 from ledger.errors import InsufficientCredits
 from ledger.ledger import Ledger
-from tests.ledger.rig import Say, machine_clock
+from ledger.model import Alert
+from tests.ledger.rig import Say, machine_clock, wallet
 
 AMOUNT = 3
+HALF = 150
+"""Below this the shared wallet rings, and below two."""
+
+WATCHED = {"shared": (Watch(wallet("shared"), (Alert("low", HALF), Alert("exhausted", 2))),)}
 
 
 async def work(url: str, name: str, at_once: int, pairs: int) -> None:
@@ -28,7 +34,7 @@ async def work(url: str, name: str, at_once: int, pairs: int) -> None:
             rsv = f"{name}_{worker}_{number}"
             payer = "shared" if number % 2 else f"own_{name}"
             try:
-                await ledger.execute(say.reserve(payer, rsv, AMOUNT, id=next(ids)))
+                await ledger.execute(say.reserve(payer, rsv, AMOUNT, id=next(ids), watches=WATCHED.get(payer, ())))
             except InsufficientCredits:
                 print("refused", rsv, flush=True)
                 continue
