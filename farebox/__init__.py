@@ -16,6 +16,7 @@ from farebox.errors import (
     InvalidAPIKey,
     InvalidRequest,
     NotFound,
+    PaymentsUnavailable,
     PermissionDenied,
     RateLimited,
     RequestInProgress,
@@ -25,6 +26,7 @@ from farebox.errors import (
     VersionMismatch,
     WebhookInvalid,
 )
+from farebox.payment_values import Checkout, Order, OrderStanding, Package
 from farebox.values import (
     Balance,
     Block,
@@ -53,6 +55,7 @@ __all__ = [
     "Block",
     "Budget",
     "BudgetExceeded",
+    "Checkout",
     "Client",
     "ConnectionFailed",
     "Credits",
@@ -67,7 +70,11 @@ __all__ = [
     "InvalidRequest",
     "Metric",
     "NotFound",
+    "Order",
+    "OrderStanding",
     "Pack",
+    "Package",
+    "PaymentsUnavailable",
     "PermissionDenied",
     "Purchase",
     "RateLimited",

@@ -7,7 +7,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx
 
-from farebox import calls, catalog_calls
+from farebox import calls, catalog_calls, payment_calls
 from farebox.call import Again, Answer, Call, Exchange, Page, Pages, Retries
 from farebox.client import NOT_RELEASED, settles
 from farebox.connection import CLOSED, TIMEOUT_S, Access, Body, repeatable
@@ -102,6 +102,11 @@ class AsyncClient:
     events = iterating(calls.events)
     get_event = sending(calls.get_event)
     redeliver_event = sending(calls.redeliver_event)
+
+    packages = iterating(payment_calls.packages)
+    create_checkout = sending(payment_calls.create_checkout)
+    get_order = sending(payment_calls.get_order)
+    orders = iterating(payment_calls.orders)
 
     create_metric = sending(catalog_calls.create_metric)
     metrics = iterating(catalog_calls.metrics)

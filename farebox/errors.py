@@ -6,7 +6,7 @@ FareboxError                 all of them
   WebhookInvalid             a webhook that Farebox did not send, or sent long ago
   InvalidRequest …           the call must change
   InsufficientCredits, …     somebody must act first
-  RateLimited, ServerError   try again later
+  RateLimited, PaymentsUnavailable, ServerError   try again later
 """
 
 from collections.abc import Mapping
@@ -162,6 +162,10 @@ class RateLimited(FareboxError):
     retry_after: Decimal | None = None
 
 
+class PaymentsUnavailable(FareboxError):
+    """The payment processor does not answer, in all attempts. Repeat the call with its key: nobody pays twice."""
+
+
 class ServerError(FareboxError):
     """A fault that is not the caller's."""
 
@@ -186,6 +190,7 @@ CLASSES: Final[Mapping[str, type[FareboxError]]] = {
     "rate_limit_exceeded": RateLimited,
     "internal_error": ServerError,
     "upstream_error": ServerError,
+    "payments_unavailable": PaymentsUnavailable,
     "ledger_unavailable": ServerError,
     "shutting_down": ServerError,
     "upstream_timeout": ServerError,

@@ -49,8 +49,9 @@ from gateway.identity.tenants import Tenants
 from gateway.ids import new_id
 from gateway.logs import masked
 from gateway.payments.links import no_page
+from gateway.payments.nightly import Nightly
 from gateway.payments.packages import Packages
-from gateway.payments.service import open_payments
+from gateway.payments.service import Payments, open_payments
 from gateway.prices import ServedModels, price_book
 from gateway.proxy.chat import ChatProxy
 from gateway.proxy.hold import LiveHolds
@@ -335,7 +336,7 @@ async def running_parts(
             settings, packages=packages, database=database, ledger=ledger, tenants=tenants, now_us=now_us, new_id=new_id
         )
         if payments is not None:
-            stack.push_async_callback(payments.close)
+            _keep_payments(payments, stack, metrics=metrics, now_us=now_us)
         live, shield = LiveHolds(ledger), Shield()
         upkeep = Upkeep(
             ledger=ledger,
@@ -383,7 +384,13 @@ async def running_parts(
             changes=changes,
             tenants=tenants,
             customers=customers,
-            erasure=Erasure(database, ledger, now_us=now_us, announce=changes.announce),
+            erasure=Erasure(
+                database,
+                ledger,
+                now_us=now_us,
+                announce=changes.announce,
+                forget_customer=None if payments is None else payments.forget,
+            ),
             rate_limit=rate_limit,
             router=router,
             models=ServedModels(settings, now_us),
@@ -496,6 +503,13 @@ def _run(part: _Running, stack: AsyncExitStack) -> None:
     """Start what works by itself, until the stack is closed."""
     part.start()
     stack.push_async_callback(part.stop)
+
+
+def _keep_payments(payments: Payments, stack: AsyncExitStack, *, metrics: Metrics, now_us: Callable[[], int]) -> None:
+    """Do what payments need done from time to time, until the stack is closed."""
+    stack.push_async_callback(payments.close)
+    payments.sweeps.add(Nightly(payments.reconciler, counters=metrics, now_us=now_us).sweep)
+    _run(payments.sweeps, stack)
 
 
 def _open_tracing(settings: Settings, stack: AsyncExitStack) -> BeginTrace | None:

@@ -22,10 +22,16 @@ from gateway.errors import (
     invalid_request,
     ledger_unavailable,
     not_found,
+    payments_not_set_up,
+    payments_unavailable,
     permission_denied,
     reservation_settled,
     usage_behind,
 )
+from gateway.payments.checkout import PackageNotFound, PackageWorthless, ReturnUnknown, SandboxNotServed
+from gateway.payments.operator import NoOperator
+from gateway.payments.processor_customers import CustomerErased
+from gateway.payments.stripe_api import ProcessorRefused, ProcessorUnavailable
 from ledger.errors import (
     AlreadyExists,
     AssetMismatch,
@@ -72,6 +78,24 @@ REFUSALS: Final = ErrorTable(
             param="from",
         ),
         UsageBehind: lambda error: usage_behind(),
+        ProcessorUnavailable: lambda error: payments_unavailable(),
+        ProcessorRefused: lambda error: payments_unavailable(),
+        NoOperator: lambda error: payments_not_set_up(),
+        CustomerErased: lambda error: not_found("such customer: they are being erased"),
+        PackageNotFound: lambda error: ApiError(
+            "not_found",
+            f"There is no package {error.package_id[:64]!r}. GET /v1/packages lists them.",
+            param="package_id",
+        ),
+        PackageWorthless: lambda error: invalid_request(
+            "The package brings less than the smallest part of a credit.", param="package_id"
+        ),
+        SandboxNotServed: lambda error: invalid_request(
+            "Payments are live here, and this key is for test data: nobody pays for that with real money."
+        ),
+        ReturnUnknown: lambda error: invalid_request(
+            f"{error.param} must be the absolute URL of a page where the customer goes then.", param=error.param
+        ),
         WalletFrozen: lambda error: permission_denied(
             "This wallet is frozen: nothing is taken from it until whoever runs this app lifts that."
         ),

@@ -303,6 +303,24 @@ class Settings(BaseSettings):
         """Only what is passed in; `load` adds the environment and the file."""
         return (init_settings,)
 
+    @field_validator("stripe_secret_key")
+    @classmethod
+    def _stripes_key(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and not re.match(r"(sk|rk)_(live|test)_.", key.get_secret_value()):
+            raise ValueError("it must be a secret or restricted key of Stripe: sk_live_…, sk_test_…, rk_…")
+        return key
+
+    @field_validator("stripe_webhook_secret")
+    @classmethod
+    def _stripes_secret(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None and not re.fullmatch(
+            r"(whsec_[^,\s]+)(\s*,\s*whsec_[^,\s]+)*", secret.get_secret_value()
+        ):
+            raise ValueError(
+                "it must be the signing secret of Stripe's webhook endpoint, whsec_…, or several with commas"
+            )
+        return secret
+
     @field_validator("redis_url")
     @classmethod
     def _known_redis(cls, url: str | None) -> str | None:
@@ -330,7 +348,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = [*self._repeated_names(), *self._unknown_upstreams()]
+        problems = [
+            *self._repeated_names(),
+            *self._unknown_upstreams(),
+            *self._payments_half_set_up(),
+            *self._unsellable_packages(),
+        ]
         if self.heartbeat_s * 2 > self.reservation_life_s:
             problems.append(
                 "heartbeat_s must be at most half of reservation_life_s, or a live request loses its credits"
@@ -363,10 +386,31 @@ class Settings(BaseSettings):
             if model.upstream is None and self.live_upstream is None:
                 yield f'the model "{model.name}" has no upstream, and there is no other to take'
 
+    def _payments_half_set_up(self) -> Iterable[str]:
+        names = ("stripe_secret_key", "stripe_webhook_secret")
+        for one, other in (names, names[::-1]):
+            if getattr(self, one) is not None and getattr(self, other) is None:
+                yield f"{one} is set and {other} is not: payments need both"
+
+    def _unsellable_packages(self) -> Iterable[str]:
+        # Which reads settings itself.
+        from gateway.payments.packages import PackageInvalid, Packages  # noqa: PLC0415
+
+        for package in self.packages:
+            try:
+                Packages((package,))
+            except PackageInvalid as error:
+                yield str(error)
+
     @property
     def live_upstream(self) -> str | None:
         """Where live traffic goes unless a model says otherwise: the first upstream, or none when there is none."""
         return self.default_upstream or (self.upstreams[0].name if self.upstreams else None)
+
+
+def moves_money(stripe_key: str) -> bool:
+    """Whether it is a live key of Stripe's, rather than a test key."""
+    return stripe_key.startswith(("sk_live_", "rk_live_"))
 
 
 def load(config: Path | None = None) -> Settings:
@@ -453,6 +497,7 @@ SECTIONS: Final[Mapping[str, type[Section]]] = {
     "upstreams": UpstreamSettings,
     "models": ModelSettings,
     "actions": ActionSettings,
+    "packages": PackageSettings,
     "price": PriceSettings,
     "fallbacks": Fallback,
 }

@@ -151,6 +151,20 @@ class Metrics:
             "cache_looks", "Looks into a cache: hit, or miss when the database was read.", ["cache", "result"]
         )
 
+        self.stripe_differences = Children(
+            self._gauge(
+                "stripe_differences",
+                "What the journal and Stripe differed in when they were last compared.",
+                ["kind"],
+                mode="mostrecent",
+            )
+        )
+        self.stripe_reconciled_at_seconds = self._gauge(
+            "stripe_reconciled_at_seconds",
+            "When the journal was last compared with Stripe: a Unix time.",
+            mode="mostrecent",
+        )
+
     # One proxied request, when it has ended.
 
     def count(self, journey: Journey) -> None:
@@ -216,6 +230,12 @@ class Metrics:
     def note_outbox_lag(self, age_us: int) -> None:
         """Note how old the oldest event was that a round of the outbox found; 0 when there was none."""
         self.outbox_lag_seconds.set(age_us / 1_000_000)
+
+    def note_reconciled(self, differences: Mapping[str, int], at_s: int) -> None:
+        """Note what differed of each kind when the journal was compared with the payment processor."""
+        for kind, count in differences.items():
+            self.stripe_differences(kind).set(count)
+        self.stripe_reconciled_at_seconds.set(at_s)
 
     def cache(self, name: str) -> Callable[[bool], None]:
         """What a cache of that name calls with each look-up: whether it had the answer."""

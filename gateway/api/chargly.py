@@ -1,6 +1,6 @@
 """Chargly's dialect, under `/chargly/v1`: an event costs credits, whatever the tokens, and the caller is told how many.
 
-An event is a billable metric, and amounts are credits. Not here: `checkout`, which sells credits.
+An event is a billable metric, a credit pack one of the operator's packages, and amounts are credits.
 """
 
 from decimal import Decimal
@@ -10,6 +10,8 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import ConfigDict, Field
 
 from gateway.api.access import Reader, Writer
+from gateway.api.checkout import OPERATION as CHECKOUT
+from gateway.api.checkout import ReturnURL, checkout_view, payments_of
 from gateway.api.credits import WhichCredits, get_credits
 from gateway.api.customers import CustomerName
 from gateway.api.idempotency import key_of, mark_replayed
@@ -17,9 +19,12 @@ from gateway.api.metrics import MetricKey
 from gateway.api.route import ExactRoute
 from gateway.api.services import Here
 from gateway.api.usage import OPERATION, recorded
-from gateway.api.wire import Body, ExactDecimal, Exactly, Metadata, View, exact, units_of_credits
+from gateway.api.wire import Body, ExactDecimal, Exactly, Metadata, Time, View, Word, exact, units_of_credits
 from gateway.billing.usage import UsageEvent
+from gateway.errors import ApiError, invalid_request
+from gateway.payments.checkout import PackageNotFound, ReturnUnknown, Wanted
 from gateway.tables import EXTERNAL_ID_LENGTH_MAX
+from ledger.model import Scope
 
 router = APIRouter(prefix="/chargly/v1", tags=["Chargly's dialect"], route_class=ExactRoute)
 
@@ -55,6 +60,38 @@ class MeterAnswer(View):
     credits_used: Exactly = Field(serialization_alias="creditsUsed", examples=[4])
     balance: Exactly = Field(description="Credits, after this event.", examples=[996])
     message: str = Field(description="For the user.", examples=["4 credits used"])
+
+
+class CheckoutRequest(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "customerId": "user_123",
+                    "creditPackCode": "usd-10",
+                    "successUrl": "https://example.com/paid",
+                    "cancelUrl": "https://example.com/credits",
+                }
+            ]
+        }
+    )
+
+    customer: CustomerName = Field(alias="customerId", examples=["user_123"])
+    pack: Word = Field(alias="creditPackCode", description="The id of a package.", examples=["usd-10"])
+    success_url: ReturnURL | None = Field(default=None, alias="successUrl")
+    cancel_url: ReturnURL | None = Field(default=None, alias="cancelUrl")
+
+
+class CheckoutAnswer(View):
+    id: str = Field(examples=["ord_01k7m3v9c2q8x5t4n6r1b0w3ye"], description="Names the order: `GET /v1/orders/{id}`.")
+    customer: str = Field(serialization_alias="customerId")
+    pack: str = Field(serialization_alias="creditPackCode", examples=["usd-10"])
+    status: str = Field(examples=["open"])
+    credits: Exactly = Field(description="What it brings, a bonus included.", examples=[1000])
+    checkout_url: str | None = Field(
+        serialization_alias="checkoutUrl", examples=["https://checkout.stripe.com/c/pay/cs_test_a1b2c3"]
+    )
+    expires_at: Time = Field(serialization_alias="expiresAt")
 
 
 class WalletAnswer(View):
@@ -104,3 +141,38 @@ async def wallet(customer: CustomerQuery, principal: Reader, services: Here) -> 
         reserved=Decimal(credits.reserved_decimal),
     )
     return exact(answer)
+
+
+@router.post("/checkout", status_code=201, response_model=CheckoutAnswer)
+async def checkout(body: CheckoutRequest, request: Request, principal: Writer, services: Here) -> Response:
+    """Sell a customer credits: send them to `checkoutUrl`. The customer is created on first use."""
+    payments = payments_of(services)
+    key = key_of(request, body, CHECKOUT)
+    customer_id = await services.customers.named(principal.tenant_id, principal.mode, body.customer, param="customerId")
+    wanted = Wanted(
+        scope=Scope(principal.tenant_id, principal.mode),
+        customer_id=customer_id,
+        package_id=body.pack,
+        asset=principal.asset,
+        success_url=body.success_url,
+        cancel_url=body.cancel_url,
+        key=key,
+    )
+    try:
+        begun = await payments.checkout.begin(wanted)
+    except PackageNotFound:
+        raise ApiError("not_found", f"There is no credit pack {body.pack[:64]!r}.", param="creditPackCode") from None
+    except ReturnUnknown as error:
+        param = {"success_url": "successUrl", "cancel_url": "cancelUrl"}[error.param]
+        raise invalid_request(f"{param} must be the absolute URL of a page of yours.", param=param) from None
+    sold = checkout_view(begun, request, principal)
+    answer = CheckoutAnswer(
+        id=sold.order_id,
+        customer=body.customer,
+        pack=sold.package_id,
+        status=sold.status,
+        credits=Decimal(sold.credits_decimal) + Decimal(sold.bonus_credits_decimal),
+        checkout_url=sold.checkout_url,
+        expires_at=sold.expires_at,
+    )
+    return exact(answer, status=201)

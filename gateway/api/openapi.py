@@ -24,6 +24,7 @@ TAGS: Final[Mapping[str, str]] = {
     "credits": "Balances, blocks and statements; grants and revocations.",
     "funding": "A developer's own wallet and pool.",
     "packs": "Plan packs, which customers buy out of their own credits.",
+    "payments": "Credits for money: packages, checkout, orders.",
     "entitlements": "May this customer do that now?",
     "customers": "Your users.",
     "webhooks": "Events, and where you are told of them.",
@@ -105,7 +106,7 @@ def _bodies(targets: str, field: str, place: str) -> tuple[Link, ...]:
     return tuple(Link(target, body={field: place}) for target in targets.split())
 
 
-OF_CUSTOMER: Final = "get_customer change_customer get_credits list_transactions list_plans buy_pack"
+OF_CUSTOMER: Final = "get_customer change_customer get_credits list_transactions list_plans buy_pack list_orders"
 CHARGED: Final = "get_request refund_request"
 
 LINKS: Final[Mapping[str, tuple[Link, ...]]] = {
@@ -148,6 +149,11 @@ LINKS: Final[Mapping[str, tuple[Link, ...]]] = {
     "buy_pack": (
         *_links("list_plans get_credits", "customer", "/customer_id"),
         Link("revoke_credits", {"customer": "/customer_id", "block_id": "/block_id"}),
+    ),
+    "list_packages": _bodies("create_checkout", "package_id", "/data/0/id"),
+    "create_checkout": (
+        *_links("get_order", "order_id", "/order_id"),
+        *_links("list_orders", "customer", "/customer_id"),
     ),
     "create_budget": _links("get_budget change_budget archive_budget", "budget_id", "/id"),
     "create_webhook_endpoint": _links(

@@ -6,12 +6,14 @@ from typing import Final
 
 import typer
 
+from gateway.cli.accounting import accounting
 from gateway.cli.credits import grant, statement
 from gateway.cli.installing import copy, init, migrate, verify
 from gateway.cli.keys import keys
 from gateway.cli.prices import prices
 from gateway.cli.serving import demo, serve
 from gateway.cli.shared import EXIT_FAILED
+from gateway.cli.stripe import stripe
 from gateway.cli.tenants import tenants
 
 CONNECT_ADVICE: Final = "Does the server run, and does database_url name its host and port?"
@@ -37,6 +39,8 @@ for command in (serve, demo, init, migrate, verify, copy, grant, statement):
 cli.add_typer(keys, name="keys")
 cli.add_typer(tenants, name="tenants")
 cli.add_typer(prices, name="prices")
+cli.add_typer(stripe, name="stripe")
+cli.add_typer(accounting, name="accounting")
 
 
 def main() -> None:

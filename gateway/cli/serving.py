@@ -30,6 +30,7 @@ def serve(
     """
     from gateway import supervisor  # noqa: PLC0415
     from gateway.migrations import migrate_or_check  # noqa: PLC0415
+    from gateway.settings import moves_money  # noqa: PLC0415
     from gateway.stores import require_supported, whereabouts  # noqa: PLC0415
 
     supervisor.exit_on_sigterm()
@@ -44,6 +45,8 @@ def serve(
                 "No upstream is set up: live keys will get 502. Set OPENAI_API_KEY, or name one under [[upstreams]].",
                 err=True,
             )
+        if settings.stripe_secret_key is not None and not moves_money(settings.stripe_secret_key.get_secret_value()):
+            typer.echo("Stripe's key is a test key: live wallets are credited, and no money comes for it.", err=True)
         listens_on = listener.getsockname()[1]
         base_url = base_url_of(settings, listens_on)
         code = supervisor.serve(

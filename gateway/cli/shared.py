@@ -76,13 +76,13 @@ def credits_text(units: int) -> str:
     return CREDIT.format(units)
 
 
-def time_us_of(text: str) -> int:
+def time_us_of(text: str, param: str = "--expires-at") -> int:
     from gateway.api.wire import time_us, year_that_fits  # noqa: PLC0415
 
     try:
         at = year_that_fits(datetime.fromisoformat(text))
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--expires-at") from None
+        raise typer.BadParameter(str(error), param_hint=param) from None
     if at.tzinfo is None:
-        raise typer.BadParameter("say in which time zone: 2036-04-13T11:00:00Z", param_hint="--expires-at")
+        raise typer.BadParameter("say in which time zone: 2036-04-13T11:00:00Z", param_hint=param)
     return time_us(at)

@@ -4,7 +4,11 @@ All of a tenant's wallets are in the tenant's own scope: the customers', each ap
 the line that bounds what may be burnt from credits that the operator was not paid for, and what its budgets leave.
 """
 
+from typing import Final
+
 from ledger.model import WalletRef
+
+_BOUNDS: Final = ("limit:", "unfunded:")
 
 
 def customer_wallet(tenant_id: str, mode: str, customer_id: str) -> WalletRef:
@@ -30,3 +34,8 @@ def limit_wallet(tenant_id: str, mode: str, budget_id: str) -> WalletRef:
 def unfunded_wallet(tenant_id: str, mode: str) -> WalletRef:
     """The tenant's line for credits that the operator was not paid for."""
     return WalletRef(tenant_id, mode, f"unfunded:{tenant_id}")
+
+
+def bounds_spending(ref: WalletRef) -> bool:
+    """Whether a wallet has no credits in it: it says how much may yet be spent of those in others."""
+    return ref.wallet.startswith(_BOUNDS)

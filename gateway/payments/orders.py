@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import msgspec
-from sqlalchemy import ColumnElement, Select, or_, select, update
+from sqlalchemy import ColumnElement, Select, or_, select, tuple_, update
 from sqlmodel import col
 
 from gateway.database import insert_new, of
@@ -83,9 +83,18 @@ class Orders(Records):
         )
         return await self._all(query.order_by(col(PaymentOrder.created_at_us).desc()), scope)
 
-    async def note_session(self, order: Order, *, session_id: str, checkout_url: str) -> None:
-        """The processor has made a Checkout Session for it."""
-        await self._change(order, session_id=session_id, checkout_url=checkout_url)
+    async def page(self, scope: Scope, customer_id: str, *, before: Order | None, limit: int) -> list[Order]:
+        """Newest first, from the one that came just before *before*."""
+        at_us, order_id = col(PaymentOrder.created_at_us), col(PaymentOrder.id)
+        query = _select(scope).where(col(PaymentOrder.customer_id) == customer_id)
+        if before is not None:
+            query = query.where(tuple_(at_us, order_id) < tuple_(before.created_at_us, before.id))
+        return await self._all(query.order_by(at_us.desc(), order_id.desc()).limit(limit), scope)
+
+    async def note_session(self, order: Order, *, session_id: str, checkout_url: str | None) -> bool:
+        """The processor has made a Checkout Session for it; False where it has ended meanwhile."""
+        still_open = col(PaymentOrder.status) == "open"
+        return bool(await self._change(order, still_open, session_id=session_id, checkout_url=checkout_url))
 
     async def note_payment(self, order: Order, payment_intent: str) -> bool:
         """The processor's payment for it is known; False where another one is, which stays: an order is paid once."""

@@ -5,15 +5,20 @@ from dataclasses import dataclass
 
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
+from gateway.payments.checkout import Checkout
 from gateway.payments.intake import Intake
 from gateway.payments.links import Links
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Orders
 from gateway.payments.packages import Packages
+from gateway.payments.processor_customers import ProcessorCustomers
+from gateway.payments.reconciliation import Reconciler
 from gateway.payments.settling import Settler
 from gateway.payments.stripe_api import StripeAPI
+from gateway.payments.sweeps import Sweeps
 from gateway.settings import Settings
 from ledger.ledger import Ledger
+from ledger.model import Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +28,29 @@ class Payments:
     stripe: StripeAPI
     operator: OperatorScope
     links: Links
+    customers: ProcessorCustomers
+    checkout: Checkout
     settler: Settler
     intake: Intake
+    reconciler: Reconciler
+    sweeps: Sweeps
 
     async def close(self) -> None:
         """Let go of connections. Whoever works with it has ended."""
         await self.stripe.close()
 
     def serves(self, mode: str) -> bool:
-        """Whether customers of *mode* can pay: real money pays for nothing in the sandbox."""
-        return self.stripe.mode == "test" or mode == "live"
+        """Whether customers of *mode* can pay."""
+        return self.checkout.serves(mode)
+
+    async def forget(self, scope: Scope, customer_id: str) -> None:
+        """Let nobody pay for a customer who is being erased, and the processor forget them. Repeatable.
+
+        Raises:
+            ProcessorUnavailable, ProcessorRefused, DatabaseUnavailable: some of it is not done; do it again.
+        """
+        await self.checkout.close_open(scope, customer_id)
+        await self.customers.erase(scope, customer_id)
 
 
 def open_payments(
@@ -55,6 +73,8 @@ def open_payments(
         api_base=settings.stripe_api_base,
     )
     orders = Orders(database, now_us=now_us, new_id=new_id)
+    links = Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us)
+    customers = ProcessorCustomers(database, stripe, now_us=now_us)
     operator = OperatorScope(tenants, stripe.mode)
     settler = Settler(database, ledger, orders=orders, stripe=stripe, operator=operator, now_us=now_us, new_id=new_id)
     return Payments(
@@ -62,7 +82,27 @@ def open_payments(
         orders=orders,
         stripe=stripe,
         operator=operator,
-        links=Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us),
+        links=links,
+        customers=customers,
+        checkout=Checkout(
+            packages=packages,
+            orders=orders,
+            stripe=stripe,
+            customers=customers,
+            links=links,
+            now_us=now_us,
+            new_id=new_id,
+        ),
         settler=settler,
         intake=Intake(stripe, settler),
+        reconciler=Reconciler(
+            processor=stripe,
+            database=database,
+            tenants=tenants,
+            orders=orders,
+            operator=operator,
+            settler=settler,
+            now_us=now_us,
+        ),
+        sweeps=Sweeps(database, operator, now_us=now_us),
     )

@@ -128,6 +128,11 @@ class Settler:
             await self._observations.done(scope, [each.id for each in known if not each.done], "done")
         return await self._again(order)
 
+    async def standing(self, order: Order) -> Target:
+        """What *order* has come to by all that is known of it. It makes nothing of that true."""
+        _, known = await self._known(await self._operator(), order)
+        return target(order, _joined(known))
+
     # From news to their order
 
     async def _settled(self, scope: Scope, observed: Observed) -> Outcome:

@@ -18,6 +18,7 @@ import stripe
 
 from gateway.payments.orders import Order
 from gateway.payments.stripe_http import StripeHTTP
+from gateway.settings import moves_money
 from ledger.model import Scope
 
 API_VERSION: Final = "2026-10-28.endive"
@@ -105,7 +106,7 @@ class StripeAPI:
     def __init__(self, *, secret_key: str, webhook_secret: str, api_base: str | None = None) -> None:
         # It would tell Stripe about this machine, and keep an id in the home directory for that.
         stripe.enable_telemetry = False
-        self.mode: StripeMode = "live" if key_is_live(secret_key) else "test"
+        self.mode: StripeMode = "live" if moves_money(secret_key) else "test"
         self._webhook_secrets = [secret.strip() for secret in webhook_secret.split(",")]
         self._http = StripeHTTP()
         self._client = stripe.StripeClient(
@@ -331,11 +332,6 @@ def _problem(body: bytes, signature: str, secret: str) -> str | None:
     except UnicodeDecodeError:
         return "not text"
     return None
-
-
-def key_is_live(secret_key: str) -> bool:
-    """Whether real money moves with this key."""
-    return secret_key.startswith(("sk_live_", "rk_live_"))
 
 
 def _metadata(order: Order) -> dict[str, str]:

@@ -17,6 +17,7 @@ from sqlalchemy import ColumnElement, select, update
 from sqlmodel import col
 
 from gateway.database import Database, DatabaseUnavailable, insert_new, of
+from gateway.payments.operator import NoOperator
 from gateway.tables import PaymentSweep
 from ledger.model import Scope
 
@@ -100,7 +101,7 @@ class Sweeps:
         """Do *sweep* if it is due and nobody else is at it; whether it was done.
 
         Raises:
-            DatabaseUnavailable, and what the work raises, TimeoutError among it.
+            DatabaseUnavailable, NoOperator, and what the work raises, TimeoutError among it.
         """
         scope = await self._scope()
         due_at_us = await self._due(scope, sweep)
@@ -138,6 +139,8 @@ class Sweeps:
             await asyncio.sleep(self._pause(sweep))
             try:
                 await self.run_if_due(sweep)
+            except NoOperator:
+                continue  # `farebox init` has not been run yet, so nobody can have paid.
             except DatabaseUnavailable:
                 log.warning("the database is away", upkeep=sweep.name)
             except Exception:

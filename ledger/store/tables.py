@@ -59,6 +59,31 @@ class LedgerTransferRow(SQLModel, table=True):
             sqlite_where=text("credit LIKE 'wallet:%'"),
             postgresql_where=text("credit LIKE 'wallet:%'"),
         ),
+        # Few entries are on it: what came in, and what went back. The books are compared with the processor's by them.
+        Index(
+            "ix_ledger_transfer_clearing_time",
+            "tenant",
+            "mode",
+            "at_us",
+            sqlite_where=text("debit = 'clearing' OR credit = 'clearing'"),
+            postgresql_where=text("debit = 'clearing' OR credit = 'clearing'"),
+        ),
+        Index(
+            "ix_ledger_transfer_clearing_payment",
+            "reference",
+            "tenant",
+            "mode",
+            sqlite_where=text("debit = 'clearing' OR credit = 'clearing'"),
+            postgresql_where=text("debit = 'clearing' OR credit = 'clearing'"),
+        ),
+        Index(
+            "ix_ledger_transfer_clearing_block",
+            "block",
+            "tenant",
+            "mode",
+            sqlite_where=text("debit = 'clearing' OR credit = 'clearing'"),
+            postgresql_where=text("debit = 'clearing' OR credit = 'clearing'"),
+        ),
         {"sqlite_with_rowid": False},
     )
 

@@ -11,13 +11,16 @@ import structlog
 
 from gateway.database import Database
 from gateway.logs import configure_logging
-from tests.gateway.office import Office, open_office
+from tests.gateway.office import Office, open_office, paid_with
 from tests.gateway.rig import empty_database, name_database
+from tests.servers.stripe import FakeStripe
 
 STORES = ("sqlite", "postgresql")
 ON_EVERY_STORE = (
     *("test_journey_", "test_api_", "test_isolation", "test_idempotency", "test_readiness", "test_metrics"),
     "test_stripe_webhook",
+    "test_reconciliation",
+    "test_accounting",
 )
 
 
@@ -77,6 +80,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 async def office(tmp_path: Path) -> AsyncIterator[Office]:
     async with open_office(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def stripe() -> Iterator[FakeStripe]:
+    with FakeStripe() as stripe:
+        yield stripe
+
+
+@pytest.fixture
+async def till(tmp_path: Path, stripe: FakeStripe) -> AsyncIterator[Office]:
+    """An office that takes payments."""
+    async with open_office(tmp_path, **paid_with(stripe)) as opened:
         yield opened
 
 

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
 
@@ -16,6 +16,9 @@ from gateway.installation import Books, Gift, give
 from gateway.settings import Settings
 from pricing.money import CREDIT
 from tests.gateway.rig import held_to_policies, installed_database, open_store
+from tests.servers.stripe import FakeStripe
+
+PUBLIC_URL: Final = "https://pay.example.com"
 
 
 @dataclass
@@ -91,6 +94,16 @@ class Office:
         body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hello!"}], **fields}
         headers = {} if user is None else {"X-Quota-User": user}
         return await self.ask("POST", "/v1/chat/completions", body, key=key, headers=headers)
+
+
+def paid_with(stripe: FakeStripe) -> dict[str, Any]:
+    """The settings of an installation that takes payments there, and has a public address."""
+    return {
+        "stripe_secret_key": stripe.secret_key,
+        "stripe_webhook_secret": stripe.webhook_secret,
+        "stripe_api_base": stripe.url,
+        "public_url": PUBLIC_URL,
+    }
 
 
 @contextlib.asynccontextmanager

@@ -31,6 +31,12 @@ def holders(office: Office, said: str = SAID) -> set[str]:
     return {table for table, found in rows.items() if any(said in row for row in found)}
 
 
+@pytest.fixture
+def office(till: Office) -> Office:
+    """Payments know people, too."""
+    return till
+
+
 async def live(office: Office, name: str = NAME, about: dict[str, Any] = ABOUT) -> str:
     """Put a person everywhere where one can be; our id of them."""
     services = office.gateway.services
@@ -56,6 +62,8 @@ async def live(office: Office, name: str = NAME, about: dict[str, Any] = ABOUT) 
     pack = {"key": "hour", "name": "Hour", "price": 1, "credits": 1, "duration_seconds": 3600}
     await office.post("/v1/packs", pack, once="pack")
     await office.post(f"/v1/customers/{name}/packs", {"pack": "hour", "metadata": about}, once="buy")
+    back = {"success_url": f"https://example.com/{SAID}", "cancel_url": f"https://example.com/?who={SAID}"}
+    await office.post("/v1/checkout", {"customer_id": name, "package_id": "usd-5", **back}, once="checkout")
     subject = {"type": "customer", "id": name}
     budget = {"subject": subject, "credits": 10**9, "period": {"every": "month"}, "name": f"{SAID}'s"}
     await office.post("/v1/budgets", budget, once="budget")

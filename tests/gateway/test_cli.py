@@ -117,6 +117,7 @@ commands = ["", "serve", "demo", "init", "migrate", "verify", "copy", "grant", "
 commands += ["keys", "keys list", "keys create", "keys revoke"]
 commands += ["tenants", "tenants list", "tenants create", "tenants change"]
 commands += ["prices", "prices list", "prices show", "prices check"]
+commands += ["stripe", "stripe reconcile", "accounting", "accounting export"]
 for command in commands:
     sys.argv = ["farebox", *command.split(), "--help"]
     try:
@@ -134,7 +135,7 @@ assert not slow, slow
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Usage: farebox") == 21
+    assert done.stdout.count("Usage: farebox") == 25
 
 
 @on_every_store
@@ -259,6 +260,13 @@ def test_serve_migrates_its_file_and_several_workers_share_the_work(tmp_path: Pa
         assert stop(process) == 0
         assert not [orphan for orphan in orphans if alive(orphan)]
     assert "everything holds" in run("verify")
+
+
+def test_serve_warns_where_no_money_comes_for_live_credits(tmp_path: Path):
+    stripe = {"FAREBOX_STRIPE_SECRET_KEY": "sk_test_a", "FAREBOX_STRIPE_WEBHOOK_SECRET": "whsec_a"}
+    with started(tmp_path, "serve", "--port", "0", line="Stripe's key is a test key", **stripe) as (process, line):
+        assert "no money comes for it" in line
+        assert stop(process) == 0
 
 
 def test_workers_that_cannot_start_are_not_announced(tmp_path: Path):

@@ -18,14 +18,20 @@ from sqlmodel import SQLModel
 from gateway import copying
 from gateway.billing.rollups import Rollups
 from gateway.cli import main
+from gateway.clock import now_us
 from gateway.copying import CannotCopy, copy_installation
 from gateway.database import Database
+from gateway.identity.tenants import Tenants
 from gateway.migrations import migrate
+from gateway.payments.operator import OperatorScope
+from gateway.payments.processor_transactions import ProcessorTransactions
+from gateway.payments.sweeps import Sweep, Sweeps, daily
 from ledger.model import Charge, Scope, Settlement
 from ledger.store.sqlite import SqliteStore
-from tests.gateway.office import open_office
+from tests.gateway.office import open_office, paid_with
 from tests.ledger.rig import SECOND_US, Clock, RandomCommands, Say, partition, usage
 from tests.servers.postgres import database_of
+from tests.servers.stripe import FakeStripe
 
 LATER_US = 10**15
 
@@ -59,10 +65,9 @@ def count(url: str, table: str) -> int:
     return len(rows_of(url, table))
 
 
-async def fill(url: str, seed: random.Random) -> None:
-    """A row at least in every table, and a ledger with a past."""
-    folder = Path(url.removeprefix("sqlite:///")).parent
-    async with open_office(folder) as office:
+async def trade(folder: Path, url: str, stripe: FakeStripe) -> None:
+    """What a day at the office leaves."""
+    async with open_office(folder, **paid_with(stripe)) as office:
         await office.fund_developer("500")
         for key in ("live", "test"):
             await office.post("/v1/billable-metrics", {"key": "grüße", "priority_max": 3}, key=key)
@@ -83,6 +88,7 @@ async def fill(url: str, seed: random.Random) -> None:
         await office.post("/v1/customers/alice/packs", {"pack": "hour"})
         everybody = {"subject": {"type": "tenant"}, "credits": 90_000, "period": {"every": "month"}, "name": "Grüße"}
         await office.post("/v1/budgets", everybody, key="owner")
+        await office.post("/v1/checkout", {"customer_id": "alice", "package_id": "usd-5"})
         await office.post("/v1/webhook-endpoints", {"url": "https://receiver.invalid/"})
         await office.post("/v1/customers", {"external_id": "bob", "metadata": {"plan": ["é", 1, None]}}, once="bob")
         await office.post("/v1/topup/grant", {"customer_id": "bob", "credits": 1})
@@ -90,7 +96,14 @@ async def fill(url: str, seed: random.Random) -> None:
         while not count(url, "webhook_lanes"):
             assert asyncio.get_running_loop().time() < deadline
             await asyncio.sleep(0.01)
-    clock = Clock(us=office.clock.now_us() + LATER_US)
+
+
+async def fill(url: str, seed: random.Random) -> None:
+    """A row at least in every table, and a ledger with a past."""
+    folder = Path(url.removeprefix("sqlite:///")).parent
+    with FakeStripe() as stripe:
+        await trade(folder, url, stripe)
+    clock = Clock(us=now_us() + LATER_US)
     store = await SqliteStore.open(url, clock=clock)
     source = RandomCommands(seed)
     for _ in range(3):
@@ -103,7 +116,17 @@ async def fill(url: str, seed: random.Random) -> None:
     database = Database(url)
     while await Rollups(database).fold():
         pass
+    await keep_books(database)
     await database.close()
+
+
+async def keep_books(database: Database) -> None:
+    """What a night of comparing with the payment processor leaves."""
+    operator = OperatorScope(Tenants(database), "test")
+    movement = {"id": "txn_1", "type": "payout", "amount": -5, "fee": 0, "net": -5, "currency": "usd", "created": 7}
+    await ProcessorTransactions(database).keep(await operator(), [movement])
+    sweep = Sweep(name="nightly", schedule=daily(3), work=operator)
+    assert not await Sweeps(database, operator, now_us=Clock(us=LATER_US)).run_if_due(sweep)
 
 
 @pytest.fixture(scope="module")

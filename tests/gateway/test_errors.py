@@ -36,6 +36,7 @@ PUBLIC_TABLE = [
     (500, errors.internal_error(), "internal_error"),
     (502, errors.upstream_error(), "upstream_error"),
     (503, errors.ledger_unavailable(), "ledger_unavailable"),
+    (503, errors.payments_unavailable(), "payments_unavailable"),
     (503, errors.shutting_down(), "shutting_down"),
     (504, errors.upstream_timeout(), "upstream_timeout"),
 ]

@@ -27,6 +27,11 @@ CHAT = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hello!
 PACK = {"key": "hour", "name": "Hour", "price": 1000, "credits": 2000, "duration_seconds": 3600}
 
 
+@pytest.fixture
+def office(till: Office) -> Office:
+    return till
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request, and *other*, a body of it that asks for something else; None where it has none."""
@@ -424,6 +429,18 @@ async def a_named_customers_change(office: Office) -> Asked:
     return replace(await a_customer_change(office), path="/v1/customer-by-external-id/ann")
 
 
+async def a_checkout(office: Office) -> Asked:
+    await office.post("/v1/customers", {"external_id": "ann"})
+    body = {"customer_id": "ann", "package_id": "usd-5", "success_url": "https://example.com/paid"}
+    return Asked("/v1/checkout", body, {**body, "package_id": "usd-10"})
+
+
+async def charglys_checkout(office: Office) -> Asked:
+    await office.post("/v1/customers", {"external_id": "ann"})
+    body = {"customerId": "ann", "creditPackCode": "usd-5"}
+    return Asked("/chargly/v1/checkout", body, {**body, "creditPackCode": "usd-10"})
+
+
 async def a_chat(office: Office) -> Asked:
     await fund(office)
     return Asked("/v1/chat/completions", CHAT, {**CHAT, "max_tokens": 9}, headers={"X-Quota-User": "ann"})
@@ -485,6 +502,8 @@ TABLE = [
     Row("POST /autumn/v1/balances.finalize", autumns_end_of_a_lock, charges),
     Row("POST /autumn/v1/customers", autumns_customer, customers),
     Row("POST /chargly/v1/meter", charglys_event, charges),
+    Row("POST /v1/checkout", a_checkout, in_list("/v1/customers/ann/orders")),
+    Row("POST /chargly/v1/checkout", charglys_checkout, in_list("/v1/customers/ann/orders")),
     Row("POST /v1/chat/completions", a_chat, charges),
     Row("POST /v1/users/{user}/chat/completions", a_users_chat, charges),
 ]

@@ -206,7 +206,8 @@ async def test_a_gateway_that_cannot_start_says_why_without_a_secret(tmp_path: P
 def test_every_secret_of_the_settings_is_taken_out_by_value():
     settings = Settings(
         database_url=f"postgresql://farebox:{PASSWORD}%2F%40@db/farebox",
-        stripe_secret_key="stripe-secret",
+        stripe_secret_key="sk_test_stripe-secret",
+        stripe_webhook_secret="whsec_stripe-signature",
         **{**SETTINGS, "upstreams": [{**SETTINGS["upstreams"][0], "headers": {"X-Extra": "header-secret"}}]},
     )
     written = io.StringIO()
@@ -215,7 +216,8 @@ def test_every_secret_of_the_settings_is_taken_out_by_value():
     for secret in (
         f"{PASSWORD}/@",
         f"{PASSWORD}%2F%40",
-        "stripe-secret",
+        "sk_test_stripe-secret",
+        "whsec_stripe-signature",
         UPSTREAM_KEY,
         "header-secret",
         REDIS_PASSWORD,
@@ -223,7 +225,7 @@ def test_every_secret_of_the_settings_is_taken_out_by_value():
         log.info("somebody said", what=f"it is {secret}, is it not")
         log.info(f"it is {secret}")
     assert not [secret for secret in secrets_of(settings) if secret in written.getvalue()]
-    assert written.getvalue().count("it is …") == 12
+    assert written.getvalue().count("it is …") == 14
 
 
 def test_an_exceptions_message_is_cut_and_those_in_a_group_are_told(log: io.StringIO):

@@ -11,19 +11,41 @@ import pytest
 from gateway.api.openapi import LINKS
 from tests.gateway.office import Office
 
-PREFIXES = {"cus", "blk", "rsv", "req", "evt", "whk", "mtr", "rul", "pck", "bud", "app", "key", "ten", "txn", "conv"}
+PREFIXES = {
+    "cus",
+    "blk",
+    "rsv",
+    "req",
+    "evt",
+    "whk",
+    "mtr",
+    "rul",
+    "pck",
+    "bud",
+    "app",
+    "key",
+    "ten",
+    "txn",
+    "conv",
+    "ord",
+}
 PREFIXES |= {"pay", "job", "companion", "user", "plan"}
 """Of our ids, and what tenants call their own things in the examples."""
 
 METHODS = ("get", "post", "patch", "delete")
 STREAMED = {"/v1/chat/completions", "/v1/users/{user}/chat/completions"}
-SINGLE_PAGE = {"/v1/apps", "/v1/keys", "/v1/customers/{customer}/packs"}
+SINGLE_PAGE = {"/v1/apps", "/v1/keys", "/v1/packages", "/v1/customers/{customer}/packs"}
 """Lists that are bounded, and come whole."""
 
 NO_PAGE = {"/v1/models"}
 """OpenAI's own form of a list."""
 
 Operation = dict[str, Any]
+
+
+@pytest.fixture
+def office(till: Office) -> Office:
+    return till
 
 
 @pytest.fixture
@@ -239,9 +261,11 @@ async def test_every_list_walks_over_all_of_its_things_once(office: Office):
         budget = {"subject": {"type": "customer", "id": name}, "credits": 1000, "period": {"every": "day"}}
         await office.post("/v1/budgets", budget)
         await office.post("/v1/webhook-endpoints", {"url": f"https://{name}.invalid/"})
+        await office.post("/v1/checkout", {"customer_id": "thing-0", "package_id": "usd-5"})
     for path in (
         "/v1/customers",
         "/v1/customers/thing-0/transactions",
+        "/v1/customers/thing-0/orders",
         "/v1/billable-metrics",
         "/v1/metering-rules",
         "/v1/packs",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from gateway.settings import PriceSettings, Settings, SettingsInvalid, UpstreamSettings, load
+from gateway.settings import PackageSettings, PriceSettings, Settings, SettingsInvalid, UpstreamSettings, load
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "farebox.example.toml"
 
@@ -36,6 +36,7 @@ def settings(tmp_path: Path, toml: str) -> Settings:
 
 
 UPSTREAM = '[[upstreams]]\nname = "one"\nbase_url = "http://127.0.0.1:1/v1"\n'
+PACKAGE = "[[packages]]\nid = 'a'\nprice = '{}'\n"
 
 
 def test_the_defaults_are_those_of_the_public_contract():
@@ -62,8 +63,8 @@ def test_the_example_file_names_every_setting_with_its_default(monkeypatch: pyte
     for name in Settings.model_fields.keys() - shown:
         assert getattr(example, name) == getattr(defaults, name), name
     text = EXAMPLE.read_text()
-    for section in (Settings, UpstreamSettings, PriceSettings):
-        for name in section.model_fields.keys() - shown:
+    for section in (Settings, UpstreamSettings, PriceSettings, PackageSettings):
+        for name in section.model_fields.keys() - shown - {"packages"}:
             assert re.search(rf"^(# )?{name} = ", text, re.MULTILINE), name
     openai = example.upstreams[0]
     assert openai.api_key is not None
@@ -161,6 +162,7 @@ def test_output_is_limited_in_the_field_that_the_host_knows(base_url: str, field
 
 def test_no_secret_is_in_a_repr_or_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FAREBOX_STRIPE_SECRET_KEY", "sk_live_secret")
+    monkeypatch.setenv("FAREBOX_STRIPE_WEBHOOK_SECRET", "whsec_secret")
     monkeypatch.setenv("FAREBOX_DATABASE_URL", "postgresql://user:secret@127.0.0.1/farebox")
     found = settings(tmp_path, UPSTREAM + 'api_key = "very-secret"\nheaders = { "api-key" = "also-secret" }')
     assert "secret" not in repr(found).replace("stripe_secret_key", "").replace("stripe_webhook_secret", "")
@@ -211,6 +213,17 @@ def test_no_secret_is_in_a_repr_or_in_an_error(tmp_path: Path, monkeypatch: pyte
         ("port = ", "is not valid TOML"),
         ('database_url = "postgresql://u@h:x/d"', "database_url: the port in it is not a number"),
         ('database_url = "postgresql://[::1/d"', "database_url: "),
+        ('stripe_secret_key = "sk_test_a"', "stripe_secret_key is set and stripe_webhook_secret is not"),
+        ('stripe_webhook_secret = "whsec_a"', "stripe_webhook_secret is set and stripe_secret_key is not"),
+        ('stripe_secret_key = "whsec_a"', "stripe_secret_key: it must be a secret or restricted key of Stripe"),
+        ('stripe_secret_key = "pk_live_a"', "stripe_secret_key: it must be a secret or restricted key of Stripe"),
+        ('stripe_webhook_secret = "sk_test_a"', "stripe_webhook_secret: it must be the signing secret"),
+        (PACKAGE.format("0"), 'the price of the package "a" must be above zero'),
+        (PACKAGE.format("1.001"), 'the price of the package "a" must be above zero, with at most 2 decimal places'),
+        (PACKAGE.format("1") + "currency = 'eur'", 'the package "a" is not in dollars: say what its credits are worth'),
+        (PACKAGE.format("1") + "worth = '0'", 'the package "a" brings no credits'),
+        (PACKAGE.format("1") + PACKAGE.format("2"), 'the package "a" is listed more than once'),
+        (PACKAGE.format("1") + "prize = '2'", 'packages[0] has the unknown key "prize"; did you mean "price"?'),
     ],
 )
 def test_a_mistake_is_named_with_its_place(tmp_path: Path, toml: str, said: str):
@@ -243,6 +256,16 @@ def test_a_mistake_in_the_environment_names_the_variable(monkeypatch: pytest.Mon
     monkeypatch.setenv("FAREBOX_PORT", "http")
     with pytest.raises(SettingsInvalid, match="FAREBOX_PORT: input should be a valid integer"):
         load()
+
+
+def test_while_a_webhooks_secret_is_replaced_there_are_two():
+    assert Settings(stripe_secret_key="rk_live_a", stripe_webhook_secret="whsec_a, whsec_b").stripe_webhook_secret
+
+
+def test_mistakes_in_payments_are_told_beside_all_others(tmp_path: Path):
+    said = problems(tmp_path, "stripe_secret_key = 'sk_test_a'\nheartbeat_s = 100\n" + PACKAGE.format("0"))
+    assert all(place in said for place in ("stripe_webhook_secret is not", "heartbeat_s", 'the package "a"'))
+    assert "sk_test" not in said
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path):

@@ -35,10 +35,12 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 
 from tests.servers.stripe_account import StripeAccount
-from tests.servers.stripe_api import Answer, Asked, StripeAPI, read_form, request_id
-from tests.servers.stripe_objects import API_VERSION, Object
+from tests.servers.stripe_api import StripeAPI
+from tests.servers.stripe_objects import API_VERSION, PERSON, Object
+from tests.servers.stripe_requests import Answer, Asked, read_form, request_id
 
 HANG_S_MAX: Final = 60.0
+IDLE_S_MAX: Final = 60.0
 STOP_S: Final = 10.0
 BODY_BYTES_MAX: Final = 1_000_000
 DELIVER_S: Final = 30.0
@@ -188,9 +190,13 @@ class _Server(ThreadingHTTPServer):
         self._connections: set[socket.socket] = set()
         self._connections_lock = threading.Lock()
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def process_request(self, request: Any, client_address: Any) -> None:
+        # Here, and not in its thread, so that none is missed that begins while the server is closed.
         with self._connections_lock:
             self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -213,6 +219,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    timeout = IDLE_S_MAX
     server: _Server
 
     def do_GET(self) -> None:
@@ -298,8 +305,12 @@ class _Handler(BaseHTTPRequestHandler):
 _PAGE: Final = """<!doctype html><html lang="en"><title>Checkout</title>
 <h1>Pay {amount}</h1><form method="post"><button>Pay</button></form><a href="{cancel}">Back</a></html>"""
 
+_QUOTED: Final = f"It was asked for {PERSON['name']}, {PERSON['email']}."
+"""Stripe's messages quote what was sent: nobody may repeat them."""
+
 _FAULTS: Final[dict[int, Object]] = {
-    409: {"message": "There is another request with this key in progress.", "type": "idempotency_error"},
-    429: {"message": "Request rate limit exceeded.", "type": "invalid_request_error", "code": "rate_limit"},
-    500: {"message": "An unknown error occurred.", "type": "api_error"},
+    400: {"message": f"Invalid request. {_QUOTED}", "type": "invalid_request_error", "code": "parameter_invalid_empty"},
+    409: {"message": f"Another request with this key is in progress. {_QUOTED}", "type": "idempotency_error"},
+    429: {"message": f"Request rate limit exceeded. {_QUOTED}", "type": "invalid_request_error", "code": "rate_limit"},
+    500: {"message": f"An unknown error occurred. {_QUOTED}", "type": "api_error"},
 }

@@ -4,35 +4,19 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import parse_qsl
 
-from tests.servers.stripe_account import SESSION_LEAST_S, SESSION_S, TEST_CARDS, Refused, StripeAccount
-from tests.servers.stripe_objects import Object, listed, new_id
+from tests.servers.stripe_account import StripeAccount
+from tests.servers.stripe_cards import TEST_CARDS
+from tests.servers.stripe_objects import Object, listed
+from tests.servers.stripe_payments import SESSION_LEAST_S, SESSION_S
+from tests.servers.stripe_requests import Answer, Asked, known, required
+from tests.servers.stripe_store import Refused
 
 PAGE_DEFAULT: Final = 10
 PAGE_MAX: Final = 100
 EXPANSIONS_DEEP_MAX: Final = 4
 KEY_LENGTH_MAX: Final = 255
 KEYS_KEPT_S: Final = 24 * 3600
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request as it came; *params* are nested as Stripe reads them, lists as dicts by their index."""
-
-    method: str
-    path: str
-    params: Mapping[str, Any]
-    idempotency_key: str | None = None
-    version: str | None = None
-    authorization: str | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    body: Object
-    replayed: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,31 +245,6 @@ class StripeAPI:
         return listed(rows[:limit], url=path, has_more=len(rows) > limit)
 
 
-def read_form(text: str) -> dict[str, Any]:
-    """`a[b][0]=c` as `{"a": {"b": {"0": "c"}}}`; of `a[]=b` the places count from 0."""
-    params: dict[str, Any] = {}
-    for name, value in parse_qsl(text, keep_blank_values=True):
-        *outer, last = re.findall(r"[^\[\]]+|(?<=\[)(?=\])", name)
-        place = params
-        for key in outer:
-            place = place.setdefault(key, {})
-        place[last or str(len(place))] = value
-    return params
-
-
-def known(params: Mapping[str, Any], *names: str) -> None:
-    for name in params:
-        if name not in names:
-            message = f"Received unknown parameter: {name}"
-            raise Refused(400, message, code="parameter_unknown", param=name)
-
-
-def required(params: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if params.get(name) in (None, "", {}):
-            raise Refused(400, f"Missing required param: {name}.", code="parameter_missing", param=name)
-
-
 _OTHER_PARAMETERS: Final = (
     "Keys for idempotent requests can only be used with the same parameters they were first used with. "
     "Try using a key other than '{}' if you meant to execute a different request."
@@ -360,7 +319,3 @@ def _methods_of_customer(api: StripeAPI, params: Mapping[str, Any], id: str) -> 
 
 
 _ROUTES: Final = tuple(_routes())
-
-
-def request_id() -> str:
-    return new_id("req_")[:18]

@@ -61,15 +61,13 @@ class Client(sdk.HTTPXClient):
 
 
 @contextlib.asynccontextmanager
-async def sdk_client(
-    server: FakeStripe, *, key: str | None = None, timeout_s: float = 5
-) -> AsyncIterator[sdk.StripeClient]:
+async def sdk_client_at(url: str, *, key: str, timeout_s: float = 5) -> AsyncIterator[sdk.StripeClient]:
     http_client = Client(timeout=timeout_s)
     try:
         yield sdk.StripeClient(
-            key or server.secret_key,
+            key,
             stripe_version=API_VERSION,
-            base_addresses={"api": server.url},
+            base_addresses={"api": url},
             http_client=http_client,
             max_network_retries=0,
         )
@@ -79,7 +77,7 @@ async def sdk_client(
 
 @pytest.fixture
 async def client(stripe_server: FakeStripe) -> AsyncIterator[sdk.StripeClient]:
-    async with sdk_client(stripe_server) as client:
+    async with sdk_client_at(stripe_server.url, key=stripe_server.secret_key) as client:
         yield client
 
 
@@ -313,7 +311,7 @@ async def test_the_balance_says_what_moved(client: sdk.StripeClient, stripe_serv
 
 async def test_lists_know_times_and_kinds() -> None:
     now = 1_800_000_000
-    async with fake_stripe(now_s=lambda: now) as server, sdk_client(server) as client:
+    async with fake_stripe(now_s=lambda: now) as server, sdk_client_at(server.url, key=server.secret_key) as client:
         server.create_customer({})
         payment = off_session_payment(server, server.all("customer")[0]["id"])
         server.charge_off_session(payment["id"], "pm_card_visa")
@@ -388,7 +386,7 @@ async def test_faults_come_when_they_are_told_to(client: sdk.StripeClient, strip
 
 
 async def test_what_hangs_is_answered_when_it_is_released(stripe_server: FakeStripe) -> None:
-    async with sdk_client(stripe_server, timeout_s=0.1) as impatient:
+    async with sdk_client_at(stripe_server.url, key=stripe_server.secret_key, timeout_s=0.1) as impatient:
         stripe_server.fail_next("/v1/customers", "hang")
         with pytest.raises(sdk.APIConnectionError):
             await impatient.v1.customers.create_async()
@@ -399,7 +397,7 @@ async def test_what_hangs_is_answered_when_it_is_released(stripe_server: FakeStr
 async def test_strangers_and_unknown_parameters_are_refused(
     client: sdk.StripeClient, stripe_server: FakeStripe
 ) -> None:
-    async with sdk_client(stripe_server, key="sk_test_stranger") as stranger:
+    async with sdk_client_at(stripe_server.url, key="sk_test_stranger") as stranger:
         with pytest.raises(sdk.AuthenticationError):
             await stranger.v1.customers.create_async()
     with pytest.raises(sdk.InvalidRequestError) as refusal:

@@ -16,6 +16,7 @@ def upgrade() -> None:
     _customers()
     _observations()
     _processor()
+    _clearing()
     for table in (
         "payment_orders",
         "payment_customers",
@@ -186,3 +187,21 @@ def _processor() -> None:
         sa.ForeignKeyConstraint(["tenant"], ["tenants.id"]),
         sa.PrimaryKeyConstraint("tenant", "mode", "name"),
     )
+
+
+def _clearing() -> None:
+    """By time, payment and block: the account's entries are few among all."""
+    on_account = sa.text("debit = 'clearing' OR credit = 'clearing'")
+    for name, columns in (
+        ("ix_ledger_transfer_clearing_time", ["tenant", "mode", "at_us"]),
+        # What is looked for comes first: SQLite passes over a list in a third column.
+        ("ix_ledger_transfer_clearing_payment", ["reference", "tenant", "mode"]),
+        ("ix_ledger_transfer_clearing_block", ["block", "tenant", "mode"]),
+    ):
+        op.create_index(
+            name,
+            "ledger_transfer",
+            columns,
+            sqlite_where=on_account,
+            postgresql_where=on_account,
+        )
