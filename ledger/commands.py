@@ -323,24 +323,29 @@ class Refund(Command, frozen=True, kw_only=True, tag="refund"):
     """Give back all or part of what was charged, to the slices that paid, the last one first.
 
     What goes back to a block that has expired meanwhile lapses. A debt that was charged is owed no more; if it was
-    repaid, what repaid it comes back as a block. The limits and the unfunded line that were drawn on stay drawn.
+    repaid, what repaid it comes back. The limits and the unfunded line that were drawn on stay drawn.
 
     Attributes:
         payments: as the reservation has them. They name what has to be loaded; if they are others by now, the refund
             is refused.
         amounts: one a leg; None gives back all that is left of the charge.
         reason: for the event.
+        unfunded: the line of the tenant that gives it back, if it is not the operator himself. The tenant owes the
+            operator the base cost that had been revenue; what credits paid of it is drawn on the line, or refused.
     """
 
     reservation: ReservationRef
     payments: tuple[Payment, ...]
     amounts: tuple[int, ...] | None = None
     reason: str | None = None
+    unfunded: WalletRef | None = None
 
     @property
     def wallets(self) -> list[WalletRef]:
-        """Every wallet that it touches: those that paid, and the pools that markup was returned to."""
+        """Every wallet that it touches: those that paid, the pools that markup was returned to, and the line."""
         named = [payment.wallet for payment in self.payments]
+        if self.unfunded is not None:
+            named.append(self.unfunded)
         named += [pool for payment in self.payments if (pool := payment.pool) is not None]
         return named
 

@@ -394,8 +394,10 @@ class Audit:
         booked: Counter[_Booking] = Counter()
         for transfer in entry.transfers:
             to = transfer.credit.partition(":")[0]
-            if _makes_due(transfer):
-                pass  # Whose revenue it is: nobody paid.
+            if transfer.credit == Account.TENANT_DUE and not transfer.debit.startswith(_WALLET_ACCOUNT):
+                pass  # The tenant owes what had been revenue: nobody paid.
+            elif transfer.credit == Account.REVENUE and transfer.debit == Account.TENANT_DUE:
+                pass  # And not any more.
             elif entry.kind == "refund":
                 if transfer.credit.startswith(_WALLET_ACCOUNT):
                     booked[transfer.scope, transfer.credit, transfer.block, transfer.debit] -= transfer.amount
@@ -432,11 +434,6 @@ class Audit:
 
     def _report(self, message: str, entry: JournalEntry, **facts: Any) -> None:
         self.found.append(Violation(message, {"seq": entry.seq, "command": entry.id, **facts}))
-
-
-def _makes_due(transfer: Transfer) -> bool:
-    """Whether it tells only that revenue is due from the tenant, or is not any more."""
-    return {transfer.debit, transfer.credit} == {Account.REVENUE, Account.TENANT_DUE}
 
 
 def _bookings(reservation: Reservation | None) -> Counter[_Booking]:

@@ -7,6 +7,7 @@ import msgspec
 from ledger.commands import Refund
 from ledger.debts import collect, owe_no_more
 from ledger.draft import NO_TAGS, RETURN_BLOCKS, Draft, Source
+from ledger.granting import take_free
 from ledger.model import Account, Payment, Reservation, Slice, WalletRef
 from ledger.outcomes import Applied, Outcome, Reason, Refunded, Rejected
 from ledger.settling import merged
@@ -30,6 +31,10 @@ def refund(state: State, command: Refund, now_us: int) -> Outcome:
         amounts = list(command.amounts)
     draft = Draft(state, command, now_us)
     given = list(_given(left, amounts))
+    if command.unfunded is not None:
+        refusal = _make_due(draft, reservation, given, command.unfunded)
+        if refusal is not None:
+            return refusal
     for part in given:
         _reverse(draft, reservation, part)
     after = msgspec.structs.replace(reservation, refunds=merged([*reservation.refunds, *given]))
@@ -70,6 +75,33 @@ def _given(left: list[Payment], amounts: list[int]) -> Iterator[Payment]:
             missing[payment.leg] -= part
             base = payment.base * part // payment.total
             yield msgspec.structs.replace(payment, base=base, markup=part - base)
+
+
+def _make_due(draft: Draft, reservation: Reservation, given: list[Payment], line: WalletRef) -> Rejected | None:
+    """Let the tenant owe the revenue that it gives back, within its line.
+
+    What was burnt on an overdraft was drawn on the line then.
+    """
+    revenue = [part for part in given if part.base_account == Account.REVENUE]
+    drawn = sum(part.base for part in revenue if part.block is not None)
+    available = draft.available(line)
+    if available < drawn:
+        return Rejected(Reason.LIMIT_REACHED, needed=drawn, available=available, limit=line)
+    wallet = draft.wallet(line)
+    if wallet is not None:
+        reference = reservation.ref.reservation
+        take_free(draft, wallet, draft.payable(line, NO_TAGS), drawn, account=Account.LIMIT, reference=reference)
+    for part in revenue:
+        draft.transfer(
+            part.base,
+            asset=reservation.asset,
+            debit=Account.EXTERNAL,
+            credit=Account.TENANT_DUE,
+            block_id=part.block,
+            reference=reservation.ref.reservation,
+            scope=part.wallet.scope,
+        )
+    return None
 
 
 def _reverse(draft: Draft, reservation: Reservation, part: Payment) -> None:

@@ -15,6 +15,7 @@ from ledger.entries import check_entry
 from ledger.erasable import bare
 from ledger.invariants import Audit, Violation, digest
 from ledger.model import Reservation, ReservationRef
+from ledger.money import MoneyAudit
 from ledger.outcomes import KeyTaken
 from ledger.state import KeyRef
 from ledger.store.protocol import DamagedRow, Snapshot, Store
@@ -43,11 +44,13 @@ async def verify(store: Store, *, operator: str | None = None) -> Verified:
         StoreUnavailable: the database cannot be read.
     """
     audit = Audit(operator=operator)
+    money = MoneyAudit()
     async with store.snapshot() as snapshot:
         try:
             async for entry in snapshot.journal():
                 audit.observe(entry)
                 audit.found += check_entry(entry)
+                audit.found += money.check(entry, audit.state)
                 if len(audit.found) >= VIOLATIONS_MAX:
                     return _verified(audit, [])
             audit.finish()

@@ -13,7 +13,7 @@ from gateway.api.services import Here
 from gateway.api.wire import PAGE_DEFAULT, Credits, Millicredits, Page, Time, View, amounts
 from gateway.clock import time_text, time_text_or_none
 from gateway.errors import invalid_request
-from gateway.identity.wallets import customer_wallet, unfunded_wallet
+from gateway.identity.wallets import customer_wallet
 from ledger.burndown import burn_order
 from ledger.ledger import Ledger, WalletView, cursor_after
 from ledger.model import Block, Tags, Wallet, WalletRef
@@ -125,10 +125,7 @@ async def get_credits(
     customer_id = (await services.customers.find(principal.tenant_id, principal.mode, customer)).id
     ref = customer_wallet(principal.tenant_id, principal.mode, customer_id)
     tags = Tags(app=principal.app_id, metric=which.metric, model=which.model)
-    line = None
-    if principal.unfunded_limit is not None:
-        line = unfunded_wallet(principal.tenant_id, principal.mode)
-    wallet = await wallet_now(services.ledger, ref, principal.asset, tags, unfunded=line)
+    wallet = await wallet_now(services.ledger, ref, principal.asset, tags, unfunded=principal.unfunded)
     blocks = None
     if which.include_blocks:
         unexpired = [block for block in wallet.blocks if not _expired(block, services.now_us())]

@@ -13,6 +13,7 @@ from gateway.api.services import Here
 from gateway.api.wire import Body, Credits, Millicredits, Text, View, amounts, units_of_credits, units_of_millis
 from gateway.billing.refunds import NothingCharged, RefundTooLarge
 from gateway.errors import ApiError, invalid_request
+from ledger.errors import LimitReached
 from ledger.outcomes import Refunded
 from pricing.money import Asset
 
@@ -68,18 +69,23 @@ async def refund_request(
     """Give back all or part of what a request was charged: a completion, a usage event or a reservation.
 
     The last block that paid gets its part first, whatever the burn order is by now. No more is ever given back than was
-    charged. Send an idempotency key with a partial refund: without one, a repetition is another refund.
+    charged. What paid for it had paid the operator, too: you owe him the base cost of what you give back, within the
+    line that he grants you. Send an idempotency key with a partial refund: without one, a repetition is another refund.
     """
     asked = body or RefundRequest()
     amount = asked.units(principal.asset)
     key = key_of(request, asked, OPERATION, about=request_id)
     receipt = await receipt_of(request_id, principal, services)
     try:
-        applied = await services.refunds.refund(receipt.reservation, amount, key=key, reason=asked.reason)
+        applied = await services.refunds.refund(
+            receipt.reservation, amount, unfunded=principal.unfunded, key=key, reason=asked.reason
+        )
     except RefundTooLarge as error:
         raise _too_large(error, asked, principal.asset) from None
     except NothingCharged:
         raise invalid_request("Nothing has been charged for this request, so there is nothing to refund.") from None
+    except LimitReached as error:
+        raise _beyond_the_line(error, principal.asset) from None
     if applied.replayed:
         mark_replayed(request)
     refunded = applied.result
@@ -92,6 +98,17 @@ async def refund_request(
             refunded=sum(refunded.refunded),
             balance=refunded.balance,
         ),
+    )
+
+
+def _beyond_the_line(error: LimitReached, asset: Asset) -> ApiError:
+    facts = amounts(asset, needed=error.needed, available=error.available)
+    needed, available = facts["needed_decimal"], facts["available_decimal"]
+    return ApiError(
+        "insufficient_credits",
+        f"To give this back costs you {needed} credits, which the operator was paid for, and your line leaves "
+        f"{available}. Ask the operator to raise it, or refund less.",
+        facts=facts,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Final
 from ledger.commands import Key, Refund
 from ledger.errors import InvalidAmount, LedgerUnavailable
 from ledger.ledger import Ledger
-from ledger.model import Reservation
+from ledger.model import Reservation, WalletRef
 from ledger.outcomes import Applied
 
 TRIES_MAX: Final = 8
@@ -32,7 +32,13 @@ class Refunds:
         self._new_id = new_id
 
     async def refund(
-        self, reservation: Reservation, amount: int | None, *, key: Key | None, reason: str | None
+        self,
+        reservation: Reservation,
+        amount: int | None,
+        *,
+        unfunded: WalletRef | None,
+        key: Key | None,
+        reason: str | None,
     ) -> Applied:
         """Give back *amount* of what the payer was charged for *reservation*; None gives all of it back, to everybody.
 
@@ -41,9 +47,11 @@ class Refunds:
         Args:
             amount: > 0, in the asset's smallest unit. It comes out of the payer's part alone, not of what the developer
                 bore of an action.
+            unfunded: the line of the tenant that gives it back, as in `Refund`.
 
         Raises:
             RefundTooLarge, NothingCharged
+            LimitReached: the tenant's line does not afford the base cost that the operator was paid for.
             LedgerError: as `Ledger.execute`.
         """
         for _ in range(TRIES_MAX):
@@ -57,6 +65,7 @@ class Refunds:
                 payments=reservation.payments,
                 amounts=None if amount is None else (amount, *[0] * (len(reservation.legs) - 1)),
                 reason=reason,
+                unfunded=unfunded,
             )
             try:
                 return await self._ledger.execute(command)

@@ -21,8 +21,10 @@ from gateway.database import Database, DatabaseUnavailable, within
 from gateway.identity import keys
 from gateway.identity.availability import open_allowance
 from gateway.identity.keys import KeyScope
+from gateway.identity.wallets import unfunded_wallet
 from gateway.lru import LRU
 from gateway.tables import ApiKey, App, AssetVersion, Tenant
+from ledger.model import WalletRef
 from pricing.money import Asset
 
 LEASE_S: Final = 1.0
@@ -74,6 +76,11 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
         """Raises ApiError 403 when the key lacks *scope*."""
         if scope not in self.scopes:
             raise errors.permission_denied(f"This key lacks the scope {scope.value}.")
+
+    @property
+    def unfunded(self) -> WalletRef | None:
+        """The tenant's line for credits that the operator was not paid for; None leaves it unbounded."""
+        return None if self.unfunded_limit is None else unfunded_wallet(self.tenant_id, self.mode)
 
     def sees_app(self, app_id: str | None) -> bool:
         """Whether a request of *app_id* is there for this key: its own app's; with `admin` all of the tenant's."""

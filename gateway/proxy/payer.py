@@ -5,7 +5,7 @@ import msgspec
 from gateway.errors import invalid_request
 from gateway.identity.customers import Customers
 from gateway.identity.principals import Principal
-from gateway.identity.wallets import app_wallet, customer_wallet, unfunded_wallet
+from gateway.identity.wallets import app_wallet, customer_wallet
 from ledger.model import WalletRef
 
 
@@ -46,9 +46,6 @@ async def resolve_payer(principal: Principal, customers: Customers, *, header: s
         customer_id = await customers.resolve(principal.tenant_id, principal.mode, user)
     developer = app_wallet(principal.tenant_id, principal.mode, principal.app_id)
     user_pays = customer_id is not None and principal.billing_mode == "user_pays"
-    unfunded = None
-    if principal.unfunded_limit is not None:
-        unfunded = unfunded_wallet(principal.tenant_id, principal.mode)
     wallets = (developer,)
     if user_pays and customer_id is not None:
         wallets = (customer_wallet(principal.tenant_id, principal.mode, customer_id),)
@@ -57,5 +54,5 @@ async def resolve_payer(principal: Principal, customers: Customers, *, header: s
         developer_wallet=developer,
         customer_id=customer_id,
         markup_bps=principal.markup_bps if user_pays else 0,
-        unfunded=unfunded,
+        unfunded=principal.unfunded,
     )

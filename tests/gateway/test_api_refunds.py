@@ -6,6 +6,12 @@ from typing import Any
 
 import pytest
 
+from gateway.identity.keys import KeyScope
+from gateway.identity.wallets import customer_wallet
+from gateway.ids import new_id
+from gateway.installation import Books, add_tenant
+from ledger.commands import TopUp
+from pricing.money import CREDIT
 from tests.gateway.office import Office
 
 ONE_CREDIT = 1000
@@ -233,3 +239,39 @@ async def test_what_came_out_of_a_pool_goes_back_to_it(office: Office):
     answer = await office.post(f"/v1/customers/alice/credits/{granted['ledger_id']}/revoke")
     assert (answer["revoked_amount"], answer["balance"]) == (50_000, 0)
     assert (await office.get("/v1/funding"))["pool"]["balance"] == 60_000
+
+
+async def test_what_a_tenant_gives_back_of_paid_credits_it_owes_within_its_line(office: Office):
+    """Or else its customers could spend one payment for ever, at the operator's cost."""
+    services = office.gateway.services
+    books = Books(services.database, services.ledger, services.tenants, services.customers)
+    tenant = await add_tenant(books, "Limited", unfunded_limit=CREDIT.parse("0.01"))
+    app = await services.tenants.create_app(tenant.id, "App")
+    made = await services.tenants.create_key(tenant.id, "live", app_id=app.id, name="k", scopes=list(KeyScope))
+    office.keys["limited"] = made.token
+    customer = (await office.post("/v1/customers", {"external_id": "alice"}, key="limited"))["id"]
+    payer = customer_wallet(tenant.id, "live", customer)
+    paid = TopUp(
+        id=new_id("cmd"),
+        scope=payer.scope,
+        wallet=payer,
+        asset=CREDIT.code,
+        block_id=new_id("blk"),
+        amount=CREDIT.parse("100"),
+        payment="ord_1",
+    )
+    await services.ledger.execute(paid)
+    usage = {"prompt_tokens": 100_000, "completion_tokens": 100, "total_tokens": 100_100}
+    answer = await office.chat(key="limited", max_tokens=100, simulate={"usage": usage})
+    cost = Decimal(answer.json()["usage"]["cost"])
+    assert cost > Decimal("0.01")
+    path = f"/v1/requests/{answer.headers['x-request-id']}/refund"
+
+    refused = (await office.ask("POST", path, key="limited")).json()["error"]
+
+    assert refused["code"] == "insufficient_credits"
+    assert (Decimal(refused["needed_decimal"]), Decimal(refused["available_decimal"])) == (cost, Decimal("0.01"))
+    assert "your line" in refused["message"]
+    given = await office.post(path, {"amount_decimal": "0.01"}, key="limited")
+    assert Decimal(given["balance_decimal"]) == 100 - cost + Decimal("0.01")
+    assert (await office.refused("POST", path, {"amount_decimal": "0.001"}, key="limited"))[0] == 402

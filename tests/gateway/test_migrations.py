@@ -1,5 +1,6 @@
 """The migrations lead exactly to the schema that the models say, whoever runs them and however many at once."""
 
+import asyncio
 import re
 import sqlite3
 import subprocess
@@ -19,22 +20,27 @@ from sqlmodel import SQLModel
 
 import gateway.tables  # noqa: F401  (fills the metadata)
 import ledger.store.tables  # noqa: F401  (fills the metadata)
+from gateway.clock import now_us
 from gateway.migrations import HEAD, configuration, migrate
+from ledger.commands import Reverse, TopUp
 from ledger.erasable import facts_to_keep
 from ledger.model import (
     Block,
     Charge,
+    Debts,
     Leg,
     Reservation,
     ReservationRef,
     ReservationState,
     Settlement,
     UsageRecord,
+    Wallet,
     WalletRef,
 )
-from ledger.outcomes import BlockOpened, Fact, ReservationChanged, UsageRecorded, WalletChanged
-from ledger.store.protocol import StoreUnavailable
-from ledger.store.rows import facts_from, to_json
+from ledger.outcomes import Applied, BlockOpened, Fact, ReservationChanged, UsageRecorded, WalletChanged
+from ledger.store.protocol import Store, StoreUnavailable
+from ledger.store.rows import block_row, facts_from, to_json, wallet_row
+from ledger.store.sqlite import SqliteStore
 
 
 def url_of(path: Path) -> str:
@@ -181,6 +187,49 @@ def test_the_journal_of_an_older_release_loses_its_metadata_and_nothing_else(tmp
     assert "metadata" not in first
     assert list(facts_from(first)) == facts_to_keep(OLD_FACTS)
     assert second == to_json(OLD_FACTS[1:2])
+
+
+OLD_WALLET = wallet_row(Wallet(PAYER, "CREDIT", receivable=5, version=2, last_fact_us=1, blocks_opened=1))[:12]
+OLD_BLOCK = block_row(Block(PAYER, "blk_1", 1, granted=100, created_at_us=1, effective_at_us=1, consumed=30))[:25]
+"""Rows as they were before payments could be taken back."""
+
+
+async def go_on(store: Store) -> None:
+    """What is there of an older release can be added to, and taken back."""
+    taken_back = Reverse(
+        id="cmd_2", scope=PAYER.scope, wallet=PAYER, block_id="blk_1", taken=1, paid=2, frozen=True, revision=1
+    )
+    paid = TopUp(
+        id="cmd_1", scope=PAYER.scope, wallet=PAYER, asset="CREDIT", block_id="blk_2", amount=50, payment="ord_1"
+    )
+    for command_ in (paid, taken_back):
+        (outcome,) = await store.run_batch([command_])
+        assert isinstance(outcome, Applied), outcome
+    found = await store.wallet(PAYER)
+    await store.close()
+    assert found is not None
+    assert (found.wallet.receivable, found.wallet.debts) == (0, Debts(repaid_paid=5))
+    left = {block.id: (block.remaining, block.reversal.taken, block.reversal.frozen) for block in found.blocks}
+    assert left == {"blk_1": (20, 50, True), "blk_2": (45, 0, False)}
+
+
+def test_a_ledger_of_an_older_release_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "farebox.db"
+    engine = create_engine(url_of(path))
+    with engine.begin() as upgrading:
+        config = configuration()
+        config.attributes["connection"] = upgrading
+        command.upgrade(config, "0010")
+    engine.dispose()
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for table, row in (("ledger_wallet", OLD_WALLET), ("ledger_block", OLD_BLOCK)):
+            connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+    migrate(url_of(path))
+
+    async def run() -> None:
+        await go_on(await SqliteStore.open(url_of(path), clock=now_us))
+
+    asyncio.run(run())
 
 
 def test_the_schema_that_the_code_is_written_for_is_the_end_of_the_history() -> None:

@@ -23,10 +23,11 @@ import ledger.store.tables  # noqa: F401  (fills the metadata)
 from gateway.migrations import HEAD, configuration, migrate, migrate_or_check, revision
 from ledger.erasable import facts_to_keep
 from ledger.model import Scope
+from ledger.store.postgres import PostgresStore
 from ledger.store.protocol import SchemaMissing, StoreUnavailable
 from ledger.store.row_security import BECOME_GATEWAY, BYPASSES, GATEWAY_ROLE, naming
 from ledger.store.rows import facts_from, to_json
-from tests.gateway.test_migrations import OLD_FACTS, meant_for
+from tests.gateway.test_migrations import OLD_BLOCK, OLD_FACTS, OLD_WALLET, PAYER, go_on, meant_for
 from tests.servers.postgres import QUICK, PostgresServer, database_of
 
 JOURNAL = ("ledger_command", "ledger_transfer")
@@ -167,6 +168,20 @@ def test_the_journal_of_an_older_release_loses_its_metadata_and_nothing_else(own
         assert found["ten_b"] == to_json(OLD_FACTS[1:2])
         with pytest.raises(psycopg.errors.IntegrityError, match="append-only"):
             connection.execute("UPDATE ledger_command SET facts = '[]'")
+
+
+def test_a_ledger_of_an_older_release_goes_on(owner_url: str) -> None:
+    migrate_to(owner_url, "0010")
+    with psycopg.connect(owner_url) as connection:
+        connection.execute(naming([PAYER.scope]))
+        for table, row in (("ledger_wallet", OLD_WALLET), ("ledger_block", OLD_BLOCK)):
+            connection.execute(f"INSERT INTO {table} VALUES ({', '.join(['%s'] * len(row))})", row)
+    migrate(owner_url)
+
+    async def run() -> None:
+        await go_on(await PostgresStore.open(owner_url, clock=None))
+
+    asyncio.run(run())
 
 
 def test_processes_that_start_at_once_migrate_once(postgres_server: PostgresServer) -> None:

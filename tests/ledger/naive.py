@@ -566,6 +566,20 @@ class Naive:
         if len(asked) != legs or any(amount > most or amount < 0 for amount, most in zip(asked, left, strict=True)):
             return _no("invalid_amount")
         amounts = tuple(asked)
+        if command.unfunded is not None:
+            drawn = due = 0
+            still = list(asked)
+            for (leg, _, name, base_account, _), (base, markup) in reversed(lines):
+                part = min(still[leg], base + markup)
+                still[leg] -= part
+                if part and base_account == "revenue":
+                    due += base * part // (base + markup)
+                    drawn += 0 if name is None else base * part // (base + markup)
+            if self._all_free(command.unfunded) < drawn:
+                return _no("limit_reached", needed=drawn, limit=command.unfunded)
+            self._draw({"pins": []}, -2, command.unfunded, drawn)
+            self._book(command.unfunded, "tenant_due", due)
+            self._book(command.unfunded, "external", -due)
         for line, (base, markup) in reversed(lines):
             part = min(asked[line[0]], base + markup)
             if part > 0:

@@ -273,6 +273,7 @@ class Say:
             reservation=ReservationRef(*self.scope, settled.reservation),
             payments=settled.payments,
             amounts=None if amount is None else (amount,),
+            **more,
         )
 
     def release(self, name: str, **more: Any) -> Release:
@@ -334,7 +335,9 @@ class RandomCommands:
 
     def _next(self, now_us: int) -> AnyCommand:
         if self._charged and self._random.random() < 0.08:
-            return self._say.refund(self._random.choice(self._charged), self._random.choice([None, None, 1, 10]))
+            line = self._random.choice([None, wallet("l")])
+            amount = self._random.choice([None, None, 1, 10])
+            return self._say.refund(self._random.choice(self._charged), amount, unfunded=line)
         if self._sent and self._random.random() < 0.03:
             return self._random.choice(self._sent)
         made = self._random.choices(

@@ -23,6 +23,7 @@ be applied. After every step the invariants of ``tests.ledger.oracle`` hold, and
                                            is not there, ``overage`` too, within limits, and ``tells`` raises an
                                            event; ``response`` as in commit
 ``refund r1 20`` · ``refund r1``           an amount a leg: ``20|5``; without one, all that is left of the charge
+                                           ``unfunded=line`` where a tenant gives it back
 ``topup w1 t1 100``                        a payment: ``bonus= spread= payment= asset=``
 ``reverse w1 t1 5/10 rev=1``               of a payment of 10, 5 are gone; ``frozen``, ``reference=``
 ``tell w1 topup.failed``
@@ -428,7 +429,14 @@ def _lapse(line: _Line) -> Lapse:
 def _refund(line: _Line) -> Refund:
     reservation = reservation_ref(line.words[0])
     amounts = tuple(map(int, line.words[1].split("|"))) if len(line.words) > 1 else None
-    return Refund(**line.common(reservation.scope), reservation=reservation, payments=(), amounts=amounts)
+    line_of_tenant = line.option("unfunded")
+    return Refund(
+        **line.common(reservation.scope),
+        reservation=reservation,
+        payments=(),
+        amounts=amounts,
+        unfunded=wallet_ref(line_of_tenant) if line_of_tenant else None,
+    )
 
 
 def _debit(line: _Line) -> Debit:

@@ -268,7 +268,9 @@ class Ledgers(RuleBasedStateMachine):
     def refund(self, data: st.DataObject, whole: bool) -> None:
         name, legs = self._one_of(data, ReservationState.COMMITTED, ReservationState.EXPIRED)
         amounts = "" if whole and data.draw(st.booleans()) else "|".join(str(data.draw(AMOUNT)) for _ in range(legs))
-        self.step(f"refund {name} {amounts}")
+        _, at, scope = name.partition("@")
+        line = data.draw(st.sampled_from(["", f"unfunded=line{at}{scope}"]))
+        self.step(f"refund {name} {amounts} {line}")
 
     def _one_of(self, data: st.DataObject, *states: ReservationState) -> tuple[str, int]:
         """Some reservation, most likely one in these states."""

@@ -43,6 +43,15 @@ async def damage(ledger: Ledger, store: Store, database: Database, say: Say) -> 
     assert isinstance(back, Settled)
     await ledger.execute(say.refund(back, 12))
     await ledger.execute(say.refund(back, 7))
+    await ledger.execute(say.top_up("h", "t", 100, spread=20))
+    await ledger.execute(say.debit("h", "bought", 100))
+    await ledger.execute(say.reverse("h", "t", 5, 10, revision=1))
+    await ledger.execute(say.grant("h", "gift", 30, funding=Funding.EXTERNAL))
+    await ledger.execute(say.grant("line", "line", 50, funding=Funding.PROMOTIONAL))
+    await ledger.execute(say.top_up("f", "given", 100))
+    given = (await ledger.execute(say.debit("f", "given", 40))).result
+    assert isinstance(given, Settled)
+    await ledger.execute(say.refund(given, 15, unfunded=wallet("line")))
     await ledger.execute(say.grant("e", "e", 40))
     watched = Watch(wallet("e"), (Alert("low", 30), Alert("exhausted", 1)))
     await ledger.execute(say.debit("e", "low", 20, watches=(watched,)))
@@ -135,6 +144,29 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
             "UPDATE ledger_transfer SET amount = amount + 1 WHERE debit = 'meter_shortfall'",
             "a charge is booked as its reservation tells it",
         ),
+        (
+            "UPDATE ledger_transfer SET amount = amount + 1 WHERE credit = 'package_spread'",
+            "clearing has of a payment what was not taken back of it",
+        ),
+        (
+            "UPDATE ledger_transfer SET amount = amount - 1 WHERE debit = 'package_spread'",
+            "clearing has of a payment what was not taken back of it",
+        ),
+        (
+            in_facts("reverse", '"spread":20', '"spread":5'),
+            "what a reversal has taken of a block was there to be taken",
+        ),
+        (in_facts("reverse", '"reversed":50', '"reversed":51'), "what is owed of reversed payments is a part of"),
+        (
+            "UPDATE ledger_transfer SET amount = amount + 1 WHERE debit = 'revenue' AND credit = 'tenant_due'",
+            "what free credits repaid of reversed payments is due from the tenant",
+        ),
+        (
+            "UPDATE ledger_transfer SET amount = amount + 1 WHERE debit = 'external' AND credit = 'tenant_due'",
+            "a tenant owes the revenue that it gives back",
+        ),
+        ("UPDATE ledger_block SET reversal = NULL WHERE id = 'blk_t'", "a block is stored otherwise"),
+        ("UPDATE ledger_wallet SET debts = NULL WHERE wallet = 'customer:h'", "a wallet is stored otherwise"),
         ("UPDATE ledger_block SET clawed = -1 WHERE id = 'blk_1'", "a block is stored otherwise"),
         (in_facts("revoke", '"clawed":5', '"clawed":-5'), "a block's amounts are not negative"),
         (
