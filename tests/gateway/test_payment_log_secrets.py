@@ -10,12 +10,16 @@ from typing import Any, Final
 import pytest
 
 from gateway.logs import configure_logging
+from gateway.payments.nightly import Nightly
+from gateway.payments.service import Payments
+from ledger.model import Scope as LedgerScope
 from tests.gateway.office import Office, open_office, paid_with
 from tests.servers.stripe import FakeStripe, only
 from tests.servers.stripe_objects import FINGERPRINT, LAST4, PERSON, Object
 
 pytestmark = pytest.mark.sqlite
 
+AUTOMATIC: Final = {"auto_topup_enabled": True, "auto_topup_threshold": 5_000_000, "auto_topup_package": "usd-10"}
 RETURN: Final = {"success_url": "https://app.example.com/paid", "cancel_url": "https://app.example.com/"}
 STRANGER: Final = {"id": "evt_stranger", "object": "event", "type": "charge.refunded", "data": {"object": PERSON}}
 
@@ -42,6 +46,12 @@ class Walk:
         self.stripe = stripe
         self.answers: list[str] = []
         self.hidden = {stripe.secret_key, stripe.webhook_secret, FINGERPRINT, *PERSON.values()}
+
+    @property
+    def payments(self) -> Payments:
+        payments = self.office.gateway.services.payments
+        assert payments is not None
+        return payments
 
     async def ask(self, method: str, path: str, body: Any = None, **options: Any) -> Any:
         answer = await self.office.ask(method, path, body, **options)
@@ -96,6 +106,36 @@ async def everything(walk: Walk) -> None:
     later = await walk.checkout("carol")
     await walk.tell(*stripe.pay_later(later["id"]), *stripe.bounce(stripe.payment_of(later["id"])))
     await refusals(walk)
+    await nobody_there(walk)
+    await compared(walk)
+
+
+async def nobody_there(walk: Walk) -> None:
+    """Automatic top-ups: from a card that is declined, and with a processor that does not answer."""
+    orders: list[Object] = []
+    for user, fault in (("dora", None), ("emil", 500)):
+        session = await walk.checkout(user, save_payment_method=True)
+        await walk.tell(*walk.stripe.pay(session["id"], payment_method="pm_card_chargeCustomerFail"))
+        if fault is not None:
+            walk.stripe.fail_next("/v1/payment_intents", fault, times=20)
+        customer = (await walk.ask("PATCH", f"/v1/customers/{user}", {"settings": AUTOMATIC}))["id"]
+        await walk.payments.auto_top_ups.consider(LedgerScope(walk.office.tenant, "live"), customer)
+        walk.stripe.heal()
+        orders += (await walk.ask("GET", f"/v1/customers/{user}/orders"))["data"]
+        await walk.ask("GET", f"/v1/events?customer_id={user}")
+    assert "generic_decline" in {order["failure"] for order in orders if order["kind"] == "auto"}
+
+
+async def compared(walk: Walk) -> None:
+    """What Stripe moved with what was booked: a payment is missing, of which nobody was told."""
+    session = await walk.checkout("frida")
+    walk.stripe.pay(session["id"])
+    office = walk.office
+    office.clock.pass_s(2 * 3600)
+    nightly = Nightly(walk.payments.reconciler, counters=office.gateway._metrics, now_us=office.clock.now_us)
+    report = await nightly.run()
+    assert report.mended
+    walk.answers.append(repr(report))
 
 
 async def refusals(walk: Walk) -> None:
@@ -122,7 +162,8 @@ async def refusals(walk: Walk) -> None:
 async def test_nothing_of_it_is_logged_answered_counted_or_kept(walk: Walk, log: io.StringIO, tmp_path: Path):
     """What Stripe tells is read for what it says of money; the person in it stays there."""
     await everything(walk)
-    assert "has not signed" in log.getvalue()
+    for told in ("has not signed", "news of a payment had been missed"):
+        assert told in log.getvalue()
     walk.clean(log.getvalue())
     walk.clean("\n".join(walk.answers))
     walk.clean((await walk.office.ask_plain("/metrics")).text)
