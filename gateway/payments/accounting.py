@@ -5,7 +5,7 @@ opening amounts, what was booked in it the lines between; an opening and its lin
 and half-open. `docs/accounting.md` says what each line is, and what an accountant does with it.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Final
@@ -38,6 +38,7 @@ POSITIONS: Final[Mapping[Kind, str]] = {
 DOLLARS: Final = Asset(USD_ASSET, 9, PICOS_PER_USD)
 """What the providers' cost is kept in."""
 
+WALLETS: Final = "wallets"
 PROCESSOR: Final = "stripe"
 MODES: Final = ("live", "test")
 
@@ -119,6 +120,7 @@ class Books:
         self._flows = CreditFlows(bounds=bounds)
         self._credits: Counter[tuple[Place, Kind, str]] = Counter()
         self._accounts: Counter[tuple[Place, str, str]] = Counter()
+        """By place, account and line: `opening`, or a direction and the other side."""
         self._owed: Counter[tuple[Place, str]] = Counter()
         self.entries = 0
 
@@ -166,9 +168,13 @@ class Books:
         yield place, "proof.difference", wallets - owed[-1][1] + in_accounts
 
     def _balances(self, place: Place) -> Iterable[tuple[Place, str, int]]:
-        """The accounts that are no wallets: what came into each less what left it."""
-        for account in sorted({account for at, account, _ in self._accounts if at == place}):
-            amounts = [(line, self._accounts[place, account, line]) for line in ("opening", "in", "out")]
+        """The accounts that are no wallets: what came into each and left it, by where it came from and went."""
+        by_account: dict[str, dict[str, int]] = defaultdict(dict)
+        for (at, account, line), amount in self._accounts.items():
+            if at == place:
+                by_account[account][line] = amount
+        for account, moved in sorted(by_account.items()):
+            amounts = [("opening", moved.pop("opening", 0)), *sorted(moved.items())]
             amounts.append(("closing", sum(amount for _, amount in amounts)))
             for line, amount in amounts:
                 yield place, f"account.{account}.{line}", amount
@@ -178,9 +184,12 @@ class Books:
         if any(self._bounds(WalletRef(*transfer.scope, each.removeprefix(WALLET_PREFIX))) for each in sides):
             return
         place = (transfer.scope, transfer.asset)
-        for account, line, amount in zip(sides, ("out", "in"), (-transfer.amount, transfer.amount), strict=True):
+        for account, other, way, amount in (
+            (transfer.debit, transfer.credit, "out", -transfer.amount),
+            (transfer.credit, transfer.debit, "in", transfer.amount),
+        ):
             if not account.startswith(WALLET_PREFIX):
-                self._accounts[place, account, "opening" if before else line] += amount
+                self._accounts[place, account, "opening" if before else f"{way}.{_side(other)}"] += amount
 
 
 class Accounts:
@@ -232,6 +241,11 @@ class Accounts:
         async with self._database.read_every_tenant() as connection:
             rows = (await connection.execute(query)).all()
         return {(tenant, code): Asset(code, scale, value) for tenant, code, scale, value in rows}
+
+
+def _side(account: str) -> str:
+    """The other side of an entry, as lines name it: all wallets are one, and so are all developers."""
+    return WALLETS if account.startswith(WALLET_PREFIX) else account.partition(":")[0]
 
 
 def _worth(asset: Asset | None, code: str, amount: int) -> tuple[int, str | None]:
