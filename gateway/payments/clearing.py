@@ -24,6 +24,9 @@ NAMES_MAX: Final = 200
 """How many payments or blocks one statement asks for."""
 
 TOP_UP: Final = "top_up"
+UNPAID: Final = "block "
+"""How credits that are for no payment are named: this, and their block."""
+
 CREDITING: Final = (TOP_UP, "grant")
 """The kinds of commands that bring credits in; what others move on the account is taken back, or given back again."""
 
@@ -34,7 +37,10 @@ _ON_CLEARING: Final = text("(debit = 'clearing' OR credit = 'clearing')")
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """An entry of the account: *amount* > 0 went out of it, for credits, and < 0 came back."""
+    """An entry of the account: *amount* > 0 went out of it, for credits, and < 0 came back.
+
+    *withdrawn* tells that nobody has, or had, anything of its block: it was revoked, or lapsed.
+    """
 
     seq: int
     position: int
@@ -44,21 +50,38 @@ class Entry(msgspec.Struct, frozen=True):
     asset: str
     at_us: int
     payment: str | None
+    withdrawn: bool = False
+
+
+class BookedBlock(msgspec.Struct, frozen=True, kw_only=True):
+    """What came in with a block, spread and all, and what has gone back since."""
+
+    id: str | None
+    credited: int
+    returned: int
+    withdrawn: bool
 
 
 class Booked(msgspec.Struct, frozen=True, kw_only=True):
-    """All that the journal has of one payment, in the asset's smallest unit.
-
-    *blocks* are those that were opened for it, *credited* what came in for it in all, spread and all, and *returned*
-    what has gone back since.
-    """
+    """All that the journal has of one payment, by the blocks that were opened for it, in the asset's smallest unit."""
 
     order: OrderRef
     asset: str
-    blocks: tuple[str, ...]
-    credited: int
-    returned: int
+    blocks: tuple[BookedBlock, ...]
     at_us: int
+
+    @property
+    def credited(self) -> int:
+        return sum(block.credited for block in self.blocks)
+
+    @property
+    def returned(self) -> int:
+        return sum(block.returned for block in self.blocks)
+
+    def standing(self, block_id: str | None = None) -> "Booked":
+        """The same without blocks that are withdrawn, except *block_id*."""
+        blocks = tuple(block for block in self.blocks if block.id == block_id or not block.withdrawn)
+        return msgspec.structs.replace(self, blocks=blocks)
 
 
 class Clearing:
@@ -74,9 +97,13 @@ class Clearing:
         return await self._pages(scope, _select(scope).where(*this, col(transfer.at_us) >= since_us))
 
     async def whole(self, scope: Scope, entries: Sequence[Entry], payments: Collection[str]) -> list[Entry]:
-        """All entries of *payments* and of those that *entries* belong to, whenever they were booked."""
+        """All entries of *payments* and of those that *entries* belong to, whenever they were booked.
+
+        Credits for no payment are named as in what is `booked`.
+        """
         found = {(each.seq, each.position): each for each in entries}
-        await self._add(found, scope, LedgerTransferRow.block, _blocks(found.values()))
+        unpaid = {each.removeprefix(UNPAID) for each in payments if each.startswith(UNPAID)}
+        await self._add(found, scope, LedgerTransferRow.block, _blocks(found.values()) | unpaid)
         known = {*payments, *payment_of_block(found.values()).values()}
         await self._add(found, scope, LedgerTransferRow.reference, known)
         await self._add(found, scope, LedgerTransferRow.block, _blocks(found.values()))
@@ -122,20 +149,25 @@ def booked(scope: Scope, entries: Iterable[Entry]) -> list[Booked]:
     payments = payment_of_block(entries)
     grouped: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
-        grouped[payments.get(entry.block or "", f"block {entry.block}")].append(entry)
+        grouped[payments.get(entry.block or "", f"{UNPAID}{entry.block}")].append(entry)
     return [_booked(OrderRef(scope, payment), found) for payment, found in sorted(grouped.items())]
 
 
 def _booked(order: OrderRef, entries: Sequence[Entry]) -> Booked:
-    credits = [entry for entry in entries if entry.kind in CREDITING]
-    blocks = dict.fromkeys(entry.block for entry in credits if entry.block is not None)
+    by_block: dict[str | None, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_block[entry.block].append(entry)
+    blocks = (
+        BookedBlock(
+            id=block,
+            credited=sum(entry.amount for entry in of_block if entry.kind in CREDITING),
+            returned=-sum(entry.amount for entry in of_block if entry.kind not in CREDITING),
+            withdrawn=any(entry.withdrawn for entry in of_block),
+        )
+        for block, of_block in by_block.items()
+    )
     return Booked(
-        order=order,
-        asset=entries[0].asset,
-        blocks=tuple(blocks),
-        credited=sum(entry.amount for entry in credits),
-        returned=-sum(entry.amount for entry in entries if entry.kind not in CREDITING),
-        at_us=max(entry.at_us for entry in entries),
+        order=order, asset=entries[0].asset, blocks=tuple(blocks), at_us=max(entry.at_us for entry in entries)
     )
 
 
@@ -160,6 +192,7 @@ def _select(scope: Scope) -> "Select[*tuple[Any, ...]]":
             col(transfer.at_us),
             col(transfer.reference),
             col(block.payment_reference),
+            and_(col(block.remaining) == 0, col(block.consumed) <= col(block.clawed)),
         )
         # By its number alone, which is the journal's: with the scope, SQLite would look through all commands of it.
         .join(command, col(command.seq) == col(transfer.seq))
@@ -177,7 +210,7 @@ def _select(scope: Scope) -> "Select[*tuple[Any, ...]]":
 
 
 def _entry(row: Any) -> Entry:
-    seq, position, kind, block, credit, amount, asset, at_us, reference, of_block = row
+    seq, position, kind, block, credit, amount, asset, at_us, reference, of_block, gone = row
     signed = -amount if credit == Account.CLEARING else amount
     payment = of_block or (reference if kind == TOP_UP else None)
-    return Entry(seq, position, kind, block, signed, asset, at_us, payment)
+    return Entry(seq, position, kind, block, signed, asset, at_us, payment, bool(gone))

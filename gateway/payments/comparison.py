@@ -2,7 +2,9 @@
 
 How it works. A payment's order says what it costs and what it brings. What it brings, spread and all, is its face. Of
 the face the clearing account must have credited all once the price is paid, and had back face x taken / price, rounded
-down, when so much of the price was refunded or is disputed. Everything here is pure.
+down, when so much of the price was refunded or is disputed. What was set right is no difference any more: a payment
+that was refunded whole and nothing was credited for, a block that was revoked whole and should not have been there.
+Everything here is pure.
 """
 
 from collections import defaultdict
@@ -129,10 +131,13 @@ def compare(
 
 def _of_order(ref: OrderRef, order: Order | None, payments: list[Paid], journal: Booked | None) -> Iterable[Difference]:
     at_us = max([*(each.at_us for each in payments), *([] if journal is None else [journal.at_us])])
-    good = [each for each in payments if each.gross != 0]
     if order is None:
-        yield from _without_order(ref, good, journal, at_us)
+        left = [each for each in payments if each.taken < each.gross]
+        yield from _without_order(ref, left, None if journal is None else journal.standing(), at_us)
         return
+    good = _standing(order, payments, journal)
+    if journal is not None:
+        journal = journal.standing(order.block_id if good else None)
     face = order.credited + order.spread
     credited = 0 if journal is None else journal.credited
     gross = sum(each.gross for each in good)
@@ -157,14 +162,24 @@ def _of_order(ref: OrderRef, order: Order | None, payments: list[Paid], journal:
         if credited != 0:
             yield msgspec.structs.replace(facts, kind="doubled_credit", expected=0)
         return
-    if journal is not None and len(journal.blocks) > 1:
+    if journal is not None and sum(block.credited > 0 for block in journal.blocks) > 1:
         yield msgspec.structs.replace(facts, kind="doubled_credit")
     elif credited == 0:
         yield msgspec.structs.replace(facts, kind="missing_credit" if gross == order.price_minor else "wrong_amount")
         return
     elif gross != order.price_minor or credited != face or (journal is not None and journal.asset != order.asset):
         yield facts
-    yield from _reversal(facts, order, taken=sum(each.taken for each in good), journal=journal)
+    own = [each for each in good if each.payment_intent == order.payment_intent] or good
+    yield from _reversal(facts, order, taken=sum(each.taken for each in own), journal=journal)
+
+
+def _standing(order: Order, payments: list[Paid], journal: Booked | None) -> list[Paid]:
+    """The payments that have to agree: not those that were given back whole, unless it was them that were credited."""
+    good = [each for each in payments if each.gross != 0]
+    credited = journal is not None and journal.credited != 0
+    own = order.payment_intent if credited else None
+    standing = [each for each in good if each.taken < each.gross or each.payment_intent == own]
+    return standing or (good if credited else [])
 
 
 def _reversal(facts: Difference, order: Order, *, taken: int, journal: Booked | None) -> Iterable[Difference]:

@@ -14,7 +14,7 @@ from gateway.payments.observed import facts_of
 from gateway.payments.orders import Order, Orders
 from gateway.payments.settling import Settler
 from gateway.payments.stripe_api import ProcessorNotFound, ProcessorRefused, ProcessorUnavailable, StripeAPI
-from gateway.payments.sweeps import Sweep, every
+from gateway.payments.sweeps import Sweep, every, forgetful
 from ledger.errors import LedgerUnavailable
 from ledger.model import Scope
 
@@ -62,7 +62,7 @@ class OpenOrders:
         self._settler = settler
         self._go_on = go_on
         self._now_us = now_us
-        self.sweep = Sweep(name="open orders", schedule=every(PAUSE_S), work=self.round)
+        self.sweep = Sweep(name="open orders", schedule=every(PAUSE_S), work=forgetful(self.round))
 
     async def round(self) -> int:
         """Ask after a page of orders; how many have ended.

@@ -9,7 +9,7 @@ News takes a while. A payment of which the processor moved something less than G
 journal yet; nor is one that is still on its way.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -126,11 +126,14 @@ class Reconciler:
         self._clearing = Clearing(database)
         self._transactions = ProcessorTransactions(database, now_us=now_us)
 
-    async def run(self, since_us: int, until_us: int, *, repair: bool = False) -> Report:
+    async def run(
+        self, since_us: int, until_us: int, *, repair: bool = False, again: Collection[Difference] = ()
+    ) -> Report:
         """Look at every payment of which something was moved or booked from *since_us* on and before *until_us*.
 
         Args:
             repair: tell the journal again what it may have missed.
+            again: what differed before: these payments are looked at, too, whenever they were made.
 
         Raises:
             ProcessorUnavailable, ProcessorRefused, DatabaseUnavailable, NoOperator
@@ -140,8 +143,12 @@ class Reconciler:
         within = {each.payment_intent for each in movements if each.at_us < until_us}
         found = _Found()
         found.paid = await self._payments([each for each in movements if each.payment_intent in within])
+        for payment_intent in {each.payment_intent for each in again} - {None, *found.paid}:
+            if payment_intent is not None and (asked := await self._ask(payment_intent)) is not None:
+                found.paid[payment_intent] = asked
         scopes = await self._scopes()
-        named = {each.order for each in found.paid.values() if each.order is not None and each.order.scope in scopes}
+        orders = {*(each.order for each in found.paid.values()), *(each.order for each in again)}
+        named = {each for each in orders if each is not None and each.scope in scopes}
         entries = 0
         for scope in scopes:
             recent = [each for each in await self._clearing.since(scope, since_us) if each.at_us < until_us]

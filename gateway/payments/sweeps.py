@@ -4,12 +4,14 @@ How it works. A work has a row that tells when it is due. Who moves that on from
 does the work, and moves it on to the next time when it is done. A work that takes longer than its lease is ended, so
 that nobody does it beside another; of a process that dies, or a work that fails, somebody begins anew when the lease
 has ended. So a work is done at least once: what it does must bear being done again.
+
+A work can keep something for the next time, which is stored in the same step that makes it done; all processes see it.
 """
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -34,6 +36,9 @@ LEASE_S: Final = 600.0
 SECOND_US: Final = 1_000_000
 DAY_US: Final = 86_400 * SECOND_US
 
+Kept = Mapping[str, Any]
+"""What a work keeps for the next time, as JSON has it; nothing before the first time."""
+
 Schedule = Callable[[int], int]
 """When a work is due next after a time, both in microseconds."""
 
@@ -41,12 +46,27 @@ log = structlog.get_logger(__name__)
 
 
 class Sweep(msgspec.Struct, frozen=True, kw_only=True):
-    """*work* must end within *lease_s*, or is ended; after a failure it is tried again when that has passed."""
+    """*work* must end within *lease_s*, or is ended; after a failure it is tried again when that has passed.
+
+    It is given what it kept the last time, and returns what it keeps. *look* is called in every process, with what is
+    kept, each time that it looks whether the work is due.
+    """
 
     name: str
     schedule: Schedule
-    work: Callable[[], Awaitable[object]]
+    work: Callable[[Kept], Awaitable[Kept]]
+    look: Callable[[Kept], None] | None = None
     lease_s: float = LEASE_S
+
+
+def forgetful(work: Callable[[], Awaitable[object]]) -> Callable[[Kept], Awaitable[Kept]]:
+    """A work that keeps nothing."""
+
+    async def done(_: Kept) -> Kept:
+        await work()
+        return {}
+
+    return done
 
 
 def every(seconds: int) -> Schedule:
@@ -104,34 +124,38 @@ class Sweeps:
             DatabaseUnavailable, NoOperator, and what the work raises, TimeoutError among it.
         """
         scope = await self._scope()
-        due_at_us = await self._due(scope, sweep)
+        due_at_us, kept = await self._due(scope, sweep)
+        if sweep.look is not None:
+            sweep.look(kept)
         now_us = self._now_us()
         leased_us = now_us + int(sweep.lease_s * SECOND_US)
         if due_at_us > now_us or not await self._move(scope, sweep, due_at_us, leased_us):
             return False
         async with asyncio.timeout(sweep.lease_s):
-            await sweep.work()
-        await self._move(scope, sweep, leased_us, sweep.schedule(self._now_us()))
+            keeps = await sweep.work(kept)
+        done = await self._move(scope, sweep, leased_us, sweep.schedule(self._now_us()), kept=dict(keeps))
+        if done and sweep.look is not None:
+            sweep.look(keeps)
         return True
 
-    async def _due(self, scope: Scope, sweep: Sweep) -> int:
-        """When it is due; the first time is the next that its schedule has."""
-        query = select(col(PaymentSweep.due_at_us)).where(*_is(scope, sweep))
+    async def _due(self, scope: Scope, sweep: Sweep) -> tuple[int, Kept]:
+        """When it is due, and what it kept; the first time is the next that its schedule has."""
+        query = select(col(PaymentSweep.due_at_us), col(PaymentSweep.kept)).where(*_is(scope, sweep))
         async with self._database.read(of(*scope)) as connection:
-            due_at_us: int | None = await connection.scalar(query)
-        if due_at_us is not None:
-            return due_at_us
+            found = (await connection.execute(query)).one_or_none()
+        if found is not None:
+            return found.due_at_us, found.kept
         first_us = sweep.schedule(self._now_us())
-        row = {"tenant": scope.tenant, "mode": scope.mode, "name": sweep.name, "due_at_us": first_us}
+        row = {"tenant": scope.tenant, "mode": scope.mode, "name": sweep.name, "due_at_us": first_us, "kept": {}}
         async with self._database.write(of(*scope)) as connection:
             await connection.execute(insert_new(PaymentSweep, connection.dialect.name), row)
-        return first_us
+        return first_us, {}
 
-    async def _move(self, scope: Scope, sweep: Sweep, before_us: int, after_us: int) -> bool:
+    async def _move(self, scope: Scope, sweep: Sweep, before_us: int, after_us: int, **kept: dict[str, Any]) -> bool:
         """Let it be due later; False where somebody else has moved it meanwhile."""
         matches = (*_is(scope, sweep), col(PaymentSweep.due_at_us) == before_us)
         async with self._database.write(of(*scope)) as connection:
-            moved = await connection.execute(update(PaymentSweep).where(*matches).values(due_at_us=after_us))
+            moved = await connection.execute(update(PaymentSweep).where(*matches).values(due_at_us=after_us, **kept))
         return moved.rowcount == 1
 
     async def _keep_up(self, sweep: Sweep) -> None:

@@ -154,7 +154,7 @@ class ProcessorTransaction(SQLModel, table=True):
 
 
 class PaymentSweep(SQLModel, table=True):
-    """When a periodic work is due next; whoever moves that on does it."""
+    """When a periodic work is due next; whoever moves that on does it. `kept` is what it keeps for the next time."""
 
     __tablename__ = "payment_sweeps"
     __table_args__ = (one_of("mode", "live", "test"), ForeignKeyConstraint(["tenant"], ["tenants.id"]))
@@ -163,3 +163,4 @@ class PaymentSweep(SQLModel, table=True):
     mode: str = Field(primary_key=True, sa_type=String)
     name: str = Field(primary_key=True, sa_type=String)
     due_at_us: int = Field(sa_type=BigInteger)
+    kept: dict[str, Any] = Field(default_factory=dict, sa_type=JSON)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gateway.payments.clearing import Booked
+from gateway.payments.clearing import Booked, BookedBlock
 from gateway.payments.comparison import Difference, Paid, compare, payments_of
 from gateway.payments.observed import OrderRef
 from gateway.payments.orders import Order
@@ -37,9 +37,18 @@ def paid(gross: int = 1_000, taken: int = 0, **more: Any) -> Paid:
     return Paid(gross=gross, taken=taken, **{**facts, **more})
 
 
-def booked(credited: int = FACE, returned: int = 0, *blocks: str, **more: Any) -> Booked:
+def booked(credited: int = FACE, returned: int = 0, *others: BookedBlock, **more: Any) -> Booked:
+    """The order's own block, and others."""
     facts: dict[str, Any] = {"order": REF, "asset": "credit", "at_us": 6}
-    return Booked(credited=credited, returned=returned, blocks=blocks or ("blk_1",), **{**facts, **more})
+    own = block(ORDER.block_id, credited, returned, withdrawn=more.pop("withdrawn", False))
+    return Booked(blocks=(own, *others), **{**facts, **more})
+
+
+def block(id: str, credited: int, returned: int = 0, *, withdrawn: bool = False) -> BookedBlock:
+    return BookedBlock(id=id, credited=credited, returned=returned, withdrawn=withdrawn)
+
+
+SECOND, REVOKED = block("blk_2", FACE), block("blk_2", FACE, withdrawn=True)
 
 
 def found(payments: list[Paid], journal: list[Booked], *, order: Order | None = ORDER) -> list[tuple[Any, ...]]:
@@ -54,7 +63,7 @@ def found(payments: list[Paid], journal: list[Booked], *, order: Order | None = 
         ([paid()], [], [("missing_credit", FACE, 0)]),
         ([], [booked()], [("doubled_credit", 0, FACE)]),
         ([paid(0)], [booked()], [("doubled_credit", 0, FACE)]),
-        ([paid()], [booked(2 * FACE, 0, "blk_1", "blk_2")], [("doubled_credit", FACE, 2 * FACE)]),
+        ([paid()], [booked(FACE, 0, SECOND)], [("doubled_credit", FACE, 2 * FACE)]),
         ([paid()], [booked(FACE + 1)], [("wrong_amount", FACE, FACE + 1)]),
         ([paid()], [booked(FACE - 1)], [("wrong_amount", FACE, FACE - 1)]),
         ([paid()], [booked(asset="other")], [("wrong_amount", FACE, FACE)]),
@@ -71,6 +80,16 @@ def found(payments: list[Paid], journal: list[Booked], *, order: Order | None = 
         ([paid(taken=1_400)], [booked(FACE, FACE)], []),
         ([paid(taken=0)], [booked(FACE, FACE)], [("wrong_reversal", 0, FACE)]),
         ([paid(taken=-100)], [booked()], []),
+        # What was set right: a block that is revoked, a payment that is given back and that nothing was credited for.
+        ([paid()], [booked(FACE, 0, REVOKED)], []),
+        ([paid()], [booked(withdrawn=True)], []),
+        ([], [booked(withdrawn=True)], []),
+        ([paid(999, 999)], [], []),
+        ([paid(999, 998)], [], [("wrong_amount", FACE, 0)]),
+        ([paid(taken=1_000)], [], []),
+        ([paid(currency="eur", taken=1_000)], [], []),
+        ([paid(currency="eur", taken=999)], [], [("foreign_currency", 0, 0)]),
+        ([paid(), paid(taken=1_000, payment_intent="pi_2")], [booked()], []),
         # An order that has not been paid, and what is on its way.
         ([], [], []),
         ([paid(0)], [], []),
@@ -85,6 +104,7 @@ def test_how_a_payment_can_differ(
 def test_what_names_an_order_that_there_is_not() -> None:
     assert found([paid()], [], order=None) == [("unknown_payment", None, None)]
     assert found([], [booked()], order=None) == [("doubled_credit", 0, FACE)]
+    assert found([paid(taken=1_000)], [booked(withdrawn=True)], order=None) == []
 
 
 def test_what_names_no_order_is_none_of_our_business() -> None:

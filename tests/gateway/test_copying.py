@@ -28,7 +28,7 @@ from gateway.payments.observations import Observations
 from gateway.payments.observed import Observed
 from gateway.payments.operator import OperatorScope
 from gateway.payments.processor_transactions import ProcessorTransactions
-from gateway.payments.sweeps import Sweep, Sweeps, daily
+from gateway.payments.sweeps import Sweep, Sweeps, daily, forgetful
 from ledger.model import Charge, Scope, Settlement
 from ledger.store.sqlite import SqliteStore
 from tests.gateway.office import open_office, paid_with
@@ -130,7 +130,7 @@ async def keep_books(database: Database) -> None:
     operator = OperatorScope(Tenants(database), "test")
     movement = {"id": "txn_1", "type": "payout", "amount": -5, "fee": 0, "net": -5, "currency": "usd", "created": 7}
     await ProcessorTransactions(database).keep(await operator(), [movement])
-    sweep = Sweep(name="nightly", schedule=daily(3), work=operator)
+    sweep = Sweep(name="nightly", schedule=daily(3), work=forgetful(operator))
     assert not await Sweeps(database, operator, now_us=Clock(us=LATER_US)).run_if_due(sweep)
 
 

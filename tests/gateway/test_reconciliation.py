@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from gateway.database import of
 from gateway.identity.wallets import customer_wallet
 from gateway.payments.clearing import Clearing
 from gateway.payments.comparison import MENDABLE
-from gateway.payments.nightly import Nightly
+from gateway.payments.nightly import LastNight, Nightly, look_back
 from gateway.payments.observed import OrderRef
 from gateway.payments.reconciliation import GRACE_S, Report
 from gateway.payments.stripe_api import ProcessorUnavailable
 from gateway.payments.sweeps import DAY_US
 from gateway.tables import ProcessorTransaction
-from ledger.commands import Grant, Key, TopUp
+from ledger.commands import Grant, Key, Revoke, TopUp
 from ledger.model import Funding, Scope, WalletRef
 from tests.gateway.payment_histories import CREDITED, PRICE
 from tests.gateway.till import Sale, Till, open_till, selected
@@ -79,6 +79,14 @@ class Books:
             )
         )
 
+    async def revoke(self, sale: Sale, block: str) -> None:
+        services = self.till.gateway.services
+        await services.ledger.execute(
+            Revoke(
+                id=services.new_id("cmd"), scope=sale.order.scope, wallet=wallet_of(sale), block_id=block, amount=None
+            )
+        )
+
     async def grant(self, sale: Sale, amount: int, block: str, payment: str | None) -> None:
         """Credits that are booked as paid for."""
         await self.till.gateway.services.ledger.execute(
@@ -94,6 +102,34 @@ class Books:
                 payment_reference=payment,
             )
         )
+
+
+@dataclass
+class Night:
+    """The nightly sweep, as a process has it."""
+
+    till: Till
+    counted: Counted = field(default_factory=Counted)
+
+    def __post_init__(self) -> None:
+        now_us = self.till.office.clock.now_us
+        self._sweep = Nightly(self.till.payments.reconciler, counters=self.counted, now_us=now_us).sweep
+
+    async def looks(self) -> bool:
+        return await self.till.payments.sweeps.run_if_due(self._sweep)
+
+    async def comes(self) -> None:
+        """It is three o'clock."""
+        await self.looks()
+        now_us = self.till.office.clock.now_us()
+        self.till.office.clock.pass_s((self._sweep.schedule(now_us) - now_us) // 1_000_000 + 1)
+        assert await self.looks()
+
+    @property
+    def found(self) -> dict[str, int]:
+        """What the gauge says, of kinds of which there are some."""
+        assert self.counted.differences is not None
+        return {kind: count for kind, count in self.counted.differences.items() if count}
 
 
 def wallet_of(sale: Sale) -> WalletRef:
@@ -326,8 +362,9 @@ async def test_at_night_what_was_missed_is_mended_and_the_rest_is_told(books: Bo
     missed.pay()
     await books.credit(doubled, CREDITED, "blk_again")
     till.office.clock.pass_s(GRACE_S + 60)
-    counted = Counted()
-    await Nightly(till.payments.reconciler, counters=counted, now_us=till.office.clock.now_us).run()
+    night = Night(till)
+    await night.comes()
+    counted = night.counted
     assert counted.differences is not None
     assert {kind for kind, count in counted.differences.items() if count} == {"doubled_credit"}
     assert counted.differences.keys() > MENDABLE
@@ -336,6 +373,129 @@ async def test_at_night_what_was_missed_is_mended_and_the_rest_is_told(books: Bo
     assert doubled.order.id in told
     assert missed.order.id in told
     assert doubled.order.customer_id not in told
+
+
+async def test_what_differs_is_told_of_until_it_is_set_right_however_old_it_is(books: Books) -> None:
+    """And by every process: also by one that has not compared anything itself."""
+    till, stripe = books.till, books.till.stripe
+    doubled, foreign, unpaid = await books.paid(), await till.sale(**TERMS), await till.sale(**TERMS)
+    await books.credit(doubled, CREDITED, "blk_again")
+    await books.grant(unpaid, 9, "blk_for_nothing", None)
+    order = foreign.order
+    metadata = {"farebox_order": order.id, "farebox_tenant": order.tenant, "farebox_mode": order.mode}
+    abroad = stripe.create_payment({"amount": "999", "currency": "eur", "metadata": metadata})
+    unknown = stripe.create_payment(
+        {"amount": "5", "currency": "usd", "metadata": {**metadata, "farebox_order": "ord_x"}}
+    )
+    for made in (abroad, unknown):
+        stripe.charge_off_session(made["id"], "pm_card_visa")
+    all_of_them = {"doubled_credit": 2, "foreign_currency": 1, "unknown_payment": 1}
+    night, other = Night(till), Night(till)
+    for _ in range(3):
+        await night.comes()
+        assert night.found == all_of_them
+        till.office.clock.pass_s(50 * 86_400)
+    assert not await other.looks() or other.found == all_of_them
+    for made in (abroad, unknown):
+        stripe.refund(made["id"])
+    await night.comes()
+    assert night.found == {"doubled_credit": 2}
+    for block, sale in (("blk_again", doubled), ("blk_for_nothing", unpaid)):
+        await books.revoke(sale, block)
+    await night.comes()
+    assert night.found == {}
+    assert await other.looks() is False
+    assert other.found == {}
+
+
+async def test_a_webhook_that_was_down_for_ten_days_leaves_nobody_without_credits(books: Books) -> None:
+    """Neither while gateways run, nor when they were away as long. The processor's own retries have ended."""
+    night, missed = Night(books.till), list[Sale]()
+    for day in range(10):
+        sale = await books.till.sale(**TERMS)
+        sale.pay()
+        missed.append(sale)
+        if day < 5:
+            await night.comes()
+        else:
+            books.till.office.clock.pass_s(86_400)
+    await night.comes()
+    assert night.found == {}
+    assert [await sale.balance() for sale in missed] == [CREDITED + 70] * 10
+    assert {(await sale.now()).status for sale in missed} == {"paid"}
+
+
+async def test_an_order_that_nobody_told_of_is_asked_for_by_itself(books: Books) -> None:
+    """Without the nightly comparison, however long it was."""
+    sale = await books.till.sale(**TERMS, created_at_us=books.till.office.clock.now_us())
+    sale.pay()
+    books.till.office.clock.pass_s(40 * 86_400)
+    assert await books.till.payments.open_orders.round() == 1
+    assert await sale.balance() == CREDITED + 70
+
+
+async def test_a_payment_that_came_after_its_order_was_given_up_is_credited(books: Books) -> None:
+    sale = await books.till.sale(**TERMS)
+    await books.till.payments.orders.ended(sale.order, "expired")
+    sale.pay()
+    night = Night(books.till)
+    await night.comes()
+    assert (night.found, await sale.balance()) == ({}, CREDITED + 70)
+
+
+async def test_a_dispute_long_after_the_payment_is_found_without_its_events(books: Books) -> None:
+    night, sale = Night(books.till), await books.paid()
+    await night.comes()
+    books.till.office.clock.pass_s(60 * 86_400)
+    dispute = books.till.stripe.dispute(sale.payment)[0]["data"]["object"]["id"]
+    books.till.stripe.withdraw(dispute)
+    books.till.office.clock.pass_s(9 * 86_400)
+    await night.comes()
+    assert (night.found, await sale.balance()) == ({}, 0)
+    books.till.stripe.close_dispute(dispute, "won")
+    books.till.stripe.reinstate(dispute)
+    await night.comes()
+    assert (night.found, await sale.balance()) == ({}, CREDITED + 70)
+
+
+@pytest.mark.parametrize(
+    ("last_days", "days"),
+    [(None, 35), (0, 3), (1, 3), (2, 3), (3, 4), (10, 11), (34, 35), (35, 35), (400, 35)],
+)
+def test_a_night_looks_back_to_the_last_one_within_bounds(last_days: int | None, days: int) -> None:
+    now_us = 1_000 * DAY_US
+    last = None
+    if last_days is not None:
+        last = LastNight(until_us=now_us - last_days * DAY_US, found={}, differences=())
+    assert now_us - look_back(last, now_us) == days * DAY_US
+
+
+async def test_a_night_that_failed_is_made_up_for(books: Books) -> None:
+    night, sale = Night(books.till), await books.till.sale(**TERMS)
+    await night.comes()
+    sale.pay()
+    for _ in range(6):
+        books.till.stripe.fail_next("/v1/balance_transactions", 500, 9)
+        with pytest.raises(ProcessorUnavailable):
+            await night.comes()
+    books.till.stripe.heal()
+    await night.comes()
+    assert (night.found, await sale.balance()) == ({}, CREDITED + 70)
+
+
+async def test_a_second_payment_of_an_order_that_was_given_back_is_no_difference(books: Books) -> None:
+    """It was paid twice, and the second one refunded: the first one's credits stay, whole."""
+    sale = await books.paid()
+    order, stripe = sale.order, books.till.stripe
+    metadata = {"farebox_order": order.id, "farebox_tenant": order.tenant, "farebox_mode": order.mode}
+    second = stripe.create_payment({"amount": str(PRICE), "currency": "usd", "metadata": metadata})
+    stripe.charge_off_session(second["id"], "pm_card_visa")
+    assert [each[0] for each in listed(await books.reconcile())] == ["wrong_amount"]
+    stripe.refund(second["id"], 10)
+    assert [each[0] for each in listed(await books.reconcile(repair=True))] == ["wrong_amount"]
+    stripe.refund(second["id"])
+    assert listed(await books.reconcile(repair=True)) == []
+    assert await sale.balance() == CREDITED + 70
 
 
 @pytest.mark.sqlite

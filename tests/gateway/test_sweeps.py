@@ -8,7 +8,7 @@ import pytest
 
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
-from gateway.payments.sweeps import Sweep, Sweeps, daily, every
+from gateway.payments.sweeps import Kept, Sweep, Sweeps, daily, every, forgetful
 from ledger.model import Scope
 from tests.gateway.conftest import Clock
 
@@ -39,7 +39,7 @@ def whose(scope: Scope) -> Callable[[], Awaitable[Scope]]:
 
 
 def hourly(work: Callable[[], Awaitable[object]]) -> Sweep:
-    return Sweep(name="count", schedule=every(HOUR_S), work=work, lease_s=LEASE_S)
+    return Sweep(name="count", schedule=every(HOUR_S), work=forgetful(work), lease_s=LEASE_S)
 
 
 def at_us(text: str) -> int:
@@ -96,11 +96,34 @@ async def test_what_failed_is_tried_again_when_its_lease_has_ended(processes: li
 
 async def test_what_takes_too_long_is_ended(processes: list[Sweeps], clock: Clock) -> None:
     """Somebody else begins when the lease has ended: two must not be at it together."""
-    sweep = Sweep(name="endless", schedule=every(HOUR_S), work=asyncio.Event().wait, lease_s=0.05)
+    sweep = Sweep(name="endless", schedule=every(HOUR_S), work=forgetful(asyncio.Event().wait), lease_s=0.05)
     await processes[0].run_if_due(sweep)
     clock.pass_s(HOUR_S)
     with pytest.raises(TimeoutError):
         await processes[0].run_if_due(sweep)
+
+
+async def test_what_a_work_keeps_it_has_the_next_time_and_every_process_sees_it(
+    processes: list[Sweeps], clock: Clock
+) -> None:
+    seen: list[Kept] = []
+
+    async def count(kept: Kept) -> Kept:
+        if kept.get("times") == 2:
+            raise OSError("the other side is away")
+        return {"times": kept.get("times", 0) + 1}
+
+    sweep = Sweep(name="count", schedule=every(HOUR_S), work=count, look=seen.append, lease_s=LEASE_S)
+    await processes[0].run_if_due(sweep)
+    for process in processes[:2]:
+        clock.pass_s(HOUR_S)
+        assert await process.run_if_due(sweep)
+    clock.pass_s(HOUR_S)
+    with pytest.raises(OSError, match="away"):
+        await processes[2].run_if_due(sweep)
+    seen.clear()
+    assert not await processes[0].run_if_due(sweep)
+    assert seen == [{"times": 2}], "what failed leaves it as it was"
 
 
 async def test_the_loop_goes_on_after_a_failure(processes: list[Sweeps], clock: Clock) -> None:

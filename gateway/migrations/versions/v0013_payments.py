@@ -183,6 +183,7 @@ def _processor() -> None:
         sa.Column("mode", sa.String(), nullable=False),
         sa.Column("name", sa.String(), nullable=False),
         sa.Column("due_at_us", sa.BigInteger(), nullable=False),
+        sa.Column("kept", sa.JSON(), nullable=False),
         sa.CheckConstraint("mode IN ('live', 'test')", name="mode_known"),
         sa.ForeignKeyConstraint(["tenant"], ["tenants.id"]),
         sa.PrimaryKeyConstraint("tenant", "mode", "name"),
