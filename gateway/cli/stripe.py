@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DAYS_DEFAULT: Final = 7
 
 EXIT_UNKNOWN: Final = 2
-"""Stripe has not answered: nobody knows whether the books agree."""
+"""Nothing was compared: nobody knows whether the books agree."""
 
 stripe = typer.Typer(help="Stripe: compare its books with ours.", no_args_is_help=True)
 
@@ -49,7 +49,7 @@ def reconcile(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare every payment at Stripe with the journal: exit 0, 1 with the differences, or 2 without an answer.
+    """Compare every payment at Stripe with the journal: exit 0, 1 with the differences, or 2 if it could not.
 
     What Stripe moved less than an hour ago is not held against the journal: the news may be on its way.
     """
@@ -61,7 +61,13 @@ def reconcile(
     if since_us >= until_us:
         raise typer.BadParameter("--since comes before --until", param_hint="--since")
     settings = settings_from(config)
-    report = with_books(settings, lambda books: _report(settings, books, since_us, until_us, repair=repair))
+    try:
+        report = with_books(settings, lambda books: _report(settings, books, since_us, until_us, repair=repair))
+    except Exception as error:
+        if (reason := _reason(error)) is None:
+            raise
+        typer.echo(f"Nothing was compared. {reason}", err=True)
+        raise typer.Exit(EXIT_UNKNOWN) from None
     (_print_json if as_json else _print)(report)
     raise typer.Exit(EXIT_FAILED if report.differences else 0)
 
@@ -70,10 +76,8 @@ async def _report(settings: "Settings", books: "Books", since_us: int, until_us:
     from gateway.clock import now_us  # noqa: PLC0415
     from gateway.ids import new_id  # noqa: PLC0415
     from gateway.installation import CannotInstall  # noqa: PLC0415
-    from gateway.payments.operator import NoOperator  # noqa: PLC0415
     from gateway.payments.packages import Packages  # noqa: PLC0415
     from gateway.payments.service import open_payments  # noqa: PLC0415
-    from gateway.payments.stripe_api import ProcessorRefused, ProcessorUnavailable  # noqa: PLC0415
 
     payments = open_payments(
         settings,
@@ -88,13 +92,24 @@ async def _report(settings: "Settings", books: "Books", since_us: int, until_us:
         raise CannotInstall("Stripe is not set up: set stripe_secret_key and stripe_webhook_secret.")
     try:
         return await payments.reconciler.run(since_us, until_us, repair=repair)
-    except NoOperator:
-        raise CannotInstall("There is no tenant yet: run `farebox init` first.") from None
-    except (ProcessorUnavailable, ProcessorRefused) as error:
-        typer.echo(f"Nothing was compared: {error}.", err=True)
-        raise typer.Exit(EXIT_UNKNOWN) from None
     finally:
         await payments.close()
+
+
+def _reason(error: Exception) -> str | None:
+    """Why nothing was compared; None where it is a fault of ours."""
+    from gateway.cli import explained  # noqa: PLC0415
+    from gateway.payments.operator import NoOperator  # noqa: PLC0415
+    from gateway.payments.stripe_api import ProcessorRefused, ProcessorUnavailable  # noqa: PLC0415
+
+    match error:
+        case NoOperator():
+            return "There is no tenant yet: run `farebox init` first."
+        case ProcessorRefused(status=401 | 403):
+            return "Stripe refuses the key, or the key may not read balances and payments: look at stripe_secret_key."
+        case ProcessorUnavailable() | ProcessorRefused():
+            return f"Stripe did not answer: {str(error).rstrip('.')}. Try again later."
+    return explained(error)
 
 
 def _print_json(report: "Report") -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import csv
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Keeper:
 
     def __init__(self, folder: Path, stripe: FakeStripe) -> None:
         self.stripe = stripe
-        self._set_up = {
+        self.set_up = {
             "FAREBOX_DATABASE_URL": f"sqlite:///{folder / 'farebox.db'}",
             "FAREBOX_JOURNAL_DIR": str(folder / "journal"),
         }
@@ -38,7 +39,7 @@ class Keeper:
         self.tenant = json.loads(self.run("init", "--json", code=0).stdout)["tenant_id"]
 
     def run(self, *arguments: str, code: int) -> Result:
-        result = CliRunner().invoke(cli, arguments, env={**self._set_up, **self.stripe_settings})
+        result = CliRunner().invoke(cli, arguments, env={**self.set_up, **self.stripe_settings})
         assert result.exit_code == code, (result.output, result.exception)
         return result
 
@@ -50,7 +51,7 @@ class Keeper:
                 await _grant(books, self.tenant)
 
         with pytest.MonkeyPatch.context() as environment:
-            for name, value in self._set_up.items():
+            for name, value in self.set_up.items():
                 environment.setenv(name, value)
             asyncio.run(work())
 
@@ -75,6 +76,14 @@ async def _grant(books: Books, tenant: str) -> None:
 def keeper(tmp_path: Path) -> Iterator[Keeper]:
     with FakeStripe() as stripe:
         yield Keeper(tmp_path, stripe)
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 def pay(stripe: FakeStripe, metadata: dict[str, str]) -> str:
@@ -125,15 +134,38 @@ def test_a_time_that_is_none_is_refused(keeper: Keeper) -> None:
     assert "comes before" in keeper.run("stripe", "reconcile", *backwards, code=2).output
 
 
+# When nothing can be compared, the exit code is not that of books that differ, and a sentence says what to do.
+
+
+def nothing_compared(keeper: Keeper) -> str:
+    result = keeper.run("stripe", "reconcile", "--json", code=2)
+    assert result.stdout == "", "what reads the answer finds none"
+    assert result.stderr.startswith("Nothing was compared. ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
 def test_without_stripe_there_is_nothing_to_compare(keeper: Keeper) -> None:
     keeper.stripe_settings.clear()
-    failed = keeper.run("stripe", "reconcile", code=1)
-    assert "stripe_secret_key" in str(failed.exception)
+    assert "set stripe_secret_key and stripe_webhook_secret" in nothing_compared(keeper)
 
 
-def test_who_cannot_ask_stripe_does_not_know(keeper: Keeper) -> None:
-    keeper.stripe.fail_next("/v1/balance_transactions", 401)
-    assert "Nothing was compared" in keeper.run("stripe", "reconcile", code=2).output
+@pytest.mark.parametrize(("fault", "advice"), [(401, "stripe_secret_key"), (403, "stripe_secret_key"), (500, "later")])
+def test_who_cannot_ask_stripe_does_not_know(keeper: Keeper, fault: Any, advice: str) -> None:
+    keeper.stripe.fail_next("/v1/balance_transactions", fault, 9)
+    assert advice in nothing_compared(keeper)
+
+
+def test_a_stripe_that_cannot_be_reached_is_no_difference(keeper: Keeper, unused_port: int) -> None:
+    keeper.stripe_settings["FAREBOX_STRIPE_API_BASE"] = f"http://127.0.0.1:{unused_port}"
+    assert "later" in nothing_compared(keeper)
+
+
+def test_before_there_is_a_tenant_nobody_can_have_paid(keeper: Keeper, tmp_path: Path) -> None:
+    keeper.set_up["FAREBOX_DATABASE_URL"] = f"sqlite:///{tmp_path / 'new.db'}"
+    assert "farebox init" in nothing_compared(keeper)
+    keeper.run("migrate", code=0)
+    assert "There is no tenant yet: run `farebox init`" in nothing_compared(keeper)
 
 
 def test_a_month_is_exported(keeper: Keeper, tmp_path: Path) -> None:

@@ -427,7 +427,8 @@ async def test_a_webhook_that_was_down_for_ten_days_leaves_nobody_without_credit
 
 async def test_an_order_that_nobody_told_of_is_asked_for_by_itself(books: Books) -> None:
     """Without the nightly comparison, however long it was."""
-    sale = await books.till.sale(**TERMS, created_at_us=books.till.office.clock.now_us())
+    sale = await books.till.sale(**TERMS)
+    assert await books.till.payments.orders.note_session(sale.order, session_id=sale.session, checkout_url=None)
     sale.pay()
     books.till.office.clock.pass_s(40 * 86_400)
     assert await books.till.payments.open_orders.round() == 1
