@@ -141,15 +141,15 @@ def _refund(message: Mapping[str, Any], kind: str) -> Observed | None:
 
 def _dispute(message: Mapping[str, Any], kind: str) -> Observed | None:
     dispute = _convert(message, stripe.Dispute, kind)
-    movements = [movement.net for movement in dispute.balance_transactions or ()]
     closed = kind == "charge.dispute.closed"
     known = Dispute(
         dispute.amount,
         dispute.currency,
         # A status that is new to us is an open dispute, until it is said to be closed.
         _STAGES.get(dispute.status, Stage.CLOSED if closed else Stage.OPEN),
-        withdrawn=kind == "charge.dispute.funds_withdrawn" or any(net < 0 for net in movements),
-        reinstated=kind == "charge.dispute.funds_reinstated" or any(net > 0 for net in movements),
+        moved={movement.id: movement.amount for movement in dispute.balance_transactions or ()},
+        withdrawn=kind == "charge.dispute.funds_withdrawn",
+        reinstated=kind == "charge.dispute.funds_reinstated",
         won=dispute.status == "won",
         lost=dispute.status in _LOST,
     )

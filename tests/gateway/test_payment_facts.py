@@ -23,6 +23,7 @@ DISPUTES = st.builds(
     st.integers(0, 3),
     st.sampled_from(("usd", "eur")),
     st.sampled_from(Stage),
+    st.dictionaries(st.sampled_from("ab"), st.integers(-3, 3)),
     *(st.booleans() for _ in range(4)),
 )
 WORDS = st.frozensets(st.sampled_from(("expired", "canceled", "card_declined")))
@@ -170,6 +171,46 @@ def test_a_dispute_of_a_part_takes_that_part():
     it = Happening().paid()
     it.account.withdraw(it.account.dispute(it.payment, 250)[0]["data"]["object"]["id"])
     assert it.target().taken_minor == 250
+
+
+def test_of_a_dispute_that_is_lost_only_what_was_refunded_before_comes_back():
+    """The cardholder disputed all, though a part was refunded: together no more is gone than was paid, and no less."""
+    it = Happening().paid()
+    it.account.refund(it.payment, 400)
+    dispute = it.account.dispute(it.payment)[0]["data"]["object"]["id"]
+    it.account.withdraw(dispute)
+    it.account.close_dispute(dispute, "lost")
+    it.account.reinstate(dispute, 400)
+    assert it.target().taken_minor == PRICE
+
+
+def test_what_came_back_and_was_withdrawn_once_more_is_gone():
+    it = Happening().paid()
+    dispute = it.account.dispute(it.payment, 250)[0]["data"]["object"]["id"]
+    it.account.withdraw(dispute)
+    it.account.close_dispute(dispute, "won")
+    it.account.reinstate(dispute)
+    assert it.target().taken_minor == 0
+    it.account.withdraw(dispute)
+    assert it.target().taken_minor == 250
+    it.account.close_dispute(dispute, "lost")
+    assert it.target().taken_minor == 250
+
+
+def test_a_dispute_that_moves_another_currency_takes_as_much_of_its_amount_as_is_gone():
+    """The balance is in euros; the payment and its dispute in dollars."""
+    it = Happening().paid()
+    event = copy.deepcopy(it.account.dispute(it.payment, 250)[0])
+    paid = facts(only(it.account.events, "checkout.session.completed"))
+    dispute = event["data"]["object"]
+    for moved, status, taken in (
+        ([-230], "needs_response", 250),
+        ([-230, 92], "lost", 150),
+        ([-230, 229], "won", 0),
+    ):
+        amounts = [{"id": f"txn_{at}", "amount": amount, "currency": "eur"} for at, amount in enumerate(moved)]
+        dispute.update(status=status, balance_transactions=amounts)
+        assert target(it.order, paid.join(facts(event))).taken_minor == taken
 
 
 def test_a_dispute_in_another_currency_takes_all():
