@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 import structlog
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
@@ -31,7 +31,7 @@ from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Order, Orders, OrderStatus
 from gateway.payments.packages import price_text
 from gateway.payments.stripe_api import ProcessorNotFound, StripeAPI
-from gateway.tables import PaymentCustomer
+from gateway.tables import Customer, PaymentCustomer
 from ledger.commands import Key, Reverse, Tell, TopUp
 from ledger.errors import LedgerError, LedgerUnavailable
 from ledger.ledger import Ledger
@@ -314,6 +314,12 @@ class Settler:
                 ended = await orders.ended(order, status, failure=failure)
             if ended:
                 await self._tell(connection, msgspec.structs.replace(order, status=status, failure=failure))
+            if ended and status == "paid" and await _erased(connection, order):
+                log.warning(
+                    "who was erased has paid: the credits are of use to nobody, refund the payment",
+                    order=order.id,
+                    payment_intent=order.payment_intent,
+                )
 
     async def _keep_method(self, order: Order, observed: Observed) -> None:
         """The customer agreed that what they paid with is charged again. Only news of it count: later orders may have
@@ -362,6 +368,17 @@ def _without_credit(order: Order, observed: Observed) -> Outcome:
 
 def _joined(known: Sequence[Kept]) -> Facts:
     return reduce(Facts.join, (each.facts for each in known), NOTHING)
+
+
+async def _erased(connection: AsyncConnection, order: Order) -> bool:
+    """Whether the customer was erased, or is being, and so can spend nothing any more."""
+    query = select(col(Customer.id)).where(
+        col(Customer.tenant) == order.tenant,
+        col(Customer.mode) == order.mode,
+        col(Customer.id) == order.customer_id,
+        col(Customer.erased_at_us).is_not(None),
+    )
+    return (await connection.execute(query)).one_or_none() is not None
 
 
 def _wallet(order: Order) -> WalletRef:

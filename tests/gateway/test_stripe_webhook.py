@@ -105,6 +105,19 @@ async def test_who_pays_after_all_is_credited(till: Till):
     assert (await sale.balance(), (await sale.now()).status) == (CREDITED, "paid")
 
 
+async def test_a_payment_of_who_was_erased_is_no_secret(till: Till, log: io.StringIO):
+    """The books agree with Stripe's, and the operator learns which payment to refund."""
+    sale = await till.sale()
+    events = sale.pay()
+    assert (await till.office.ask("DELETE", f"/v1/customers/{sale.order.customer_id}")).status_code == 204
+    assert await till.outcomes([*events, *events]) == ["done", "done", "duplicate", "duplicate"]
+    assert (await sale.balance(), (await sale.now()).status) == (CREDITED, "paid")
+    (line,) = [json.loads(each) for each in log.getvalue().splitlines() if "who was erased has paid" in each]
+    assert (line["level"], line["order"], line["payment_intent"]) == ("warning", sale.order.id, sale.payment)
+    await till.outcomes(selected(till.stripe.refund(sale.payment)))
+    assert await sale.balance() == 0
+
+
 async def test_a_refund_takes_its_part_and_a_won_dispute_gives_all_of_it_back(till: Till):
     sale = await till.sale()
     await till.outcomes(sale.pay())
