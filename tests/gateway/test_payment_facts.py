@@ -234,6 +234,17 @@ def test_a_payment_that_was_made_in_the_end_is_no_failure():
     assert target(it.order, late).failed is None
 
 
+def test_a_session_that_was_sent_off_and_whose_payment_came_back_has_failed():
+    """So says who asks for it, where the event of that never came."""
+    it = Happening()
+    it.account.pay_later(it.session)
+    for happens, ended in ((None, frozenset()), (it.account.bounce, frozenset({"async_payment_failed"}))):
+        if happens is not None:
+            happens(it.payment)
+        asked = it.account.get(it.session) | {"payment_intent": it.account.get(it.payment)}
+        assert facts(asked).ended == ended
+
+
 @pytest.mark.parametrize(("kind", "failed"), [("checkout", None), ("auto", "generic_decline")])
 def test_a_declined_attempt_ends_only_what_nobody_can_try_again(kind: str, failed: str | None):
     declined = {"object": "payment_intent", "id": "pi_1", "status": "requires_payment_method", "currency": "usd"}
@@ -287,6 +298,7 @@ def test_what_was_asked_for_says_the_same_as_an_event_and_has_a_name_of_its_own(
     assert asked.id == observed(session).id != told.id
     assert asked.id.startswith(f"seen:{it.session}:")
     expanded = session | {"payment_intent": it.account.get(it.payment)}
+    assert observed(expanded).facts.ended == frozenset()
     assert observed(expanded).payment_intent == it.payment
 
 
