@@ -323,7 +323,7 @@ class Settler:
 
     async def _keep_method(self, order: Order, observed: Observed) -> None:
         """The customer agreed that what they paid with is charged again. Only news of it count: later orders may have
-        brought another one since."""
+        brought another one since. Who is not known to Stripe any more, as after an erasure, keeps none."""
         method = min(observed.facts.methods, default=None)
         if method is None or not order.save_payment_method:
             return
@@ -334,6 +334,7 @@ class Settler:
                     col(PaymentCustomer.tenant) == order.tenant,
                     col(PaymentCustomer.mode) == order.mode,
                     col(PaymentCustomer.customer_id) == order.customer_id,
+                    col(PaymentCustomer.processor_id).is_not(None),
                 )
                 .values(payment_method=method)
             )

@@ -197,6 +197,18 @@ def test_what_came_back_and_was_withdrawn_once_more_is_gone():
     assert it.target().taken_minor == 250
 
 
+def test_each_of_several_disputes_takes_its_part():
+    it = Happening().paid()
+    first, second = (it.account.dispute(it.payment, part)[0]["data"]["object"]["id"] for part in (250, 400))
+    for dispute, taken in ((first, 250), (second, 650)):
+        it.account.withdraw(dispute)
+        assert (it.target().frozen, it.target().taken_minor) == (True, taken)
+    it.account.close_dispute(first, "won")
+    assert (it.target().frozen, it.target().taken_minor) == (True, 400)
+    it.account.close_dispute(second, "lost")
+    assert (it.target().frozen, it.target().taken_minor) == (False, 400)
+
+
 def test_a_dispute_that_moves_another_currency_takes_as_much_of_its_amount_as_is_gone():
     """The balance is in euros; the payment and its dispute in dollars."""
     it = Happening().paid()

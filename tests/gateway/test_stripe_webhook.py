@@ -431,3 +431,14 @@ async def test_a_payment_method_is_kept_where_the_payer_agreed(till: Till):
         method = event["data"]["object"]["payment_method"]
         kept = await till.method_kept(sale.order.scope, sale.order.customer_id)
         assert kept == (method if sale is agreed else None)
+
+
+async def test_who_was_erased_keeps_no_payment_method(till: Till):
+    """What Stripe tells late brings back nothing that was forgotten."""
+    sale = await till.sale(save_payment_method=True)
+    made = till.stripe.create_customer({})["id"]
+    await till.known_to_stripe(sale, made)
+    event = changed_in(only(sale.pay(), "payment_intent.succeeded"), setup_future_usage="off_session")
+    assert (await till.office.ask("DELETE", f"/v1/customers/{sale.order.customer_id}")).status_code == 204
+    assert (await till.deliver(event))["outcome"] == "done"
+    assert await till.method_kept(sale.order.scope, sale.order.customer_id) is None
