@@ -156,8 +156,9 @@ class Settler:
         order = await self._find(linked)
         if order is None:
             return Outcome("refused", "unknown_order")
-        if scope.mode == "live" and order.mode != "live":
-            return Outcome("refused", "other_mode", order)
+        other_mode = scope.mode == "live" and order.mode != "live"
+        if other_mode or not await self._is_for(scope, observed.payment_intent, linked):
+            return Outcome("refused", "other_mode" if other_mode else "other_payment", order)
         await self._ask_for_refunds(scope, observed)
         order = await self.settle(order)
         if observed.payment_intent not in (None, order.payment_intent) and order.payment_intent is not None:
@@ -222,6 +223,7 @@ class Settler:
         ref = OrderRef(order.scope, order.id)
         if order.payment_intent is None:
             known = await self._observations.of_order(scope, ref, ())
+            known = [each for each in known if await self._is_for(scope, each.payment_intent, ref)]
             price = Money(order.price_minor, order.currency)
             paying = (each.payment_intent for each in known if price in each.facts.received)
             if (first := next(paying, None)) is None:
@@ -231,6 +233,13 @@ class Settler:
         assert order.payment_intent is not None, "a payment that was noted is gone"
         known = await self._observations.of_order(scope, ref, (order.payment_intent,))
         return order, [each for each in known if each.payment_intent in (None, order.payment_intent)]
+
+    async def _is_for(self, scope: Scope, payment_intent: str | None, order: OrderRef) -> bool:
+        """Whether the payment is for *order*: it pays for one order only, the one that it was first said to be for."""
+        if payment_intent is None:
+            return True
+        kept = await self._observations.of_payment(scope, payment_intent)
+        return next((each.order for each in kept if each.order is not None), order) == order
 
     async def _again(self, order: Order) -> Order:
         found = await self._orders.find(order.scope, order.id)

@@ -280,6 +280,19 @@ async def test_a_second_payment_for_an_order_is_refused(till: Till):
     assert await sale.balance() == CREDITED
 
 
+async def test_a_payment_pays_for_one_order_whatever_it_is_said_to_be_for_later(till: Till):
+    """As where somebody changes the metadata in the Dashboard."""
+    sale, other = await till.sale(), await till.sale()
+    event = only(sale.pay(), "payment_intent.succeeded")
+    again = changed_in(event, event__id="evt_again", metadata=metadata(other))
+    assert await till.outcomes([event, again]) == ["done", "refused"]
+    assert ((await sale.balance()), (await other.balance())) == (CREDITED, 0)
+    assert (await till.payments.settler.settle(other.order)).status == "open"
+    assert await till.outcomes(other.pay()) == ["done", "done"]
+    assert await till.outcomes(selected(till.stripe.refund(sale.payment, 300))) == ["done", "done"]
+    assert ((await sale.balance()), (await other.balance())) == (CREDITED - CREDITED * 300 // PRICE, CREDITED)
+
+
 async def test_real_money_pays_for_nothing_in_the_sandbox(tmp_path: Path):
     async with open_till(tmp_path, live=True) as till:
         sandbox, live = await till.sale(mode="test"), await till.sale()
