@@ -17,7 +17,7 @@ def told(visit: Visit, returned: Returned, looks: int) -> dict[str, Any]:
     order, asset = returned.order, visit.asset
     home = f"../{visit.token}"
     facts: dict[str, Any] = {"order": order.id, "refresh": None, "again": None, "bought": None, "bonus": None}
-    match "failed" if returned.progress == "bounced" else order.status:
+    match order.status:
         case "paid":
             return facts | {
                 "title": "Thank you",

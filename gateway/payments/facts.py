@@ -43,11 +43,19 @@ class Stage(IntEnum):
 
 
 class Dispute(msgspec.Struct, frozen=True):
-    """One dispute. *withdrawn* and *reinstated* tell of our money, *won* and *lost* of the decision."""
+    """One dispute.
+
+    Attributes:
+        moved: what it took of our balance, below zero, and what it gave back, by the movement's id: in the currency of
+            the balance, which need not be the dispute's.
+        withdrawn, reinstated: that it did, as far as that was told without the movement itself.
+        won, lost: how it was decided.
+    """
 
     amount: int
     currency: str
     stage: Stage
+    moved: dict[str, int] = {}
     withdrawn: bool = False
     reinstated: bool = False
     won: bool = False
@@ -58,14 +66,29 @@ class Dispute(msgspec.Struct, frozen=True):
         return self.stage in (Stage.INQUIRY, Stage.OPEN)
 
     @property
-    def takes(self) -> bool:
-        return (self.withdrawn or self.lost) and not (self.reinstated or self.won)
+    def taken(self) -> int:
+        """How much of *amount* is gone, 0 <= taken <= amount.
+
+        Of one that is won it is nothing, though the money may yet be on its way back; unless it came back, and was
+        withdrawn once more. One that is lost may give back a part: what was refunded before.
+        """
+        withdrawn = [-each for each in self.moved.values() if each < 0]
+        reinstated = [each for each in self.moved.values() if each > 0]
+        if self.won:
+            return self.amount if reinstated and len(withdrawn) > len(reinstated) else 0
+        if not withdrawn:
+            return self.amount if (self.withdrawn or self.lost) and not (self.reinstated or reinstated) else 0
+        if self.reinstated and not reinstated:
+            return 0
+        gone = max(0, sum(withdrawn) - sum(reinstated))
+        return self.amount * gone // sum(withdrawn)
 
     def join(self, other: "Dispute") -> "Dispute":
         return Dispute(
             max(self.amount, other.amount),
             max(self.currency, other.currency),
             max(self.stage, other.stage),
+            _largest(self.moved, other.moved),
             self.withdrawn or other.withdrawn,
             self.reinstated or other.reinstated,
             self.won or other.won,
@@ -157,7 +180,7 @@ def target(order: Order, facts: Facts) -> Target:
     disputes = facts.disputes.values()
     # How much of the price an amount in another currency is, nobody can say: all of it is at stake.
     disputed = sum(
-        each.amount if each.currency == order.currency else order.price_minor for each in disputes if each.takes
+        each.taken if each.currency == order.currency else order.price_minor for each in disputes if each.taken
     )
     return Target(
         credited=True,
@@ -172,6 +195,10 @@ def _failure(order: Order, facts: Facts) -> str | None:
     # With nobody there to try another card, one refusal is the end.
     reasons = facts.ended | facts.declined if order.kind == "auto" else facts.ended
     return min(reasons - QUIET, default=None) or (EXPIRED if reasons else None)
+
+
+def _largest(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    return {**first, **{key: max(value, first.get(key, value)) for key, value in second.items()}}
 
 
 Part = TypeVar("Part", Refund, Dispute)

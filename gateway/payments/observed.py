@@ -96,6 +96,9 @@ def _session(message: Mapping[str, Any], kind: str) -> Observed | None:
         facts = facts.join(Facts(received=frozenset({Money(session.amount_total, session.currency)})))
     if isinstance(session.payment_intent, stripe.PaymentIntent):
         facts = facts.join(_facts_of_intent(session.payment_intent))
+        if session.status == "complete" and session.payment_intent.status in _BOUNCED:
+            # Who has been through the page cannot pay on it again: the event of that says the same.
+            facts = facts.join(Facts(ended=frozenset({_ASYNC_FAILED})))
     return Observed(session.id, kind, id_of(session.payment_intent), order, facts, session.livemode)
 
 
@@ -141,15 +144,15 @@ def _refund(message: Mapping[str, Any], kind: str) -> Observed | None:
 
 def _dispute(message: Mapping[str, Any], kind: str) -> Observed | None:
     dispute = _convert(message, stripe.Dispute, kind)
-    movements = [movement.net for movement in dispute.balance_transactions or ()]
     closed = kind == "charge.dispute.closed"
     known = Dispute(
         dispute.amount,
         dispute.currency,
         # A status that is new to us is an open dispute, until it is said to be closed.
         _STAGES.get(dispute.status, Stage.CLOSED if closed else Stage.OPEN),
-        withdrawn=kind == "charge.dispute.funds_withdrawn" or any(net < 0 for net in movements),
-        reinstated=kind == "charge.dispute.funds_reinstated" or any(net > 0 for net in movements),
+        moved={movement.id: movement.amount for movement in dispute.balance_transactions or ()},
+        withdrawn=kind == "charge.dispute.funds_withdrawn",
+        reinstated=kind == "charge.dispute.funds_reinstated",
         won=dispute.status == "won",
         lost=dispute.status in _LOST,
     )
@@ -179,8 +182,13 @@ _READERS: Final[Mapping[str, Callable[[Mapping[str, Any], str], Observed | None]
     "dispute": _dispute,
 }
 
+_ASYNC_FAILED: Final = "async_payment_failed"
+
+_BOUNCED: Final = ("requires_payment_method", "canceled")
+"""What a payment intent is after a payment that took days has failed."""
+
 _SESSION_ENDS: Final = {
-    "checkout.session.async_payment_failed": ("async_payment_failed",),
+    "checkout.session.async_payment_failed": (_ASYNC_FAILED,),
     "checkout.session.expired": (EXPIRED,),
 }
 

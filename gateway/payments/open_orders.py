@@ -30,6 +30,9 @@ SECOND_US: Final = 1_000_000
 UNPAID: Final = "complete"
 """Of a session that was sent off and not paid: a bank is still at it, which may take weeks."""
 
+UNPAID_LIFE_S: Final = 60 * 24 * 3600
+"""No bank takes longer. So what stays unpaid is not asked after for ever, in the place of younger orders."""
+
 log = structlog.get_logger(__name__)
 
 _OPEN_POSTGRESQL: Final = text("SELECT tenant, mode, id FROM farebox_open_orders(:before_us, :page)")
@@ -104,7 +107,7 @@ class OpenOrders:
             else:
                 if (observed := facts_of(session)) is not None:
                     await self._settler.observe(observed)
-                if session.get("status") == UNPAID:
+                if session.get("status") == UNPAID and order.created_at_us > self._now_us() - UNPAID_LIFE_S * SECOND_US:
                     return
         # Nothing can be paid for it any more. If something was, the news of it credit it all the same.
         await self._orders.ended(order, "expired")

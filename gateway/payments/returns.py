@@ -1,7 +1,7 @@
 """A customer is back from the processor's page: what has become of their order, also where its event is late."""
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -10,18 +10,13 @@ from gateway.payments.orders import Order, Orders
 from gateway.payments.settling import Settler
 from gateway.payments.stripe_api import StripeAPI
 
-Progress = Literal["settled", "to_be_paid", "on_its_way", "bounced"]
-"""How far a payment is: its order says it; the processor's page is still open; it was made and has yet to arrive; it
-was made, and did not arrive."""
+Progress = Literal["settled", "to_be_paid", "on_its_way"]
+"""How far a payment is: its order says it; the processor's page is still open; it was made and has yet to arrive."""
 
 
 class Returned(msgspec.Struct, frozen=True):
     order: Order
     progress: Progress
-
-
-BOUNCED: Final = ("requires_payment_method", "canceled")
-"""What a payment intent is after a payment that took days has failed."""
 
 
 class Returns:
@@ -56,8 +51,4 @@ class Returns:
 def _progress(order: Order, session: Mapping[str, Any]) -> Progress:
     if order.status != "open":
         return "settled"
-    if session.get("status") == "open":
-        return "to_be_paid"
-    payment = session.get("payment_intent")
-    came_back = isinstance(payment, Mapping) and payment.get("status") in BOUNCED
-    return "bounced" if came_back else "on_its_way"
+    return "to_be_paid" if session.get("status") == "open" else "on_its_way"

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 import structlog
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
@@ -31,7 +31,7 @@ from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Order, Orders, OrderStatus
 from gateway.payments.packages import price_text
 from gateway.payments.stripe_api import ProcessorNotFound, StripeAPI
-from gateway.tables import PaymentCustomer
+from gateway.tables import Customer, PaymentCustomer
 from ledger.commands import Key, Reverse, Tell, TopUp
 from ledger.errors import LedgerError, LedgerUnavailable
 from ledger.ledger import Ledger
@@ -156,8 +156,9 @@ class Settler:
         order = await self._find(linked)
         if order is None:
             return Outcome("refused", "unknown_order")
-        if scope.mode == "live" and order.mode != "live":
-            return Outcome("refused", "other_mode", order)
+        other_mode = scope.mode == "live" and order.mode != "live"
+        if other_mode or not await self._is_for(scope, observed.payment_intent, linked):
+            return Outcome("refused", "other_mode" if other_mode else "other_payment", order)
         await self._ask_for_refunds(scope, observed)
         order = await self.settle(order)
         if observed.payment_intent not in (None, order.payment_intent) and order.payment_intent is not None:
@@ -222,6 +223,7 @@ class Settler:
         ref = OrderRef(order.scope, order.id)
         if order.payment_intent is None:
             known = await self._observations.of_order(scope, ref, ())
+            known = [each for each in known if await self._is_for(scope, each.payment_intent, ref)]
             price = Money(order.price_minor, order.currency)
             paying = (each.payment_intent for each in known if price in each.facts.received)
             if (first := next(paying, None)) is None:
@@ -231,6 +233,13 @@ class Settler:
         assert order.payment_intent is not None, "a payment that was noted is gone"
         known = await self._observations.of_order(scope, ref, (order.payment_intent,))
         return order, [each for each in known if each.payment_intent in (None, order.payment_intent)]
+
+    async def _is_for(self, scope: Scope, payment_intent: str | None, order: OrderRef) -> bool:
+        """Whether the payment is for *order*: it pays for one order only, the one that it was first said to be for."""
+        if payment_intent is None:
+            return True
+        kept = await self._observations.of_payment(scope, payment_intent)
+        return next((each.order for each in kept if each.order is not None), order) == order
 
     async def _again(self, order: Order) -> Order:
         found = await self._orders.find(order.scope, order.id)
@@ -314,10 +323,16 @@ class Settler:
                 ended = await orders.ended(order, status, failure=failure)
             if ended:
                 await self._tell(connection, msgspec.structs.replace(order, status=status, failure=failure))
+            if ended and status == "paid" and await _erased(connection, order):
+                log.warning(
+                    "who was erased has paid: the credits are of use to nobody, refund the payment",
+                    order=order.id,
+                    payment_intent=order.payment_intent,
+                )
 
     async def _keep_method(self, order: Order, observed: Observed) -> None:
         """The customer agreed that what they paid with is charged again. Only news of it count: later orders may have
-        brought another one since."""
+        brought another one since. Who is not known to Stripe any more, as after an erasure, keeps none."""
         method = min(observed.facts.methods, default=None)
         if method is None or not order.save_payment_method:
             return
@@ -328,6 +343,7 @@ class Settler:
                     col(PaymentCustomer.tenant) == order.tenant,
                     col(PaymentCustomer.mode) == order.mode,
                     col(PaymentCustomer.customer_id) == order.customer_id,
+                    col(PaymentCustomer.processor_id).is_not(None),
                 )
                 .values(payment_method=method)
             )
@@ -362,6 +378,17 @@ def _without_credit(order: Order, observed: Observed) -> Outcome:
 
 def _joined(known: Sequence[Kept]) -> Facts:
     return reduce(Facts.join, (each.facts for each in known), NOTHING)
+
+
+async def _erased(connection: AsyncConnection, order: Order) -> bool:
+    """Whether the customer was erased, or is being, and so can spend nothing any more."""
+    query = select(col(Customer.id)).where(
+        col(Customer.tenant) == order.tenant,
+        col(Customer.mode) == order.mode,
+        col(Customer.id) == order.customer_id,
+        col(Customer.erased_at_us).is_not(None),
+    )
+    return (await connection.execute(query)).one_or_none() is not None
 
 
 def _wallet(order: Order) -> WalletRef:

@@ -185,9 +185,9 @@ class StripeAPI:
             "cancel_url": cancel_url,
             "expires_at": expires_at_s,
         }
-        made = await self._answer(
-            self._client.v1.checkout.sessions.create_async(asked, {"idempotency_key": f"farebox:session:{order.id}"})
-        )
+        # Asked for with another customer of Stripe's it is another request, which the answer of the first is not for.
+        key = f"farebox:session:{order.id}:{processor_id}"
+        made = await self._answer(self._client.v1.checkout.sessions.create_async(asked, {"idempotency_key": key}))
         return Session(made.id, made.url)
 
     async def session(self, session_id: str) -> Mapping[str, Any]:

@@ -71,9 +71,10 @@ class Refund(msgspec.Struct, frozen=True):
 
 
 class Movement(msgspec.Struct, frozen=True):
-    """A balance transaction: what a dispute took is negative, what it gave back positive."""
+    """A balance transaction: what a dispute took is negative, what it gave back positive, both without its fee."""
 
-    net: int = 0
+    id: str
+    amount: int
 
 
 class Dispute(msgspec.Struct, frozen=True):

@@ -41,10 +41,11 @@ class Payment:
     updated: bool = False
     withdrawn: bool = False
     reinstated: bool = False
+    partly: bool = False
 
     @property
     def taken(self) -> int:
-        """In cents. A dispute is of the whole price."""
+        """In cents. A dispute is of the whole price, and of a lost one what was refunded before may come back."""
         gone = self.withdrawn and not self.reinstated and self.dispute != "won"
         return PRICE if gone else self.refunded
 
@@ -81,6 +82,10 @@ class Payment:
         if self.withdrawn and not self.reinstated and self.dispute in ("open", "won"):
             # What was withdrawn is given back before or after the dispute is closed, to who wins it.
             yield "dispute-reinstated", replace(self, reinstated=True)
+        if self.dispute == "lost" and self.refunded and not self.partly:
+            # The Dashboard calls it «partially won»: https://support.stripe.com/questions/\
+            # dispute-for-full-charge-amount-after-a-partial-refund-was-issued
+            yield "dispute-partly-reinstated", replace(self, partly=True)
 
 
 def histories() -> Iterator[tuple[History, Payment]]:
@@ -137,6 +142,10 @@ class Told:
         assert self._intent is not None
         return self._intent
 
+    def _reinstate_refunded(self) -> Event:
+        (charge,) = self._account.all("charge", payment_intent=self.payment_intent)
+        return self._account.reinstate(self._dispute, charge["amount_refunded"])[0]
+
     def _refund(self, amount: int | None) -> Event:
         return only(self._account.refund(self.payment_intent, amount), "charge.refunded")
 
@@ -152,6 +161,7 @@ class Told:
         "dispute-updated": lambda told: told._account.update_dispute(told._dispute)[0],
         "dispute-withdrawn": lambda told: told._account.withdraw(told._dispute)[0],
         "dispute-reinstated": lambda told: told._account.reinstate(told._dispute)[0],
+        "dispute-partly-reinstated": lambda told: told._reinstate_refunded(),
         "dispute-won": lambda told: told._account.close_dispute(told._dispute, "won")[0],
         "dispute-lost": lambda told: told._account.close_dispute(told._dispute, "lost")[0],
     }

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.payments.open_orders import PAGE_LIFE_S
+from gateway.payments.open_orders import PAGE_LIFE_S, UNPAID_LIFE_S
 from gateway.payments.orders import Order
 from tests.gateway.purses import USD_10, Purses, open_purses
 
@@ -52,6 +52,11 @@ async def ordered(purses: Purses, *, page: bool = True) -> Order:
     return order
 
 
+def bounced(stripe: Any, session: str) -> None:
+    stripe.pay_later(session)
+    stripe.bounce(stripe.payment_of(session))
+
+
 def nothing(stripe: Any, session: str) -> None:
     pass
 
@@ -62,9 +67,10 @@ def nothing(stripe: Any, session: str) -> None:
         (lambda stripe, session: stripe.pay(session), "paid", USD_10),
         (lambda stripe, session: stripe.expire(session), "expired", 0),
         (lambda stripe, session: stripe.pay_later(session), "open", 0),
+        (bounced, "failed", 0),
         (nothing, "expired", 0),
     ],
-    ids=["paid", "expired", "a bank is at it", "nothing"],
+    ids=["paid", "expired", "a bank is at it", "a bank said no", "nothing"],
 )
 async def test_what_became_of_it_is_asked(purses: Purses, happens: Any, status: str, balance: int):
     order = await ordered(purses)
@@ -82,5 +88,17 @@ async def test_what_became_of_it_is_asked(purses: Purses, happens: Any, status: 
 async def test_one_that_never_had_a_page_has_expired(purses: Purses):
     order = await ordered(purses, page=False)
     purses.office.clock.pass_s(PAGE_LIFE_S + 60)
+    await purses.payments.open_orders.round()
+    assert await purses.outcomes(order.customer_id) == ["expired"]
+
+
+async def test_a_bank_is_not_waited_for_for_ever(purses: Purses):
+    order = await ordered(purses)
+    assert order.session_id is not None
+    purses.stripe.pay_later(order.session_id)
+    purses.office.clock.pass_s(UNPAID_LIFE_S - 60)
+    await purses.payments.open_orders.round()
+    assert await purses.outcomes(order.customer_id) == ["open"]
+    purses.office.clock.pass_s(120)
     await purses.payments.open_orders.round()
     assert await purses.outcomes(order.customer_id) == ["expired"]

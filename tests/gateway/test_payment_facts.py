@@ -23,6 +23,7 @@ DISPUTES = st.builds(
     st.integers(0, 3),
     st.sampled_from(("usd", "eur")),
     st.sampled_from(Stage),
+    st.dictionaries(st.sampled_from("ab"), st.integers(-3, 3)),
     *(st.booleans() for _ in range(4)),
 )
 WORDS = st.frozensets(st.sampled_from(("expired", "canceled", "card_declined")))
@@ -172,6 +173,58 @@ def test_a_dispute_of_a_part_takes_that_part():
     assert it.target().taken_minor == 250
 
 
+def test_of_a_dispute_that_is_lost_only_what_was_refunded_before_comes_back():
+    """The cardholder disputed all, though a part was refunded: together no more is gone than was paid, and no less."""
+    it = Happening().paid()
+    it.account.refund(it.payment, 400)
+    dispute = it.account.dispute(it.payment)[0]["data"]["object"]["id"]
+    it.account.withdraw(dispute)
+    it.account.close_dispute(dispute, "lost")
+    it.account.reinstate(dispute, 400)
+    assert it.target().taken_minor == PRICE
+
+
+def test_what_came_back_and_was_withdrawn_once_more_is_gone():
+    it = Happening().paid()
+    dispute = it.account.dispute(it.payment, 250)[0]["data"]["object"]["id"]
+    it.account.withdraw(dispute)
+    it.account.close_dispute(dispute, "won")
+    it.account.reinstate(dispute)
+    assert it.target().taken_minor == 0
+    it.account.withdraw(dispute)
+    assert it.target().taken_minor == 250
+    it.account.close_dispute(dispute, "lost")
+    assert it.target().taken_minor == 250
+
+
+def test_each_of_several_disputes_takes_its_part():
+    it = Happening().paid()
+    first, second = (it.account.dispute(it.payment, part)[0]["data"]["object"]["id"] for part in (250, 400))
+    for dispute, taken in ((first, 250), (second, 650)):
+        it.account.withdraw(dispute)
+        assert (it.target().frozen, it.target().taken_minor) == (True, taken)
+    it.account.close_dispute(first, "won")
+    assert (it.target().frozen, it.target().taken_minor) == (True, 400)
+    it.account.close_dispute(second, "lost")
+    assert (it.target().frozen, it.target().taken_minor) == (False, 400)
+
+
+def test_a_dispute_that_moves_another_currency_takes_as_much_of_its_amount_as_is_gone():
+    """The balance is in euros; the payment and its dispute in dollars."""
+    it = Happening().paid()
+    event = copy.deepcopy(it.account.dispute(it.payment, 250)[0])
+    paid = facts(only(it.account.events, "checkout.session.completed"))
+    dispute = event["data"]["object"]
+    for moved, status, taken in (
+        ([-230], "needs_response", 250),
+        ([-230, 92], "lost", 150),
+        ([-230, 229], "won", 0),
+    ):
+        amounts = [{"id": f"txn_{at}", "amount": amount, "currency": "eur"} for at, amount in enumerate(moved)]
+        dispute.update(status=status, balance_transactions=amounts)
+        assert target(it.order, paid.join(facts(event))).taken_minor == taken
+
+
 def test_a_dispute_in_another_currency_takes_all():
     it = Happening().paid()
     it.account.withdraw(it.account.dispute(it.payment, 250, currency="eur")[0]["data"]["object"]["id"])
@@ -191,6 +244,17 @@ def test_a_payment_that_was_made_in_the_end_is_no_failure():
     late = facts(only(it.account.events, "checkout.session.expired")).join(paid)
     assert target(it.order, late).credited
     assert target(it.order, late).failed is None
+
+
+def test_a_session_that_was_sent_off_and_whose_payment_came_back_has_failed():
+    """So says who asks for it, where the event of that never came."""
+    it = Happening()
+    it.account.pay_later(it.session)
+    for happens, ended in ((None, frozenset()), (it.account.bounce, frozenset({"async_payment_failed"}))):
+        if happens is not None:
+            happens(it.payment)
+        asked = it.account.get(it.session) | {"payment_intent": it.account.get(it.payment)}
+        assert facts(asked).ended == ended
 
 
 @pytest.mark.parametrize(("kind", "failed"), [("checkout", None), ("auto", "generic_decline")])
@@ -246,6 +310,7 @@ def test_what_was_asked_for_says_the_same_as_an_event_and_has_a_name_of_its_own(
     assert asked.id == observed(session).id != told.id
     assert asked.id.startswith(f"seen:{it.session}:")
     expanded = session | {"payment_intent": it.account.get(it.payment)}
+    assert observed(expanded).facts.ended == frozenset()
     assert observed(expanded).payment_intent == it.payment
 
 

@@ -86,7 +86,7 @@ async def test_every_request_names_the_version_and_every_post_a_key_of_ours(api:
     assert keys == [
         "farebox:customer:ten_acme:live:cus_1",
         "farebox:customer:ten_acme:live:cus_1",
-        "farebox:session:ord_1",
+        f"farebox:session:ord_1:{customer}",
         f"farebox:expire:{session.id}",
     ]
 
@@ -131,6 +131,14 @@ async def test_what_is_asked_again_is_made_once(api: StripeAPI, stripe: FakeStri
     another = await api.create_customer(ACME, "cus_1", instead_of=customer)
     assert {each["id"] for each in stripe.all("customer")} == {customer, another}
     assert another != customer
+
+
+async def test_a_page_for_another_customer_of_stripes_is_no_repetition(api: StripeAPI, stripe: FakeStripe):
+    """Stripe answers a repeated key with what it answered first, or refuses one that comes with other words."""
+    customer = await api.create_customer(ACME, "cus_1")
+    first = await begun(api, processor_id=customer)
+    another = await api.create_customer(ACME, "cus_1", instead_of=customer)
+    assert (await begun(api, processor_id=another)).id != first.id
 
 
 @pytest.mark.parametrize("fault", ["reset", "reset-after-effect", 500, 503, 409])

@@ -105,6 +105,19 @@ async def test_who_pays_after_all_is_credited(till: Till):
     assert (await sale.balance(), (await sale.now()).status) == (CREDITED, "paid")
 
 
+async def test_a_payment_of_who_was_erased_is_no_secret(till: Till, log: io.StringIO):
+    """The books agree with Stripe's, and the operator learns which payment to refund."""
+    sale = await till.sale()
+    events = sale.pay()
+    assert (await till.office.ask("DELETE", f"/v1/customers/{sale.order.customer_id}")).status_code == 204
+    assert await till.outcomes([*events, *events]) == ["done", "done", "duplicate", "duplicate"]
+    assert (await sale.balance(), (await sale.now()).status) == (CREDITED, "paid")
+    (line,) = [json.loads(each) for each in log.getvalue().splitlines() if "who was erased has paid" in each]
+    assert (line["level"], line["order"], line["payment_intent"]) == ("warning", sale.order.id, sale.payment)
+    await till.outcomes(selected(till.stripe.refund(sale.payment)))
+    assert await sale.balance() == 0
+
+
 async def test_a_refund_takes_its_part_and_a_won_dispute_gives_all_of_it_back(till: Till):
     sale = await till.sale()
     await till.outcomes(sale.pay())
@@ -267,6 +280,19 @@ async def test_a_second_payment_for_an_order_is_refused(till: Till):
     assert await sale.balance() == CREDITED
 
 
+async def test_a_payment_pays_for_one_order_whatever_it_is_said_to_be_for_later(till: Till):
+    """As where somebody changes the metadata in the Dashboard."""
+    sale, other = await till.sale(), await till.sale()
+    event = only(sale.pay(), "payment_intent.succeeded")
+    again = changed_in(event, event__id="evt_again", metadata=metadata(other))
+    assert await till.outcomes([event, again]) == ["done", "refused"]
+    assert ((await sale.balance()), (await other.balance())) == (CREDITED, 0)
+    assert (await till.payments.settler.settle(other.order)).status == "open"
+    assert await till.outcomes(other.pay()) == ["done", "done"]
+    assert await till.outcomes(selected(till.stripe.refund(sale.payment, 300))) == ["done", "done"]
+    assert ((await sale.balance()), (await other.balance())) == (CREDITED - CREDITED * 300 // PRICE, CREDITED)
+
+
 async def test_real_money_pays_for_nothing_in_the_sandbox(tmp_path: Path):
     async with open_till(tmp_path, live=True) as till:
         sandbox, live = await till.sale(mode="test"), await till.sale()
@@ -418,3 +444,14 @@ async def test_a_payment_method_is_kept_where_the_payer_agreed(till: Till):
         method = event["data"]["object"]["payment_method"]
         kept = await till.method_kept(sale.order.scope, sale.order.customer_id)
         assert kept == (method if sale is agreed else None)
+
+
+async def test_who_was_erased_keeps_no_payment_method(till: Till):
+    """What Stripe tells late brings back nothing that was forgotten."""
+    sale = await till.sale(save_payment_method=True)
+    made = till.stripe.create_customer({})["id"]
+    await till.known_to_stripe(sale, made)
+    event = changed_in(only(sale.pay(), "payment_intent.succeeded"), setup_future_usage="off_session")
+    assert (await till.office.ask("DELETE", f"/v1/customers/{sale.order.customer_id}")).status_code == 204
+    assert (await till.deliver(event))["outcome"] == "done"
+    assert await till.method_kept(sale.order.scope, sale.order.customer_id) is None

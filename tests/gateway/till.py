@@ -145,9 +145,9 @@ class Till:
             rows = await connection.execute(select(PaymentObservation.id, PaymentObservation.outcome))
             return {row.id: row.outcome for row in rows}
 
-    async def known_to_stripe(self, sale: Sale) -> None:
+    async def known_to_stripe(self, sale: Sale, processor_id: str = "cus_1") -> None:
         """The customer is one of Stripe's, as after a checkout."""
-        row = {"customer_id": sale.order.customer_id, "processor_id": "cus_1", "created_at_us": 0, "failures": 0}
+        row = {"customer_id": sale.order.customer_id, "processor_id": processor_id, "created_at_us": 0, "failures": 0}
         async with self.gateway.services.database.write(of(*sale.order.scope)) as connection:
             await connection.execute(insert(PaymentCustomer).values(**sale.order.scope._asdict(), **row))
 

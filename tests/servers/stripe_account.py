@@ -115,10 +115,10 @@ class StripeAccount(StripePayments):
         return [self._event("charge.dispute.funds_withdrawn", dispute)]
 
     @alone
-    def reinstate(self, dispute_id: str) -> Events:
-        """Stripe puts the disputed amount back; its fee stays paid."""
+    def reinstate(self, dispute_id: str, amount: int | None = None) -> Events:
+        """Stripe puts *amount*, or all that was disputed, back; its fee stays paid."""
         dispute = self._objects[dispute_id]
-        self._adjust(dispute, "dispute_reversal", dispute["amount"], fee=0)
+        self._adjust(dispute, "dispute_reversal", dispute["amount"] if amount is None else amount, fee=0)
         return [self._event("charge.dispute.funds_reinstated", dispute)]
 
     @alone
