@@ -94,12 +94,18 @@ def payments_of(movements: Iterable[Movement]) -> list[Paid]:
 def _paid(payment_intent: str, movements: list[Movement]) -> Paid:
     charged = [movement for movement in movements if movement.kind == "charge"]
     named = [movement.order for movement in charged if movement.order is not None]
+    currency = (charged or movements)[0].currency
+    gross = sum(movement.amount for movement in charged if movement.final)
+    back = [movement for movement in movements if movement.kind != "charge"]
+    abroad = sum(movement.amount for movement in back if movement.currency != currency)
+    # How much of the payment an amount in another currency is, nobody can say: the settler takes all of it.
+    taken = gross if abroad < 0 else -sum(movement.amount for movement in back if movement.currency == currency)
     return Paid(
         payment_intent=payment_intent,
         order=named[0] if named else None,
-        currency=(charged or movements)[0].currency,
-        gross=sum(movement.amount for movement in charged if movement.final),
-        taken=-sum(movement.amount for movement in movements if movement.kind != "charge"),
+        currency=currency,
+        gross=gross,
+        taken=taken,
         at_us=max(movement.at_us for movement in movements),
     )
 
@@ -133,6 +139,9 @@ def _of_order(ref: OrderRef, order: Order | None, payments: list[Paid], journal:
     if order is None:
         yield from _without_order(ref, good, journal, at_us)
         return
+    # What was paid a second time credits nothing: it is to go back, and when it has, nothing is wrong.
+    first = order.payment_intent or (good[0].payment_intent if good else None)
+    good = [each for each in good if each.payment_intent == first or each.taken < each.gross]
     face = order.credited + order.spread
     credited = 0 if journal is None else journal.credited
     gross = sum(each.gross for each in good)
@@ -164,7 +173,8 @@ def _of_order(ref: OrderRef, order: Order | None, payments: list[Paid], journal:
         return
     elif gross != order.price_minor or credited != face or (journal is not None and journal.asset != order.asset):
         yield facts
-    yield from _reversal(facts, order, taken=sum(each.taken for each in good), journal=journal)
+    taken = sum(each.taken for each in good if each.payment_intent == first)
+    yield from _reversal(facts, order, taken=taken, journal=journal)
 
 
 def _reversal(facts: Difference, order: Order, *, taken: int, journal: Booked | None) -> Iterable[Difference]:
