@@ -162,7 +162,7 @@ async def test_what_failed_does_not_count(purses: Purses):
     alice = await purses.customer(credits=100, card="pm_card_chargeCustomerFail", auto_topup_monthly_cap=1_000)
     await purses.consider(alice)
     await purses.keep_card(alice, "pm_card_visa")
-    await purses.agree(alice, auto_topup_enabled=True)
+    await purses.agree(alice, auto_topup_threshold=300_000)
     await purses.sweep()
     assert await purses.outcomes(alice) == ["failed", "paid"]
 
