@@ -28,8 +28,9 @@ class AutoTopUpChange:
         self._asset = principal.asset
         self._packages = services.packages
         self._payments = services.payments
+        self._changed = True
 
-    def check(self, settings: Mapping[str, Any]) -> None:
+    def check(self, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Whether the settings go together as they would stand then.
 
         Raises:
@@ -43,16 +44,21 @@ class AutoTopUpChange:
             check_terms(settings, self._packages, self._asset, sent=self._sent)
         except TermsInvalid as error:
             raise invalid_request(str(error), param=f"settings.{error.setting}") from None
+        self._changed = any((before.get(name) or None) != (settings.get(name) or None) for name in SETTINGS)
 
     async def agree(self, customer_id: str, transactions: Transactions) -> None:
-        """With the settings: have the wallet looked at, which may be below the threshold already."""
+        """With the settings: have the wallet looked at, which may be below the threshold already.
+
+        To send what stands there already changes nothing: who does so at every log-in does not have a card tried again
+        each time that was declined.
+        """
         if self._sent and self._payments is not None:
             turns = self._payments.auto_top_ups.turns.within(transactions)
-            await turns.news(self._scope, customer_id, forgiven=True)
+            await turns.news(self._scope, customer_id, forgiven=self._changed)
 
     async def agreed(self, customer_id: str, version: int) -> None:
         """The settings are committed: begin, and tell where there is nothing to pay with."""
-        if self._sent and self._payments is not None:
+        if self._sent and self._changed and self._payments is not None:
             self._payments.auto_top_ups.wake()
             cause = f"{customer_id}:{version}"
             await self._payments.auto_top_ups.tell_if_no_method(self._scope, customer_id, cause=cause)

@@ -67,8 +67,8 @@ class CustomerName(NamedTuple):
     external_id: str
 
 
-CheckSettings = Callable[[Mapping[str, Any]], None]
-"""Raises ApiError for settings that do not go together, as they would stand after a change."""
+CheckSettings = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
+"""Raises ApiError for settings that do not go together: as they stand before a change, and as they would after it."""
 
 
 class Remembered(NamedTuple):
@@ -178,7 +178,7 @@ class Customers:
         external_id: str,
         change: CustomerChange,
         *,
-        check: CheckSettings = lambda settings: None,
+        check: CheckSettings = lambda before, settings: None,
         transactions: Transactions,
     ) -> tuple[CustomerInfo, bool]:
         """The customer of this name with *change*, and whether they are new. `named` gives them what they are due.
@@ -193,11 +193,11 @@ class Customers:
             created = await self._create(connection, name, change)
             query = select_customers(tenant_id, mode).where(named(external_id))
             if created:
-                check(change.settings or {})
+                check({}, change.settings or {})
             else:
                 before = (await connection.execute(query.with_for_update())).one_or_none()
                 changed = change if before is None else merged(change, before.settings)
-                check(changed.settings or {})
+                check({} if before is None else before.settings, changed.settings or {})
                 await connection.execute(update_customers(tenant_id, mode, changed).where(named(external_id)))
             found = (await connection.execute(query)).one_or_none()
         if found is None:
@@ -212,7 +212,7 @@ class Customers:
         change: CustomerChange,
         *,
         version: int | None = None,
-        check: CheckSettings = lambda settings: None,
+        check: CheckSettings = lambda before, settings: None,
         transactions: Transactions | None = None,
     ) -> CustomerInfo:
         """Change a customer whom *reference* names, if they are at *version*; None takes any.
@@ -235,7 +235,7 @@ class Customers:
                     raise errors.version_mismatch(before.version)
                 by_id = select_customers(tenant_id, mode).where(col(Customer.id) == before.id)
                 changed = merged(change, before.settings)
-                check(changed.settings or {})
+                check(before.settings, changed.settings or {})
                 await connection.execute(
                     update_customers(tenant_id, mode, changed).where(col(Customer.id) == before.id)
                 )

@@ -35,6 +35,8 @@ from gateway.payments.auto_top_up_terms import (
     Standing,
     decide,
     month_of,
+    reversal_of,
+    stopped,
 )
 from gateway.payments.links import Links
 from gateway.payments.observed import Observed
@@ -270,6 +272,10 @@ class AutoTopUps:
         if agreement is not None and decision.reason == "monthly_cap":
             cause = f"{turn.customer_id}:{month.start_us}:{agreement.cap_minor}"
             await self._tell(scope, turn.customer_id, agreement, "monthly_cap", cause=cause)
+        if agreement is not None and decision.reason == "stopped" and balance < agreement.threshold:
+            reversal = reversal_of(turn.last_failure)
+            if reversal is not None:
+                await self._tell(scope, turn.customer_id, agreement, reversal, cause=f"{turn.last_failure}")
         return decision
 
     def _order(self, turn: Turn, agreement: Agreement, now_us: int) -> Order:
@@ -298,7 +304,8 @@ class AutoTopUps:
         async with self._database.read(of(*turn.scope)) as connection:
             agreement = await self._agreements.find(connection, turn.scope, turn.customer_id)
         young = self._now_us() < order.created_at_us + KEY_LIFE_US
-        if order.payment_intent is None and young and agreement is not None and turn.has_method:
+        wanted = agreement is not None and not stopped(turn.failures, turn.last_failure)
+        if order.payment_intent is None and young and wanted and turn.has_method:
             return await self._off_session.charge(order, turn)
         return await self._off_session.find(order, turn)
 

@@ -36,6 +36,12 @@ FINAL_FAILURES: Final = frozenset(
 )
 """To try these again does not help: the customer has to act. Source: Stripe, «Decline codes»."""
 
+REVERSED: Final = "payment_reversed"
+DISPUTED: Final = "payment_disputed"
+"""The failures of who has got money of an order back, or disputes it; `REVERSED:ORDER`. To take it again is not for us,
+and while the dispute is open for nobody.
+"""
+
 _CALENDAR_MONTH: Final = Recurrence(unit="month")
 
 SETTINGS: Final = ("auto_topup_enabled", "auto_topup_threshold", "auto_topup_package", "auto_topup_monthly_cap")
@@ -153,7 +159,15 @@ def month_of(at_us: int) -> Period:
 
 def stopped(failures: int, last_failure: str | None) -> bool:
     """Whether nothing is tried until the customer pays by themselves, or changes something."""
-    return failures > len(BACK_OFF_US) or (failures > 0 and last_failure in FINAL_FAILURES)
+    if failures == 0:
+        return False
+    return failures > len(BACK_OFF_US) or last_failure in FINAL_FAILURES or reversal_of(last_failure) is not None
+
+
+def reversal_of(last_failure: str | None) -> str | None:
+    """`REVERSED` or `DISPUTED` where that is what *last_failure* says."""
+    kind, _, _ = (last_failure or "").partition(":")
+    return kind if kind in (REVERSED, DISPUTED) else None
 
 
 def next_attempt_us(order_id: str, failures: int, failure: str | None, failed_at_us: int) -> int | None:

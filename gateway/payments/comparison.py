@@ -96,12 +96,18 @@ def payments_of(movements: Iterable[Movement]) -> list[Paid]:
 def _paid(payment_intent: str, movements: list[Movement]) -> Paid:
     charged = [movement for movement in movements if movement.kind == "charge"]
     named = [movement.order for movement in charged if movement.order is not None]
+    currency = (charged or movements)[0].currency
+    gross = sum(movement.amount for movement in charged if movement.final)
+    back = [movement for movement in movements if movement.kind != "charge"]
+    abroad = sum(movement.amount for movement in back if movement.currency != currency)
+    # How much of the payment an amount in another currency is, nobody can say: the settler takes all of it.
+    taken = gross if abroad < 0 else -sum(movement.amount for movement in back if movement.currency == currency)
     return Paid(
         payment_intent=payment_intent,
         order=named[0] if named else None,
-        currency=(charged or movements)[0].currency,
-        gross=sum(movement.amount for movement in charged if movement.final),
-        taken=-sum(movement.amount for movement in movements if movement.kind != "charge"),
+        currency=currency,
+        gross=gross,
+        taken=taken,
         at_us=max(movement.at_us for movement in movements),
     )
 

@@ -170,6 +170,11 @@ class Target(msgspec.Struct, frozen=True):
     failed: str | None = None
     mistaken: bool = False
 
+    @property
+    def at_stake(self) -> bool:
+        """Whether the payer has some of the price back, or wants it back."""
+        return self.frozen or self.taken_minor > 0
+
 
 def target(order: Order, facts: Facts) -> Target:
     """What *order* has come to, by what is known of its payment."""

@@ -301,11 +301,12 @@ def _changed_s(source: Mapping[str, Any]) -> int:
 
 def _taken(source: Mapping[str, Any], currency: str, gross: int) -> int:
     """What a refund or a dispute has taken of a payment."""
-    if source["currency"] != currency:
-        return gross
     if source["object"] == "refund":
         return 0 if source["status"] in GONE else int(source["amount"])
     moved = [(each["currency"], int(each["amount"])) for each in source.get("balance_transactions") or ()]
+    withdrawn = -sum(amount for _, amount in moved)
+    if source["currency"] != currency:
+        return gross if withdrawn > 0 else 0
     if all(of == currency for of, _ in moved):
-        return -sum(amount for _, amount in moved)
-    return int(source["amount"]) if sum(amount for _, amount in moved) < 0 else 0
+        return withdrawn
+    return int(source["amount"]) if withdrawn > 0 else 0

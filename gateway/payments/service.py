@@ -92,6 +92,7 @@ def open_payments(
         stripe=stripe,
         operator=operator,
         changed=(failures.changed,),
+        reversing=failures.reversing,
         told_of_failure=failures.told,
         now_us=now_us,
         new_id=new_id,

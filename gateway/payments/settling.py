@@ -42,8 +42,13 @@ SOURCE: Final = "payment"
 
 Result = Literal["done", "duplicate", "kept", "refused", "ignored"]
 
-Changed = Callable[[AsyncConnection, Order], Awaitable[None]]
-"""Is told, in the transaction that does it, that an order has ended, or that its payment method is kept for later."""
+Changed = Callable[[AsyncConnection, Order, Target], Awaitable[None]]
+"""Is told, in the transaction that does it, that an order has ended, or that its payment method is kept for later; and
+what the order has come to.
+"""
+
+Reversing = Callable[[Order, Target], Awaitable[None]]
+"""Is told that money of an order goes back, is disputed or is there again, before the wallet has that. Repeatable."""
 
 ToldOfFailure = Callable[[Order, str], Awaitable[Mapping[str, Any]]]
 """What `topup.failed` says of an order besides."""
@@ -69,6 +74,10 @@ async def _nothing_more(order: Order, reason: str) -> Mapping[str, Any]:
     return {}
 
 
+async def _nothing_first(order: Order, goal: Target) -> None:
+    pass
+
+
 class NotBooked(Exception):
     """The ledger refuses what a payment asks for: a fault of ours, which the payer must not suffer from."""
 
@@ -78,6 +87,7 @@ class Settler:
 
     Args:
         changed: are told of every order that changes.
+        reversing: is told before a payment is reversed, or given back again.
         told_of_failure: says what follows from a failure.
     """
 
@@ -90,6 +100,7 @@ class Settler:
         stripe: StripeAPI,
         operator: OperatorScope,
         changed: Sequence[Changed] = (),
+        reversing: Reversing = _nothing_first,
         told_of_failure: ToldOfFailure = _nothing_more,
         now_us: Callable[[], int] = now_us,
         new_id: Callable[[str], str] = new_id,
@@ -101,6 +112,7 @@ class Settler:
         self._stripe = stripe
         self._operator = operator
         self._changed = tuple(changed)
+        self._reversing = reversing
         self._told_of_failure = told_of_failure
         self._new_id = new_id
 
@@ -133,7 +145,7 @@ class Settler:
         if goal.credited:
             await self._credit(order, goal, revision=len(known))
         elif goal.failed is not None and order.status == "open":
-            await self._fail(order, goal.failed)
+            await self._fail(order, goal)
         if goal.credited or goal.failed is not None:
             await self._observations.done(scope, [each.id for each in known if not each.done], "done")
         return await self._again(order)
@@ -250,6 +262,7 @@ class Settler:
         if order.status != "paid":
             await self._book(self._top_up(order))
         if goal.touched:
+            await self._reversing(order, goal)
             await self._book(
                 Reverse(
                     id=self._new_id("cmd"),
@@ -263,7 +276,7 @@ class Settler:
                     reference=order.id,
                 )
             )
-        await self._end(order, "paid")
+        await self._end(order, "paid", goal)
 
     async def _book(self, command: TopUp | Reverse | Tell) -> None:
         try:
@@ -292,9 +305,11 @@ class Settler:
             body=_told(order),
         )
 
-    async def _fail(self, order: Order, reason: str) -> None:
+    async def _fail(self, order: Order, goal: Target) -> None:
+        reason = goal.failed
+        assert reason is not None
         if reason == EXPIRED:
-            await self._end(order, "expired")
+            await self._end(order, "expired", goal)
             return
         await self._book(
             Tell(
@@ -307,9 +322,9 @@ class Settler:
                 body={**_told(order), "reason": reason, **await self._told_of_failure(order, reason)},
             )
         )
-        await self._end(order, "failed", failure=reason)
+        await self._end(order, "failed", goal, failure=reason)
 
-    async def _end(self, order: Order, status: OrderStatus, *, failure: str | None = None) -> None:
+    async def _end(self, order: Order, status: OrderStatus, goal: Target, *, failure: str | None = None) -> None:
         """Mark the order, once, and tell of it."""
         if order.status == "paid":
             return
@@ -322,7 +337,7 @@ class Settler:
                 assert status != "open", "an order does not open again"
                 ended = await orders.ended(order, status, failure=failure)
             if ended:
-                await self._tell(connection, msgspec.structs.replace(order, status=status, failure=failure))
+                await self._tell(connection, msgspec.structs.replace(order, status=status, failure=failure), goal)
             if ended and status == "paid" and await _erased(connection, order):
                 log.warning(
                     "who was erased has paid: the credits are of use to nobody, refund the payment",
@@ -336,6 +351,7 @@ class Settler:
         method = min(observed.facts.methods, default=None)
         if method is None or not order.save_payment_method:
             return
+        goal = await self.standing(order)
         async with self._database.write(of(*order.scope)) as connection:
             await connection.execute(
                 update(PaymentCustomer)
@@ -347,11 +363,11 @@ class Settler:
                 )
                 .values(payment_method=method)
             )
-            await self._tell(connection, order)
+            await self._tell(connection, order, goal)
 
-    async def _tell(self, connection: AsyncConnection, order: Order) -> None:
+    async def _tell(self, connection: AsyncConnection, order: Order, goal: Target) -> None:
         for changed in self._changed:
-            await changed(connection, order)
+            await changed(connection, order, goal)
 
 
 _NOT_FOUND: Final = "no_payment_yet"

@@ -10,12 +10,12 @@ the lease runs out.
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import Update, case, select, text, update
+from sqlalchemy import Update, and_, case, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from gateway.database import NOBODY, insert_new, of
-from gateway.payments.auto_top_up_terms import SECOND_US
+from gateway.payments.auto_top_up_terms import DISPUTED, SECOND_US
 from gateway.records import Records
 from gateway.tables import PaymentCustomer
 from ledger.model import Scope
@@ -98,10 +98,23 @@ class Turns(Records):
 
 
 async def forgive(connection: AsyncConnection, scope: Scope, customer_id: str, *, now_us: int) -> None:
-    """The customer has paid, or changed something: nothing that failed before counts, and they are looked at."""
-    await connection.execute(
-        row_of(scope, customer_id).values(failures=0, last_failure=None, not_before_us=_at(now_us))
-    )
+    """The customer has paid, or changed something: nothing that failed before counts, but a dispute that is open; and
+    they are looked at.
+    """
+    failures, last_failure = col(PaymentCustomer.failures), col(PaymentCustomer.last_failure)
+    disputes = and_(failures > 0, last_failure.startswith(f"{DISPUTED}:", autoescape=True))
+    forgiven = {
+        "failures": case((disputes, failures), else_=0),
+        "last_failure": case((disputes, last_failure), else_=None),
+    }
+    await connection.execute(row_of(scope, customer_id).values(not_before_us=_at(now_us), **forgiven))
+
+
+async def stop(connection: AsyncConnection, scope: Scope, customer_id: str, *, failure: str, now_us: int) -> None:
+    """Let nothing be tried because of *failure*; what is under way notices."""
+    stopped = {"failures": case((col(PaymentCustomer.failures) > 0, col(PaymentCustomer.failures)), else_=1)}
+    row = row_of(scope, customer_id)
+    await connection.execute(row.values(last_failure=failure, not_before_us=_at(now_us), **stopped))
 
 
 def row_of(scope: Scope, customer_id: str) -> Update:

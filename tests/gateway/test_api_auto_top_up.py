@@ -162,7 +162,7 @@ async def test_what_failed_does_not_count(purses: Purses):
     alice = await purses.customer(credits=100, card="pm_card_chargeCustomerFail", auto_topup_monthly_cap=1_000)
     await purses.consider(alice)
     await purses.keep_card(alice, "pm_card_visa")
-    await purses.agree(alice, auto_topup_enabled=True)
+    await purses.agree(alice, auto_topup_threshold=300_000)
     await purses.sweep()
     assert await purses.outcomes(alice) == ["failed", "paid"]
 
@@ -253,6 +253,22 @@ async def test_a_change_of_the_settings_begins_anew(purses: Purses):
     await purses.sweep()
     assert await purses.outcomes(alice) == ["failed", "paid"]
     assert (await purses.payer(alice)).failures == 0
+
+
+async def test_settings_that_are_sent_again_and_are_the_same_begin_nothing_anew(purses: Purses):
+    """As by who sends a customer with all settings at each log-in."""
+    alice = await purses.customer(credits=100, card="pm_card_chargeCustomerFail")
+    await purses.consider(alice)
+    told = len(await purses.told(alice, "topup.failed"))
+    for _ in range(3):
+        await purses.agree(alice, **AGREED)
+        await purses.office.post("/v1/customers", {"external_id": "alice", "settings": AGREED})
+        await purses.sweep()
+    assert await purses.outcomes(alice) == ["failed"]
+    assert len(await purses.told(alice, "topup.failed")) == told
+    await purses.agree(alice, auto_topup_monthly_cap=5_000)
+    await purses.sweep()
+    assert await purses.outcomes(alice) == ["failed"] * 2
 
 
 async def test_a_payment_that_goes_through_forgives_what_failed_before(purses: Purses):

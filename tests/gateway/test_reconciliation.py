@@ -195,6 +195,40 @@ async def test_a_busy_week_agrees_to_the_last_credit(books: Books) -> None:
     assert report.entries > 30
 
 
+@pytest.mark.parametrize("days", [3, 60], ids=["began before", "whole"])
+async def test_a_dispute_in_another_currency_agrees_however_it_ends(books: Books, days: int) -> None:
+    """How much of the payment it is, nobody can say: all of it while the money is away, and nothing otherwise."""
+    stripe = books.till.stripe
+    for ending in ("won", "lost", "nothing withdrawn"):
+        sale = await books.paid()
+        books.till.office.clock.pass_s(40 * 86_400)
+        told = stripe.dispute(sale.payment, 777, currency="eur")
+        dispute = told[0]["data"]["object"]["id"]
+        await books.hear(told)
+        if ending == "nothing withdrawn":
+            await books.hear(stripe.refund(sale.payment, 1))
+        else:
+            await books.hear(stripe.withdraw(dispute))
+        if ending == "won":
+            await books.hear([*stripe.close_dispute(dispute, "won"), *stripe.reinstate(dispute)])
+        report = await books.reconcile(days=days)
+        assert (ending, listed(report)) == (ending, [])
+
+
+async def test_what_was_paid_twice_is_found_until_it_has_gone_back(books: Books) -> None:
+    sale = await books.paid()
+    order = sale.order
+    metadata = {"farebox_order": order.id, "farebox_tenant": order.tenant, "farebox_mode": order.mode}
+    again = books.till.stripe.create_payment({"amount": f"{PRICE}", "currency": "usd", "metadata": metadata})
+    await books.hear(books.till.stripe.charge_off_session(again["id"], "pm_card_visa"))
+    await books.hear(books.till.stripe.refund(again["id"], 1))
+    (difference,) = (await books.reconcile()).differences
+    assert (difference.kind, difference.expected_minor, difference.found_minor) == ("wrong_amount", PRICE, 2 * PRICE)
+    await books.hear(books.till.stripe.refund(again["id"]))
+    assert listed(await books.reconcile(repair=True)) == []
+    assert await sale.balance() == CREDITED + 70
+
+
 async def test_an_automatic_payment_agrees_and_others_on_the_account_are_none_of_ours(books: Books) -> None:
     till, stripe = books.till, books.till.stripe
     automatic = await till.sale(kind="auto", **TERMS)

@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.payments import intake
+from gateway.payments.facts import Target
 from gateway.payments.observed import Observed, facts_of
 from gateway.payments.orders import Order
 from gateway.payments.settling import Settler
@@ -158,7 +159,8 @@ async def test_refunds_are_asked_for_when_one_has_failed_after_all(till: Till):
 async def test_who_wants_to_know_is_told_of_an_order_in_the_transaction_that_ends_it(till: Till):
     sale, told = await till.sale(save_payment_method=True), list[tuple[str, str | None]]()
 
-    async def changed(connection: AsyncConnection, order: Order) -> None:
+    async def changed(connection: AsyncConnection, order: Order, goal: Target) -> None:
+        assert not goal.at_stake
         query = select(PaymentOrder.status).where(PaymentOrder.id == order.id)
         told.append((order.status, await connection.scalar(query)))
 
