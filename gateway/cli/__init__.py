@@ -48,14 +48,14 @@ def main() -> None:
     try:
         cli()
     except Exception as error:
-        message = _explained(error)
+        message = explained(error)
         if message is None:
             raise
         typer.echo(message, err=True)
         sys.exit(getattr(error, "exit_code", EXIT_FAILED))
 
 
-def _explained(error: Exception) -> str | None:
+def explained(error: Exception) -> str | None:
     """What to tell, or None when it is a fault of ours."""
     from gateway.copying import CannotCopy  # noqa: PLC0415
     from gateway.installation import CannotInstall  # noqa: PLC0415

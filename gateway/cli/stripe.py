@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DAYS_DEFAULT: Final = 7
 
 EXIT_UNKNOWN: Final = 2
-"""Stripe has not answered: nobody knows whether the books agree."""
+"""Nothing was compared: nobody knows whether the books agree."""
 
 stripe = typer.Typer(help="Stripe: compare its books with ours.", no_args_is_help=True)
 
@@ -53,6 +53,7 @@ def reconcile(
 
     What Stripe moved less than an hour ago is not held against the journal: the news may be on its way.
     """
+    from gateway.cli import explained  # noqa: PLC0415 - it has this command in it
     from gateway.clock import now_us  # noqa: PLC0415
     from gateway.payments.sweeps import DAY_US  # noqa: PLC0415
 
@@ -61,7 +62,13 @@ def reconcile(
     if since_us >= until_us:
         raise typer.BadParameter("--since comes before --until", param_hint="--since")
     settings = settings_from(config)
-    report = with_books(settings, lambda books: _report(settings, books, since_us, until_us, repair=repair))
+    try:
+        report = with_books(settings, lambda books: _report(settings, books, since_us, until_us, repair=repair))
+    except Exception as error:
+        if (message := explained(error)) is None:
+            raise
+        typer.echo(f"Nothing was compared. {message}", err=True)
+        raise typer.Exit(EXIT_UNKNOWN) from None
     (_print_json if as_json else _print)(report)
     raise typer.Exit(EXIT_FAILED if report.differences else 0)
 

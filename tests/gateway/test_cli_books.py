@@ -127,13 +127,18 @@ def test_a_time_that_is_none_is_refused(keeper: Keeper) -> None:
 
 def test_without_stripe_there_is_nothing_to_compare(keeper: Keeper) -> None:
     keeper.stripe_settings.clear()
-    failed = keeper.run("stripe", "reconcile", code=1)
-    assert "stripe_secret_key" in str(failed.exception)
+    said = keeper.run("stripe", "reconcile", code=2).output
+    assert said == "Nothing was compared. Stripe is not set up: set stripe_secret_key and stripe_webhook_secret.\n"
 
 
 def test_who_cannot_ask_stripe_does_not_know(keeper: Keeper) -> None:
     keeper.stripe.fail_next("/v1/balance_transactions", 401)
-    assert "Nothing was compared" in keeper.run("stripe", "reconcile", code=2).output
+    assert "Nothing was compared: the payment processor" in keeper.run("stripe", "reconcile", code=2).output
+
+
+def test_who_cannot_read_the_journal_does_not_know_either(keeper: Keeper) -> None:
+    keeper.stripe_settings["FAREBOX_DATABASE_URL"] = "postgresql://farebox@127.0.0.1:1/farebox"
+    assert "Nothing was compared. The database cannot be used" in keeper.run("stripe", "reconcile", code=2).output
 
 
 def test_a_month_is_exported(keeper: Keeper, tmp_path: Path) -> None:

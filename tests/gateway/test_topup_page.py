@@ -23,7 +23,7 @@ from gateway.payments.links import LIFE_S
 from gateway.payments.orders import Order
 from gateway.payments.service import Payments
 from gateway.settings import PackageSettings
-from gateway.tables import Tenant
+from gateway.tables import PaymentOrder, Tenant
 from ledger.commands import Debit, Freeze, ReserveLeg
 from ledger.model import Charge, ReservationRef, Scope, Settlement
 from tests.gateway.office import Office, open_office
@@ -307,6 +307,18 @@ async def test_after_half_an_hour_or_once_it_is_paid_there_is_a_new_one(shop: Sh
     await shop.page(back_of(second))
     third = await shop.order()
     assert third.id not in (first.id, second.id)
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("terms", [{"price_minor": 400}, {"currency": "eur"}])
+async def test_what_the_package_cost_before_is_not_what_is_paid_now(shop: Shop, terms: dict[str, Any]):
+    before = await shop.order()
+    database, mine = shop.office.gateway.services.database, col(PaymentOrder.id) == before.id
+    async with database.write(of(*shop.scope)) as connection:
+        await connection.execute(update(PaymentOrder).where(mine).values(terms))
+    after = await shop.order()
+    assert after.id != before.id
+    assert (after.price_minor, after.currency) == (500, "usd")
 
 
 @pytest.mark.sqlite
