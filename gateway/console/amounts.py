@@ -1,4 +1,6 @@
-"""Amounts as end users read them: credits and money, rounded down, with separators. No tokens, no provider's prices."""
+"""Amounts as end users read them: credits and money, with separators, rounded to their disadvantage, so that nobody is
+shown what they do not have. No tokens, no provider's prices.
+"""
 
 from typing import Final
 
@@ -17,6 +19,11 @@ def credits_text(units: int, asset: Asset) -> str:
     whole, part = divmod(hundredths, 10**CREDIT_DECIMALS)
     sign = "−" if asset.to_millis(units) // 10 < 0 else ""
     return f"{sign}{whole:,}" + (f".{part:0{CREDIT_DECIMALS}d}" if part else "")
+
+
+def debt_text(units: int, asset: Asset) -> str:
+    """What is owed, rounded up: a debt is not shown as none."""
+    return credits_text(-units, asset).removeprefix("−")
 
 
 def dollars_text(units: int, asset: Asset) -> str:

@@ -13,7 +13,7 @@ from fastapi.responses import RedirectResponse
 
 from gateway.api.route import read_body
 from gateway.api.services import Here
-from gateway.console.amounts import credits_text, dollars_text, money_text
+from gateway.console.amounts import credits_text, debt_text, dollars_text, money_text
 from gateway.console.notices import CreditsFrozen, FormInvalid, OrderNotFound, answered
 from gateway.console.page import page
 from gateway.console.returned import REFRESHES_MAX, told
@@ -45,7 +45,8 @@ async def add_credits(token: str, request: Request, services: Here) -> Response:
             plain_targets=services.settings.stripe_api_base is not None,
             packages=list(_offered(visit)),
             cancelled="cancelled" in request.query_params,
-            owes=credits_text(receivable, visit.asset) if receivable > 0 else None,
+            owes=debt_text(receivable, visit.asset) if receivable > 0 else None,
+            stuck=visit.stuck,
             frozen=visit.frozen,
             **visit.shown(),
         )

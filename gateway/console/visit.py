@@ -38,6 +38,12 @@ class Visit:
     def frozen(self) -> bool:
         return self.wallet is not None and self.wallet.wallet.frozen
 
+    @property
+    def stuck(self) -> bool:
+        """Whether there are credits that pay for nothing before a debt is repaid."""
+        wallet = self.wallet
+        return wallet is not None and wallet.balance > 0 and wallet.receivable > wallet.wallet.overdraft_limit
+
     def shown(self) -> dict[str, Any]:
         """What every page of theirs says."""
         balance = 0 if self.wallet is None else self.wallet.balance

@@ -252,9 +252,6 @@ class StripeAPI:
             self._client.v1.payment_intents.list_async, {"customer": processor_id, "created": {"gte": since_s}}
         )
 
-    async def charge(self, charge_id: str) -> Mapping[str, Any]:
-        return await self._object(self._client.v1.charges.retrieve_async(charge_id))
-
     async def refunds_of(self, payment_intent_id: str) -> list[Mapping[str, Any]]:
         return await self._list(self._client.v1.refunds.list_async, {"payment_intent": payment_intent_id})
 

@@ -44,6 +44,8 @@ class EmulatedCheckout(FakeStripe):
     """
 
     def __init__(self, folder: Path) -> None:
+        # Before any port is taken, so that nothing else is complained of.
+        assert EMULATOR.exists(), "the emulator is not installed: make setup"
         super().__init__()
         self.webhook_url = ""
         self.delivered: list[tuple[str, int]] = []
@@ -56,7 +58,6 @@ class EmulatedCheckout(FakeStripe):
         self._node: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
-        assert EMULATOR.exists(), "the emulator is not installed: make setup"
         seed = self._folder / "emulator.json"
         told = {
             "url": f"http://127.0.0.1:{self._hook.server_address[1]}/",

@@ -102,3 +102,12 @@ async def test_a_bank_is_not_waited_for_for_ever(purses: Purses):
     purses.office.clock.pass_s(120)
     await purses.payments.open_orders.round()
     assert await purses.outcomes(order.customer_id) == ["expired"]
+
+
+async def test_one_that_cannot_be_read_does_not_hold_up_the_others(purses: Purses):
+    unreadable, readable = await ordered(purses), await ordered(purses)
+    assert unreadable.session_id is not None
+    purses.stripe._objects[unreadable.session_id].update(payment_status="paid", amount_total=None)
+    purses.office.clock.pass_s(PAGE_LIFE_S + 60)
+    assert await purses.payments.open_orders.round() == 1
+    assert await purses.outcomes(readable.customer_id) == ["open", "expired"]

@@ -168,6 +168,11 @@ def test_before_there_is_a_tenant_nobody_can_have_paid(keeper: Keeper, tmp_path:
     assert "There is no tenant yet: run `farebox init`" in nothing_compared(keeper)
 
 
+def test_who_cannot_read_the_journal_does_not_know_either(keeper: Keeper) -> None:
+    keeper.set_up["FAREBOX_DATABASE_URL"] = "postgresql://farebox@127.0.0.1:1/farebox"
+    assert "database" in nothing_compared(keeper)
+
+
 def test_a_month_is_exported(keeper: Keeper, tmp_path: Path) -> None:
     keeper.grant_as_paid()
     pay(keeper.stripe, {})

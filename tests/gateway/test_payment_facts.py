@@ -285,6 +285,14 @@ def test_an_unpaid_session_is_no_payment():
     assert not target(it.order, facts(free)).credited
 
 
+def test_what_is_only_set_aside_on_a_card_is_no_payment():
+    it = Happening().paid()
+    charge = it.account.all("charge")[0]
+    assert facts(charge).received == {Money(PRICE, "usd")}
+    assert facts(charge | {"captured": False, "amount_captured": 0}).received == frozenset()
+    assert facts(charge | {"status": "pending"}).received == frozenset()
+
+
 def test_the_order_is_named_by_metadata_and_never_by_a_reference_that_anybody_can_write():
     it = Happening().paid()
     event = copy.deepcopy(only(it.account.events, "checkout.session.completed"))
@@ -374,6 +382,25 @@ def test_a_shape_that_cannot_be_read_is_not_guessed_at(type: str, field: str, va
     event["data"]["object"][field] = value
     with pytest.raises(Unreadable):
         facts_of(event)
+
+
+def test_a_dispute_that_was_prevented_freezes_nothing():
+    it = Happening().paid()
+    dispute = it.account.dispute(it.payment)[0]["data"]["object"]["id"]
+    it.account.update_dispute(dispute, "prevented")
+    assert not it.target().frozen
+
+
+def test_who_appeals_has_lost_until_the_appeal_is_won():
+    it = Happening().paid()
+    dispute = it.account.dispute(it.payment)[0]["data"]["object"]["id"]
+    for status in ("appeal_needs_response", "appeal_under_review"):
+        it.account.update_dispute(dispute, status)
+        seen = facts(it.account.get(it.payment)).join(facts(it.account.get(dispute)))
+        goal = target(it.order, seen)
+        assert (goal.taken_minor, goal.frozen) == (PRICE, False)
+    it.account.close_dispute(dispute, "won")
+    assert target(it.order, seen.join(facts(it.account.get(dispute)))).taken_minor == 0
 
 
 def test_a_status_that_is_new_is_an_open_dispute_until_it_is_closed():

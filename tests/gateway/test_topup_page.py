@@ -23,9 +23,9 @@ from gateway.payments.links import LIFE_S
 from gateway.payments.orders import Order
 from gateway.payments.service import Payments
 from gateway.settings import PackageSettings
-from gateway.tables import Tenant
-from ledger.commands import Freeze
-from ledger.model import Scope
+from gateway.tables import PaymentOrder, Tenant
+from ledger.commands import Debit, Freeze, ReserveLeg
+from ledger.model import Charge, ReservationRef, Scope, Settlement
 from tests.gateway.office import Office, open_office
 from tests.servers.stripe import FakeStripe, fake_stripe
 
@@ -81,6 +81,20 @@ class Shop:
 
     async def orders(self) -> int:
         return len(await self.payments.orders.of_customer(self.scope, self.customer_id))
+
+    async def use(self, amount: int) -> None:
+        """*amount* is in the smallest unit of the credits."""
+        services, ref = self.office.gateway.services, customer_wallet(*self.scope, self.customer_id)
+        await services.ledger.execute(
+            Debit(
+                id=services.new_id("cmd"),
+                scope=self.scope,
+                reservation=ReservationRef(*self.scope, services.new_id("rsv")),
+                asset="credit",
+                legs=(ReserveLeg((ref,), amount, amount),),
+                settlement=Settlement((Charge(amount),)),
+            )
+        )
 
     async def balance(self) -> int:
         """In millicredits."""
@@ -161,7 +175,23 @@ async def test_who_owes_reads_that_too(shop: Shop):
     await shop.office.post("/v1/metering-rules", rule)
     used = {"customer_id": "alice", "billable_metric_key": "image", "units": 3}
     assert (await shop.office.ask("POST", "/v1/usage", used)).status_code == 202
-    assert "−3 credits worth −$0.03 You owe 3 credits" in await shop.page(shop.url)
+    assert "−3 credits worth −$0.03 You owe 3 credits: what you add repays them first. How much?" in await shop.page(
+        shop.url
+    )
+
+
+@pytest.mark.sqlite
+async def test_who_owes_a_trifle_reads_why_nothing_else_can_be_used(shop: Shop):
+    order = await shop.order()
+    shop.stripe.pay(session_of(order))
+    await shop.get(back_of(order))
+    await shop.use(1)
+    await shop.office.post("/v1/topup/grant", {"customer_id": "alice", "credits": 7_000})
+    body, signature = shop.stripe.signed(shop.stripe.refund(shop.stripe.payment_of(session_of(order)))[1])
+    told = await shop.office.client.post("/stripe/webhook", content=body, headers={"Stripe-Signature": signature})
+    assert told.json()["outcome"] == "done"
+    told_of_debt = "You owe 0.01 credits: what you add repays them first. Until then your balance cannot be used."
+    assert f"6.99 credits worth $0.06 {told_of_debt}" in await shop.page(shop.url)
 
 
 @pytest.mark.sqlite
@@ -277,6 +307,18 @@ async def test_after_half_an_hour_or_once_it_is_paid_there_is_a_new_one(shop: Sh
     await shop.page(back_of(second))
     third = await shop.order()
     assert third.id not in (first.id, second.id)
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("terms", [{"price_minor": 400}, {"currency": "eur"}])
+async def test_what_the_package_cost_before_is_not_what_is_paid_now(shop: Shop, terms: dict[str, Any]):
+    before = await shop.order()
+    database, mine = shop.office.gateway.services.database, col(PaymentOrder.id) == before.id
+    async with database.write(of(*shop.scope)) as connection:
+        await connection.execute(update(PaymentOrder).where(mine).values(terms))
+    after = await shop.order()
+    assert after.id != before.id
+    assert (after.price_minor, after.currency) == (500, "usd")
 
 
 @pytest.mark.sqlite
