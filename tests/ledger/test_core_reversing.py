@@ -361,3 +361,95 @@ def test_a_debt_that_a_tenant_forgives_is_its_own_but_was_drawn_on_the_line_befo
         account   tenant_due = 60
         account   revenue = 0
     """)
+
+
+# One sort of debt never stands in for the other.
+
+
+def test_a_top_up_that_made_a_payment_good_does_not_come_back_for_another_debt():
+    """A gift repaid that one, so a gift comes back: or else the operator would have worked twice for one payment."""
+    check("""
+        grant    line l1 500 funding=promotional
+        topup    w1 t1 100
+        debit    w1 r1 100 unfunded=line
+        reverse  w1 t1 10/10 rev=1              -> reversed receivable=100
+        topup    w1 t2 100                      -> topped_up repaid=100
+        debit    w1 r2 100 overage unfunded=line
+        grant    w1 g1 100 funding=external     -> granted repaid=100
+        refund   r2 unfunded=line               -> refunded balance=100
+        block    w1 blk_returns_unpaid granted=100
+        reverse  w1 t1 0/10 rev=2               -> reversed balance=200
+        block    w1 blk_returns_paid granted=100
+    """)
+
+
+def test_a_refund_of_another_debt_does_not_strike_out_what_a_reversed_payment_has_left():
+    """What had repaid that one comes back, and now repays the payment: its giver owes it."""
+    check("""
+        grant    line l1 500 funding=promotional
+        topup    w1 t1 100
+        debit    w1 r1 100 unfunded=line
+        debit    w1 r2 100 overage unfunded=line
+        grant    w1 g1 100 funding=external     -> granted repaid=100
+        reverse  w1 t1 10/10 rev=1              -> reversed receivable=100
+        account  tenant_due = 0
+        refund   r2 unfunded=line               -> refunded balance=0
+        wallet   w1 receivable=0
+        account  tenant_due = 200
+        reverse  w1 t1 0/10 rev=2               -> reversed balance=100
+        block    w1 blk_returns_unpaid granted=100
+        account  tenant_due = 100
+    """)
+
+
+def test_who_claws_back_before_a_dispute_owes_for_the_payment_all_the_same():
+    check("""
+        topup    w1 t1 100
+        debit    w1 r1 100
+        clawback w1 t1 70                       -> revoked owed=70
+        reverse  w1 t1 10/10 rev=1              -> reversed taken=100 receivable=100
+        account  breakage = 0
+        grant    w1 g1 100 funding=external     -> granted repaid=100
+        account  tenant_due = 100
+        reverse  w1 t1 0/10 rev=2               -> reversed given=100 balance=30
+        account  tenant_due = 0
+        account  breakage = 70
+    """)
+
+
+def test_what_has_repaid_a_claw_back_counts_for_the_payment_when_that_is_reversed_too():
+    """Gifts that had repaid it become due, paid credits do not; as soon as the payment is back, neither is."""
+    check("""
+        topup    w1 t1 100
+        debit    w1 r1 100
+        clawback w1 t1 100                      -> revoked owed=100
+        topup    w1 t2 30                       -> topped_up repaid=30
+        grant    w1 g1 50 funding=external      -> granted repaid=50
+        account  tenant_due = 0
+        reverse  w1 t1 10/10 rev=1              -> reversed taken=100 receivable=20
+        account  tenant_due = 50
+        account  clearing = -30
+        reverse  w1 t1 5/10 rev=2               -> reversed given=50 receivable=20
+        account  tenant_due = 50
+        reverse  w1 t1 0/10 rev=3               -> reversed given=50 receivable=20
+        account  tenant_due = 0
+        refund   r1                             -> refunded balance=80
+        block    w1 blk_returns_paid granted=30
+        block    w1 blk_returns_unpaid granted=50
+    """)
+
+
+def test_what_was_clawed_back_and_reversed_is_owed_no_more_when_its_charge_is_given_back():
+    check("""
+        topup    w1 t1 100
+        debit    w1 r1 100
+        clawback w1 t1 100
+        reverse  w1 t1 10/10 rev=1              -> reversed receivable=100
+        refund   r1 60                          -> refunded balance=-40
+        grant    w1 g1 40 funding=external      -> granted repaid=40
+        account  tenant_due = 40
+        reverse  w1 t1 0/10 rev=2               -> reversed given=100 balance=0 receivable=0
+        account  tenant_due = 0
+        account  clearing = -100
+        account  breakage = 100
+    """)
