@@ -106,6 +106,23 @@ def test_what_is_held_is_owed_until_it_is_free_and_never_twice():
     )
 
 
+def test_of_what_is_given_back_only_that_is_taken_which_was_owed_and_is_spent_no_more():
+    """What is still spent of the block covers the debt, until the last of it comes back."""
+    check("""
+        topup   w1 t1 100
+        debit   w1 r1 60
+        reverse w1 t1 5/10 rev=1        -> reversed taken=50 receivable=10
+        refund  r1 30                   -> refunded balance=20
+        block   w1 t1 consumed=30 remaining=30 clawed=10 revoked=40
+        refund  r1 25                   -> refunded balance=45
+        block   w1 t1 consumed=5 remaining=50 clawed=5 revoked=45
+        wallet  w1 receivable=5
+        refund  r1                      -> refunded balance=50
+        block   w1 t1 consumed=0 remaining=50 clawed=0 revoked=50
+        wallet  w1 receivable=0
+    """)
+
+
 def test_a_frozen_payment_pays_for_nothing_and_a_dispute_that_is_won_frees_it():
     check("""
         topup    w1 t1 100 bonus=10
