@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from ledger.outcomes import Transfer
 from tests.ledger.spec import Case, check
 
 # What is taken, and from where.
@@ -149,6 +150,27 @@ def test_winning_a_dispute_does_not_unfreeze_what_somebody_else_has_frozen():
         unfreeze w1 t1
         wallet   w1 available=0
     """)
+
+
+def test_every_entry_of_a_reversal_names_what_took_it_and_its_block():
+    case = check("""
+        topup    w1 t1 850 bonus=100 spread=150
+        debit    w1 r1 300
+        revoke   w1 t1 100
+        reverse  w1 t1 10/10 rev=1 reference=re_1
+        reverse  w1 t1 0/10 rev=2 reference=dp_1
+    """)
+    entries = [fact for fact in case.facts if isinstance(fact, Transfer) and fact.reference in ("re_1", "dp_1")]
+    assert [(entry.debit, entry.credit, entry.amount, entry.block, entry.reference) for entry in entries] == [
+        ("wallet:w1", "clearing", 750, "t1", "re_1"),
+        ("breakage", "clearing", 100, "t1", "re_1"),
+        ("wallet:w1", "promo", 100, "t1_bonus", "re_1"),
+        ("package_spread", "clearing", 150, "t1", "re_1"),
+        ("clearing", "wallet:w1", 750, "t1", "dp_1"),
+        ("clearing", "breakage", 100, "t1", "dp_1"),
+        ("promo", "wallet:w1", 100, "t1_bonus", "dp_1"),
+        ("clearing", "package_spread", 150, "t1", "dp_1"),
+    ]
 
 
 # What comes back.
