@@ -158,7 +158,6 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
         ),
         (in_facts("reverse", '"reversed":50', '"reversed":51'), "what is owed of reversed payments is a part of"),
         (in_facts("reverse", '"reversed":50', '"reversed":49'), "what reversals have left owed is owed still, or was"),
-        (in_facts("grant", '"reversed":20,"repaid_due":30', '"reversed":50'), "what reversals have left owed is owed"),
         (
             "UPDATE ledger_transfer SET amount = amount + 1 WHERE debit = 'revenue' AND credit = 'tenant_due'",
             "what free credits repaid of reversed payments is due from the tenant",
