@@ -3,8 +3,9 @@
 How it works. A wallet has one receivable, whatever it comes from. Of it, what reversed payments have left is told apart
 (`Debts.reversed`), because the operator has lost that money: what repays it with credits that the operator was not paid
 for becomes due from the tenant, or a gift would have made good a payment. It is repaid before other debts. When a debt
-turns out not to be owed, but was repaid meanwhile, what repaid it comes back, and of the same kind: as paid for at most
-as far as credits that were paid for have repaid any debt of the wallet.
+turns out not to be owed, it is struck out; what was repaid of it meanwhile comes back, and of the same kind: as paid
+for at most as far as credits that were paid for have repaid debts like it. The two sorts never stand in for each other:
+a line that was drawn once, for an overdraft, would let paid credits come back that had made a payment good.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from ledger.draft import Draft
-from ledger.model import Account, Slice, Wallet
+from ledger.model import Account, Debts, Slice, Wallet
 
 
 def repay(draft: Draft, wallet: Wallet, amount: int, *, paid: bool, reference: str | None = None) -> int:
@@ -28,7 +29,8 @@ def repay(draft: Draft, wallet: Wallet, amount: int, *, paid: bool, reference: s
     of_reversed = min(repaid, debts.reversed)
     after = replace(debts, reversed=debts.reversed - of_reversed)
     if paid:
-        after = replace(after, repaid_paid=debts.repaid_paid + repaid)
+        others = repaid - of_reversed
+        after = replace(after, reversed_paid=debts.reversed_paid + of_reversed, repaid_paid=debts.repaid_paid + others)
     elif of_reversed > 0:
         after = replace(after, repaid_due=debts.repaid_due + of_reversed)
         _make_due(draft, wallet, of_reversed, reference)
@@ -49,24 +51,47 @@ def owe_no_more(draft: Draft, wallet: Wallet, amount: int, *, of_reversed: bool,
         of_reversed: whether it was owed because of a reversed payment.
     """
     debts = draft.debts(wallet.ref)
-    owed = draft.owed(wallet.ref)
-    forgiven = min(amount, debts.reversed if of_reversed else owed)
+    forgiven = min(amount, debts.reversed if of_reversed else draft.owed(wallet.ref) - debts.reversed)
     if forgiven > 0:
-        left = debts.reversed - forgiven if of_reversed else min(debts.reversed, owed - forgiven)
-        changed = None if left == debts.reversed else replace(debts, reversed=left)
+        changed = replace(debts, reversed=debts.reversed - forgiven) if of_reversed else None
         draft.change_wallet(wallet.ref, receivable=-forgiven, debts=changed)
     if forgiven < amount:
         _come_back(draft, wallet, amount - forgiven, of_reversed=of_reversed, reference=reference)
 
 
+def owe_for_payment(draft: Draft, wallet: Wallet, amount: int, *, reference: str | None) -> None:
+    """Let *amount* of the wallet's other debts, repaid or not, be of a reversed payment; a negative one not any more.
+
+    What the tenant clawed back of a payment is like any other debt as long as the operator has the money.
+    """
+    debts = draft.debts(wallet.ref)
+    sign = 1 if amount > 0 else -1
+    owed, repaid = draft.owed(wallet.ref) - debts.reversed, debts.repaid_paid
+    if amount < 0:
+        owed, repaid = debts.reversed, debts.reversed_paid
+    owed = sign * min(abs(amount), owed)
+    paid = sign * min(abs(amount - owed), repaid)
+    due = amount - owed - paid
+    _make_due(draft, wallet, due, reference)
+    after = Debts(
+        reversed=debts.reversed + owed,
+        reversed_paid=debts.reversed_paid + paid,
+        repaid_paid=debts.repaid_paid - paid,
+        repaid_due=debts.repaid_due + due,
+    )
+    draft.change_wallet(wallet.ref, debts=None if after == debts else after)
+
+
 def _come_back(draft: Draft, wallet: Wallet, amount: int, *, of_reversed: bool, reference: str | None) -> None:
     """Give back what had repaid a debt. It repays what else is owed, and the rest is credits again."""
     debts = draft.debts(wallet.ref)
-    paid = min(amount, debts.repaid_paid)
+    paid = min(amount, debts.reversed_paid if of_reversed else debts.repaid_paid)
     unpaid = amount - paid
-    due = min(unpaid, debts.repaid_due) if of_reversed else 0
-    _make_due(draft, wallet, -due, reference)
-    after = replace(debts, repaid_paid=debts.repaid_paid - paid, repaid_due=debts.repaid_due - due)
+    if of_reversed:
+        _make_due(draft, wallet, -unpaid, reference)
+        after = replace(debts, reversed_paid=debts.reversed_paid - paid, repaid_due=debts.repaid_due - unpaid)
+    else:
+        after = replace(debts, repaid_paid=debts.repaid_paid - paid)
     draft.change_wallet(wallet.ref, debts=after)
     for part, operator_paid in ((paid, True), (unpaid, False)):
         back = part - repay(draft, wallet, part, paid=operator_paid, reference=reference)
@@ -99,13 +124,21 @@ def collect(draft: Draft, slices: Iterable[Slice], *, reference: str) -> None:
         assert wallet is not None, "a block belongs to a wallet"
         if taken > 0:
             reversal = block.reversal
-            of_reversed = min(taken, reversal.owed)
-            moved = replace(reversal, owed=reversal.owed - of_reversed, free=reversal.free + of_reversed)
+            owed = min(taken, reversal.owed)
+            clawed = min(taken - owed, reversal.clawed)
+            moved = replace(
+                reversal,
+                free=reversal.free + owed,
+                owed=reversal.owed - owed,
+                clawed=reversal.clawed - clawed,
+                lapsed=reversal.lapsed + clawed,
+            )
             draft.change_block(
                 draft.block(ref, block.id),
                 revoked=taken,
                 clawed=-taken,
-                reversal=moved if of_reversed > 0 else None,
+                reversal=None if moved == reversal else moved,
             )
+            of_reversed = owed + clawed
             owe_no_more(draft, wallet, of_reversed, of_reversed=True, reference=reference)
             owe_no_more(draft, wallet, taken - of_reversed, of_reversed=False, reference=reference)

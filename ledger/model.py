@@ -128,11 +128,14 @@ class Debts(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     Attributes:
         reversed: the part of the receivable that is owed because payments were taken back.
-        repaid_paid: what credits that the operator was paid for have repaid of any debt, less what came back of it.
-        repaid_due: what other credits have repaid of reversed payments, less what came back of it: the tenant owes it.
+        reversed_paid: what credits that the operator was paid for have repaid of reversed payments, less what came back
+            of it.
+        repaid_due: what other credits have repaid of reversed payments, less what came back: the tenant owes it.
+        repaid_paid: what credits that the operator was paid for have repaid of other debts, less what came back.
     """
 
     reversed: int = 0
+    reversed_paid: int = 0
     repaid_paid: int = 0
     repaid_due: int = 0
 
@@ -173,6 +176,7 @@ class Reversal(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     Attributes:
         free: the part of what the block has as revoked; ``owed`` of what it has as clawed.
+        clawed: what the tenant had clawed back already: its debt is now owed for the payment.
         lapsed: what was not there to be taken any more, because it had lapsed or the tenant had taken it back.
         spread: what the payment was worth beyond the credits of the block; ``spread_taken`` was given back of it.
         revision: of the last `Reverse` that had a say. Of a payment's blocks the first has it.
@@ -181,6 +185,7 @@ class Reversal(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     free: int = 0
     owed: int = 0
+    clawed: int = 0
     lapsed: int = 0
     spread: int = 0
     spread_taken: int = 0
@@ -190,7 +195,7 @@ class Reversal(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     @property
     def taken(self) -> int:
         """What was taken of the block's credits in all."""
-        return self.free + self.owed + self.lapsed
+        return self.free + self.owed + self.clawed + self.lapsed
 
 
 NOT_REVERSED = Reversal()

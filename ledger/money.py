@@ -17,18 +17,16 @@ class MoneyAudit:
         self._cleared: Counter[tuple[Scope, str]] = Counter()
         """What has come out of clearing for each block, less what went back."""
         self._repaid_due: dict[WalletRef, int] = {}
+        self._owed: dict[tuple[WalletRef, str], int] = {}
+        """What reversals have left owed, by the block."""
+        self._owed_in_all: Counter[WalletRef] = Counter()
 
     def check(self, entry: JournalEntry, state: State) -> Iterator[Violation]:
         """What is wrong with the next *entry*, after which the wallets and blocks are as in *state*."""
         yield from self._check_cleared(entry, state)
         yield from self._check_due(entry)
         yield from _check_given_back(entry)
-        for fact in entry.facts:
-            if isinstance(fact, WalletChanged) and fact.debts is not None and fact.wallet in state.wallets:
-                wallet = state.wallets[fact.wallet]
-                debts = wallet.debts
-                if not 0 <= debts.reversed <= wallet.receivable or min(debts.repaid_paid, debts.repaid_due) < 0:
-                    yield _violation("what is owed of reversed payments is a part of the receivable", entry, wallet)
+        yield from self._check_debts(entry, state)
 
     def _check_cleared(self, entry: JournalEntry, state: State) -> Iterator[Violation]:
         """A payment's part of the clearing account is what it was worth less what was taken back of it."""
@@ -43,15 +41,34 @@ class MoneyAudit:
             there = block.granted + gone.spread - gone.taken - gone.spread_taken
             if self._cleared[block.wallet.scope, block.id] != there:
                 yield _violation("clearing has of a payment what was not taken back of it", entry, block)
-            lapsed_most = block.expired + block.revoked - gone.free + block.clawed - gone.owed
             bounds = (
                 (gone.free, block.revoked),
-                (gone.owed, block.clawed),
-                (gone.lapsed, lapsed_most),
+                (gone.owed, block.clawed - gone.clawed),
+                (gone.clawed, block.clawed - gone.owed),
+                (gone.lapsed, block.expired + block.revoked - gone.free),
                 (gone.spread_taken, gone.spread),
             )
             if not all(0 <= part <= most for part, most in bounds):
                 yield _violation("what a reversal has taken of a block was there to be taken", entry, block)
+
+    def _check_debts(self, entry: JournalEntry, state: State) -> Iterator[Violation]:
+        """What reversals have left owed is still owed, or was repaid, to the last unit."""
+        touched: dict[WalletRef, None] = {}
+        for fact in entry.facts:
+            if isinstance(fact, WalletChanged) and fact.debts is not None:
+                touched[fact.wallet] = None
+            elif isinstance(fact, BlockChanged) and fact.reversal is not None:
+                owed = fact.reversal.owed + fact.reversal.clawed
+                self._owed_in_all[fact.wallet] += owed - self._owed.get((fact.wallet, fact.block), 0)
+                self._owed[fact.wallet, fact.block] = owed
+                touched[fact.wallet] = None
+        for wallet in [state.wallets[ref] for ref in touched if ref in state.wallets]:
+            debts = wallet.debts
+            repaid = (debts.reversed_paid, debts.repaid_paid, debts.repaid_due)
+            if not 0 <= debts.reversed <= wallet.receivable or min(repaid) < 0:
+                yield _violation("what is owed of reversed payments is a part of the receivable", entry, wallet)
+            if debts.reversed + debts.reversed_paid + debts.repaid_due != self._owed_in_all[wallet.ref]:
+                yield _violation("what reversals have left owed is owed still, or was repaid", entry, wallet)
 
     def _check_due(self, entry: JournalEntry) -> Iterator[Violation]:
         """Revenue becomes due from the tenant exactly as far as free credits have repaid reversed payments."""

@@ -2,9 +2,9 @@
 
 How it works. `Reverse` says how much of the payment is gone by now, and so how much of each block must be: the
 difference to what reversals have taken of it already is taken or given back. What is free goes first, then what was
-spent or is held, which is owed, and at last what had lapsed or was revoked, out of the operator's breakage. It comes
-back in the opposite order. So the clearing account follows the processor's to the last credit, and a dispute that is
-won leaves no trace.
+spent or is held, which is owed, and at last what the tenant had taken back or had lapsed, out of the operator's
+breakage. Of that, a claw-back's debt is from then on owed for the payment. It comes back in the opposite order. So the
+clearing account follows the processor's to the last credit, and a dispute that is won leaves no trace.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from ledger.commands import Reverse
-from ledger.debts import owe_no_more, owe_reversed
+from ledger.debts import owe_for_payment, owe_no_more, owe_reversed
 from ledger.draft import FUNDING_ACCOUNT, Draft, Source
 from ledger.model import AMOUNT_MAX, Account, Block, Funding, Wallet
 from ledger.outcomes import Outcome, Reason, Rejected, Reversed
@@ -30,10 +30,11 @@ class _Step(NamedTuple):
 
 
 class _Moved(NamedTuple):
-    """Credits that a reversal takes from a block, or gives back to it: of what was free, owed, and had lapsed."""
+    """Credits that a reversal takes from a block, or gives back: of what is free, owed, clawed back before, lapsed."""
 
     free: int
     owed: int
+    clawed: int
     lapsed: int
 
 
@@ -85,13 +86,15 @@ def _take(step: _Step, missing: int) -> None:
     draft, command, wallet, block = step
     free = min(missing, block.free)
     owed = min(missing - free, max(0, block.consumed + block.reserved - block.clawed))
-    lapsed = missing - free - owed
-    _count(step, _Moved(free, owed, lapsed), sign=1)
+    clawed = min(missing - free - owed, block.clawed - block.reversal.owed - block.reversal.clawed)
+    lapsed = missing - free - owed - clawed
+    _count(step, _Moved(free, owed, clawed, lapsed), sign=1)
     if owed > 0:
         owe_reversed(draft, wallet, owed)
+    owe_for_payment(draft, wallet, clawed, reference=command.reference)
     source = Source(wallet, block, free + owed)
     draft.spend(source, source.amount, account=FUNDING_ACCOUNT[block.funding], reference=command.reference)
-    _move_lapsed(step, lapsed)
+    _move_lapsed(step, clawed + lapsed)
     if source.amount > 0:
         _tell(step, "credit.clawed_back", amount=source.amount, owed=owed)
 
@@ -100,9 +103,10 @@ def _give_back(step: _Step, excess: int) -> None:
     """What was taken last comes back first. In a block that has expired meanwhile it lapses at once."""
     draft, command, wallet, block = step
     lapsed = min(excess, block.reversal.lapsed)
-    owed = min(excess - lapsed, block.reversal.owed)
-    free = excess - lapsed - owed
-    _count(step, _Moved(free, owed, lapsed), sign=-1)
+    clawed = min(excess - lapsed, block.reversal.clawed)
+    owed = min(excess - lapsed - clawed, block.reversal.owed)
+    free = excess - lapsed - clawed - owed
+    _count(step, _Moved(free, owed, clawed, lapsed), sign=-1)
     draft.transfer(
         free + owed,
         asset=wallet.asset,
@@ -112,7 +116,8 @@ def _give_back(step: _Step, excess: int) -> None:
         reference=command.reference,
     )
     owe_no_more(draft, wallet, owed, of_reversed=True, reference=command.reference)
-    _move_lapsed(step, -lapsed)
+    owe_for_payment(draft, wallet, -clawed, reference=command.reference)
+    _move_lapsed(step, -clawed - lapsed)
     restored = free + owed
     if block.expired_at(draft.now_us):
         restored -= free
@@ -129,6 +134,7 @@ def _count(step: _Step, moved: _Moved, *, sign: int) -> None:
         reversal,
         free=reversal.free + sign * moved.free,
         owed=reversal.owed + sign * moved.owed,
+        clawed=reversal.clawed + sign * moved.clawed,
         lapsed=reversal.lapsed + sign * moved.lapsed,
     )
     step.draft.change_block(step.block, revoked=sign * moved.free, clawed=sign * moved.owed, reversal=counted)

@@ -205,10 +205,13 @@ class Naive:
             block["clawed"] += 1
             self.wallets[ref]["owed"] += 1
             self.wallets[ref]["reversed"] += 1
+        elif block["clawed"] > block["gone"]["owed"] + block["gone"]["clawed"]:
+            kind = "clawed"
+            self._change_sort(self.wallets[ref], ref, to_reversed=True)
         else:
             kind = "lapsed"
         block["gone"][kind] += 1
-        if kind != "lapsed":
+        if kind in ("free", "owed"):
             self._book(ref, origin, 1)
         elif block["funding"] == "paid":
             self._book(ref, "breakage", -1)
@@ -216,9 +219,9 @@ class Naive:
 
     def _give_credit(self, ref: WalletRef, block: dict[str, Any]) -> None:
         origin = FROM[block["funding"]]
-        kind = next(kind for kind in ("lapsed", "owed", "free") if block["gone"][kind])
+        kind = next(kind for kind in ("lapsed", "clawed", "owed", "free") if block["gone"][kind])
         block["gone"][kind] -= 1
-        if kind != "lapsed":
+        if kind in ("free", "owed"):
             self._book(ref, origin, -1)
         elif block["funding"] == "paid":
             self._book(ref, "breakage", 1)
@@ -226,19 +229,34 @@ class Naive:
         if kind == "owed":
             block["clawed"] -= 1
             self._not_owed(ref, 1, of_reversed=True)
+        if kind == "clawed":
+            self._change_sort(self.wallets[ref], ref, to_reversed=False)
         if kind == "free":
             block["revoked"] -= 1
             block["lapsed" if self._over(block) else "left"] += 1
             self._book(ref, "breakage", int(self._over(block)))
+
+    def _change_sort(self, wallet: dict[str, Any], ref: WalletRef, *, to_reversed: bool) -> None:
+        """One credit of debt is of the other sort now: one that is still owed, or that was paid for, or else a gift."""
+        way = 1 if to_reversed else -1
+        if (wallet["owed"] - wallet["reversed"] if to_reversed else wallet["reversed"]) > 0:
+            wallet["reversed"] += way
+        elif wallet["repaid_paid" if to_reversed else "reversed_paid"] > 0:
+            wallet["repaid_paid"] -= way
+            wallet["reversed_paid"] += way
+        else:
+            wallet["repaid_due"] += way
+            self._book(ref, "revenue", -way)
+            self._book(ref, "tenant_due", way)
 
     def _repay(self, ref: WalletRef, amount: int, *, paid: bool) -> int:
         wallet = self.wallets[ref]
         repaid = int(min(amount, wallet["owed"]))
         for _ in range(repaid):
             due = wallet["reversed"] > 0 and not paid
+            wallet["reversed_paid" if wallet["reversed"] > 0 else "repaid_paid"] += paid
             wallet["owed"] -= 1
             wallet["reversed"] -= wallet["reversed"] > 0
-            wallet["repaid_paid"] += paid
             wallet["repaid_due"] += due
             self._book(ref, "revenue", -due)
             self._book(ref, "tenant_due", due)
@@ -249,15 +267,16 @@ class Naive:
         wallet = self.wallets[ref]
         back = 0
         for _ in range(amount):
-            if wallet["reversed" if of_reversed else "owed"] > 0:
+            if (wallet["reversed"] if of_reversed else wallet["owed"] - wallet["reversed"]) > 0:
                 wallet["owed"] -= 1
-                wallet["reversed"] = min(wallet["reversed"] - of_reversed, wallet["owed"])
+                wallet["reversed"] -= of_reversed
             else:
                 back += 1
-        kinds = {True: min(back, wallet["repaid_paid"])}
+        repaid = "reversed_paid" if of_reversed else "repaid_paid"
+        kinds = {True: min(back, wallet[repaid])}
         kinds[False] = back - kinds[True]
-        due = min(kinds[False], wallet["repaid_due"]) if of_reversed else 0
-        wallet["repaid_paid"] -= kinds[True]
+        due = kinds[False] if of_reversed else 0
+        wallet[repaid] -= kinds[True]
         wallet["repaid_due"] -= due
         self._book(ref, "revenue", due)
         self._book(ref, "tenant_due", -due)
@@ -682,9 +701,12 @@ class Naive:
         block["left"] -= taken
         block["revoked"] += taken
         block["clawed"] -= taken
-        of_reversed = min(taken, block["gone"]["owed"])
-        block["gone"]["owed"] -= of_reversed
-        block["gone"]["free"] += of_reversed
+        of_reversed = 0
+        for kind, becomes in (("owed", "free"), ("clawed", "lapsed")):
+            part = min(taken - of_reversed, block["gone"][kind])
+            block["gone"][kind] -= part
+            block["gone"][becomes] += part
+            of_reversed += part
         self._not_owed(ref, of_reversed, of_reversed=True)
         self._not_owed(ref, taken - of_reversed, of_reversed=False)
 
@@ -857,14 +879,14 @@ class Naive:
     # Small things.
 
     def _open(self, ref: WalletRef) -> dict[str, Any]:
-        debts = {"owed": 0, "reversed": 0, "repaid_paid": 0, "repaid_due": 0}
+        debts = {"owed": 0, "reversed": 0, "reversed_paid": 0, "repaid_paid": 0, "repaid_due": 0}
         return self.wallets.setdefault(ref, {"blocks": [], "overdraft": 0, "frozen": False, **debts})
 
     def _add_block(self, wallet: dict[str, Any], name: str, amount: int, **facts: Any) -> None:
         age = len(wallet["blocks"])
         empty = {"used": 0, "lapsed": 0, "revoked": 0, "clawed": 0, "frozen": False}
         payment = {"stopped": False, "revision": 0, "spread": 0, "spread_gone": 0}
-        gone = {"free": 0, "owed": 0, "lapsed": 0}
+        gone = {"free": 0, "owed": 0, "clawed": 0, "lapsed": 0}
         wallet["blocks"].append({"name": name, "left": amount, "age": age, "gone": gone, **payment, **empty, **facts})
 
     def _block(self, ref: WalletRef, name: str | None) -> dict[str, Any]:

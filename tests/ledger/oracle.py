@@ -72,10 +72,10 @@ def _check_blocks(state: State) -> None:
             assert block.free == remaining - block.reserved
             assert block.clawed <= block.consumed + block.reserved, "who owes credits spent them, or holds them"
             gone = block.reversal
-            assert min(gone.free, gone.owed, gone.lapsed, gone.spread_taken) >= 0, block
+            assert min(gone.free, gone.owed, gone.clawed, gone.lapsed, gone.spread_taken) >= 0, block
             assert gone.free <= block.revoked, block
-            assert gone.owed <= block.clawed, block
-            assert gone.lapsed <= block.expired + block.revoked - gone.free + block.clawed - gone.owed, block
+            assert gone.owed + gone.clawed <= block.clawed, block
+            assert gone.lapsed <= block.expired + block.revoked - gone.free, block
             assert gone.spread_taken <= gone.spread, block
             assert block.pool is None or block.clawed == 0, block
 
@@ -86,8 +86,11 @@ def _check_wallets(state: State, balances: dict[AccountRef, int]) -> None:
         assert wallet.receivable >= 0, wallet
         assert wallet.overdraft_reserved >= 0, wallet
         assert 0 <= wallet.debts.reversed <= wallet.receivable, wallet
-        assert min(wallet.debts.repaid_paid, wallet.debts.repaid_due) >= 0, wallet
+        debts = wallet.debts
+        assert min(debts.reversed_paid, debts.repaid_paid, debts.repaid_due) >= 0, wallet
         blocks = state.blocks.get(ref, {}).values()
+        of_reversed = sum(block.reversal.owed + block.reversal.clawed for block in blocks)
+        assert debts.reversed + debts.reversed_paid + debts.repaid_due == of_reversed, "each debt is owed or repaid"
         assert wallet.blocks_opened == len(blocks), wallet
         remainders = sum(block.granted - block.consumed - block.expired - block.revoked for block in blocks)
         account = balances.get((Scope(ref.tenant, ref.mode), f"wallet:{ref.wallet}", wallet.asset), 0)

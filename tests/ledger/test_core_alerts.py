@@ -181,6 +181,19 @@ def test_new_alerts_leave_those_that_stay_as_they_were() -> None:
     """)
 
 
+def test_news_of_one_alert_do_not_silence_another_whose_credits_have_expired_meanwhile() -> None:
+    """That one was known, and nobody has told of it yet."""
+    case = check("""
+        grant  w1 b1 70
+        grant  w1 b2 60 expires=30
+        debit  w1 r1 1 watch=low:100
+        at 30
+        debit  w1 r2 1 watch=low:100,low:90,low:20
+        wallet w1 rung=low:100,low:90
+    """)
+    assert rings(case) == [("credit.low", {"threshold": 100, "balance": 69})]
+
+
 def test_the_charge_that_brings_a_threshold_rings_it_if_it_crosses_it() -> None:
     check("""
         grant  w1 b1 100

@@ -369,7 +369,7 @@ class Ledgers(RuleBasedStateMachine):
 
 def _gone(block: Block) -> dict[str, int]:
     """What a reversed payment has taken of a block."""
-    return {name: getattr(block.reversal, name) for name in ("free", "owed", "lapsed")}
+    return {name: getattr(block.reversal, name) for name in ("free", "owed", "clawed", "lapsed")}
 
 
 def _name_of(ref: WalletRef) -> str:

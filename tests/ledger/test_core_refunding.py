@@ -396,3 +396,18 @@ def test_an_overage_touches_no_reservation_that_is_there():
         debit     w1 r1 10 overage request=q1  -> already_exists
         reservation r1 state=open
     """)
+
+
+def test_markup_on_credits_that_nobody_paid_for_goes_back_to_its_block_even_when_the_pool_has_spent_it():
+    """The pool owes it. The block is where it was: with its expiry, its apps, and the pool behind it."""
+    check("""
+        grant  pool p1 100 funding=external
+        grant  u1 g1 100 from=pool funding=developer_grant
+        debit  u1 r1 40+60
+        block  pool blk_returns_unpaid granted=60
+        grant  u2 g2 60 from=pool funding=developer_grant
+        refund r1                   -> refunded balance=100
+        block  u1 g1 consumed=0 remaining=100
+        wallet u1 blocks_opened=1
+        wallet pool receivable=60
+    """)

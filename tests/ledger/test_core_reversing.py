@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from ledger.outcomes import Transfer
 from tests.ledger.spec import Case, check
 
 # What is taken, and from where.
@@ -106,6 +107,23 @@ def test_what_is_held_is_owed_until_it_is_free_and_never_twice():
     )
 
 
+def test_of_what_is_given_back_only_that_is_taken_which_was_owed_and_is_spent_no_more():
+    """What is still spent of the block covers the debt, until the last of it comes back."""
+    check("""
+        topup   w1 t1 100
+        debit   w1 r1 60
+        reverse w1 t1 5/10 rev=1        -> reversed taken=50 receivable=10
+        refund  r1 30                   -> refunded balance=20
+        block   w1 t1 consumed=30 remaining=30 clawed=10 revoked=40
+        refund  r1 25                   -> refunded balance=45
+        block   w1 t1 consumed=5 remaining=50 clawed=5 revoked=45
+        wallet  w1 receivable=5
+        refund  r1                      -> refunded balance=50
+        block   w1 t1 consumed=0 remaining=50 clawed=0 revoked=50
+        wallet  w1 receivable=0
+    """)
+
+
 def test_a_frozen_payment_pays_for_nothing_and_a_dispute_that_is_won_frees_it():
     check("""
         topup    w1 t1 100 bonus=10
@@ -132,6 +150,27 @@ def test_winning_a_dispute_does_not_unfreeze_what_somebody_else_has_frozen():
         unfreeze w1 t1
         wallet   w1 available=0
     """)
+
+
+def test_every_entry_of_a_reversal_names_what_took_it_and_its_block():
+    case = check("""
+        topup    w1 t1 850 bonus=100 spread=150
+        debit    w1 r1 300
+        revoke   w1 t1 100
+        reverse  w1 t1 10/10 rev=1 reference=re_1
+        reverse  w1 t1 0/10 rev=2 reference=dp_1
+    """)
+    entries = [fact for fact in case.facts if isinstance(fact, Transfer) and fact.reference in ("re_1", "dp_1")]
+    assert [(entry.debit, entry.credit, entry.amount, entry.block, entry.reference) for entry in entries] == [
+        ("wallet:w1", "clearing", 750, "t1", "re_1"),
+        ("breakage", "clearing", 100, "t1", "re_1"),
+        ("wallet:w1", "promo", 100, "t1_bonus", "re_1"),
+        ("package_spread", "clearing", 150, "t1", "re_1"),
+        ("clearing", "wallet:w1", 750, "t1", "dp_1"),
+        ("clearing", "breakage", 100, "t1", "dp_1"),
+        ("promo", "wallet:w1", 100, "t1_bonus", "dp_1"),
+        ("clearing", "package_spread", 150, "t1", "dp_1"),
+    ]
 
 
 # What comes back.
@@ -360,4 +399,96 @@ def test_a_debt_that_a_tenant_forgives_is_its_own_but_was_drawn_on_the_line_befo
         wallet    line available=40
         account   tenant_due = 60
         account   revenue = 0
+    """)
+
+
+# One sort of debt never stands in for the other.
+
+
+def test_a_top_up_that_made_a_payment_good_does_not_come_back_for_another_debt():
+    """A gift repaid that one, so a gift comes back: or else the operator would have worked twice for one payment."""
+    check("""
+        grant    line l1 500 funding=promotional
+        topup    w1 t1 100
+        debit    w1 r1 100 unfunded=line
+        reverse  w1 t1 10/10 rev=1              -> reversed receivable=100
+        topup    w1 t2 100                      -> topped_up repaid=100
+        debit    w1 r2 100 overage unfunded=line
+        grant    w1 g1 100 funding=external     -> granted repaid=100
+        refund   r2 unfunded=line               -> refunded balance=100
+        block    w1 blk_returns_unpaid granted=100
+        reverse  w1 t1 0/10 rev=2               -> reversed balance=200
+        block    w1 blk_returns_paid granted=100
+    """)
+
+
+def test_a_refund_of_another_debt_does_not_strike_out_what_a_reversed_payment_has_left():
+    """What had repaid that one comes back, and now repays the payment: its giver owes it."""
+    check("""
+        grant    line l1 500 funding=promotional
+        topup    w1 t1 100
+        debit    w1 r1 100 unfunded=line
+        debit    w1 r2 100 overage unfunded=line
+        grant    w1 g1 100 funding=external     -> granted repaid=100
+        reverse  w1 t1 10/10 rev=1              -> reversed receivable=100
+        account  tenant_due = 0
+        refund   r2 unfunded=line               -> refunded balance=0
+        wallet   w1 receivable=0
+        account  tenant_due = 200
+        reverse  w1 t1 0/10 rev=2               -> reversed balance=100
+        block    w1 blk_returns_unpaid granted=100
+        account  tenant_due = 100
+    """)
+
+
+def test_who_claws_back_before_a_dispute_owes_for_the_payment_all_the_same():
+    check("""
+        topup    w1 t1 100
+        debit    w1 r1 100
+        clawback w1 t1 70                       -> revoked owed=70
+        reverse  w1 t1 10/10 rev=1              -> reversed taken=100 receivable=100
+        account  breakage = 0
+        grant    w1 g1 100 funding=external     -> granted repaid=100
+        account  tenant_due = 100
+        reverse  w1 t1 0/10 rev=2               -> reversed given=100 balance=30
+        account  tenant_due = 0
+        account  breakage = 70
+    """)
+
+
+def test_what_has_repaid_a_claw_back_counts_for_the_payment_when_that_is_reversed_too():
+    """Gifts that had repaid it become due, paid credits do not; as soon as the payment is back, neither is."""
+    check("""
+        topup    w1 t1 100
+        debit    w1 r1 100
+        clawback w1 t1 100                      -> revoked owed=100
+        topup    w1 t2 30                       -> topped_up repaid=30
+        grant    w1 g1 50 funding=external      -> granted repaid=50
+        account  tenant_due = 0
+        reverse  w1 t1 10/10 rev=1              -> reversed taken=100 receivable=20
+        account  tenant_due = 50
+        account  clearing = -30
+        reverse  w1 t1 5/10 rev=2               -> reversed given=50 receivable=20
+        account  tenant_due = 50
+        reverse  w1 t1 0/10 rev=3               -> reversed given=50 receivable=20
+        account  tenant_due = 0
+        refund   r1                             -> refunded balance=80
+        block    w1 blk_returns_paid granted=30
+        block    w1 blk_returns_unpaid granted=50
+    """)
+
+
+def test_what_was_clawed_back_and_reversed_is_owed_no_more_when_its_charge_is_given_back():
+    check("""
+        topup    w1 t1 100
+        debit    w1 r1 100
+        clawback w1 t1 100
+        reverse  w1 t1 10/10 rev=1              -> reversed receivable=100
+        refund   r1 60                          -> refunded balance=-40
+        grant    w1 g1 40 funding=external      -> granted repaid=40
+        account  tenant_due = 40
+        reverse  w1 t1 0/10 rev=2               -> reversed given=100 balance=0 receivable=0
+        account  tenant_due = 0
+        account  clearing = -100
+        account  breakage = 100
     """)

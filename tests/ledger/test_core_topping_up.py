@@ -1,6 +1,10 @@
 """A payment that has come in: its block, its bonus, and what it is worth beyond the credits."""
 
-from tests.ledger.spec import check
+import msgspec
+
+from ledger.commands import TopUp
+from ledger.outcomes import Transfer
+from tests.ledger.spec import Case, check, command
 
 
 def test_a_payment_opens_a_block_and_its_bonus_another():
@@ -52,6 +56,42 @@ def test_a_payment_of_nothing_is_refused():
         topup w1 t1 10
         topup w1 t2 10 asset=gold       -> asset_mismatch
     """)
+
+
+def test_what_a_payment_brings_stays_within_the_bounds_of_an_amount():
+    """A wallet's blocks together, their bonus too; and a payment's worth, its spread too."""
+    most = 2**62
+    check(f"""
+        topup w1 t1 {most} bonus=1      -> invalid_amount
+        topup w1 t1 {most} spread=1     -> invalid_amount
+        topup w1 t1 {most - 1} bonus=1 spread=1 -> topped_up
+        topup w1 t2 1                   -> invalid_amount
+        debit w1 r1 2
+        topup w1 t2 1 bonus=1 spread=5  -> topped_up
+    """)
+
+
+def test_the_amounts_of_the_event_are_the_ledgers_own():
+    """What the caller tells besides cannot say otherwise."""
+    asked = command("topup w1 t1 100 payment=ord_1")
+    assert isinstance(asked, TopUp)
+    case = Case()
+    case.run(msgspec.structs.replace(asked, body={"amount": 7, "payment": "other", "package": "usd-10"}))
+    told = {"package": "usd-10", "payment": "ord_1", "amount": 100, "bonus": 0, "balance": 100}
+    assert case.events[-1].body == told
+
+
+def test_every_entry_of_a_payment_names_it_and_its_blocks_say_what_they_are_for():
+    """The books are compared with the processor's by these references."""
+    case = check("topup w1 t1 850 bonus=50 spread=150 payment=ord_1")
+    entries = [fact for fact in case.facts if isinstance(fact, Transfer)]
+    assert [(entry.debit, entry.credit, entry.block, entry.reference) for entry in entries] == [
+        ("clearing", "wallet:w1", "t1", "ord_1"),
+        ("clearing", "package_spread", "t1", "ord_1"),
+        ("promo", "wallet:w1", "t1_bonus", "ord_1"),
+    ]
+    (blocks,) = case.state.blocks.values()
+    assert [block.metadata for block in blocks.values()] == [{"note": "t1"}] * 2
 
 
 def test_an_event_can_be_raised_that_moves_no_credits():

@@ -157,6 +157,7 @@ LAST = "(SELECT max(seq) FROM ledger_command)"
             "what a reversal has taken of a block was there to be taken",
         ),
         (in_facts("reverse", '"reversed":50', '"reversed":51'), "what is owed of reversed payments is a part of"),
+        (in_facts("reverse", '"reversed":50', '"reversed":49'), "what reversals have left owed is owed still, or was"),
         (
             "UPDATE ledger_transfer SET amount = amount + 1 WHERE debit = 'revenue' AND credit = 'tenant_due'",
             "what free credits repaid of reversed payments is due from the tenant",
