@@ -177,9 +177,11 @@ class Database:
             try:
                 await connection.execute(*opening)
             except BaseException as error:
-                if unavailable(error):
-                    await connection.invalidate()
-                await asyncio.shield(_closed(connection, timer))
+                try:
+                    if unavailable(error):
+                        await connection.invalidate()
+                finally:
+                    await asyncio.shield(_closed(connection, timer))
                 if not left or not unavailable(error) or loop.time() >= timer.when():
                     raise
             else:
