@@ -12,6 +12,10 @@ NO_SETTINGS: Final = {
     "auto_buy_pack": None,
     "auto_buy_price": None,
     "auto_buy_credits": None,
+    "auto_topup_enabled": False,
+    "auto_topup_threshold": None,
+    "auto_topup_package": None,
+    "auto_topup_monthly_cap": None,
     "low_balance_thresholds": None,
 }
 

@@ -34,6 +34,7 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
     "ledger_usage": {"markup": 0},
     "packs": {"credits": 1},
     "tenants": {"is_first": False},
+    "payment_orders": {"kind": "checkout", "status": "open"},
     "webhook_deliveries": {"state": "pending"},
     "webhook_endpoints": {"status": "enabled"},
 }
@@ -191,6 +192,8 @@ def test_look_ups_return_ids_and_nobody_else_may_call_them(
         "farebox_due_wallets(bigint,bigint)": "farebox_due_wallets(9, 100)",
         "farebox_due_responses(bigint,bigint)": "farebox_due_responses(9, 100)",
         "farebox_due_lanes(bigint,bigint,bigint)": "farebox_due_lanes(9, 10, 100)",
+        "farebox_due_top_ups(bigint,bigint)": "farebox_due_top_ups(9, 100)",
+        "farebox_open_orders(bigint,bigint)": "farebox_open_orders(9, 100)",
         "farebox_ledger_scopes()": "farebox_ledger_scopes()",
         "farebox_pending_events()": "farebox_pending_events()",
         "farebox_tenant_of_key(text)": f"farebox_tenant_of_key('id of {B} live')",
