@@ -11,18 +11,76 @@ import pytest
 from gateway.app import Gateway
 from gateway.billing.spender import Spender
 from gateway.identity.wallets import customer_wallet
-from gateway.payments.auto_top_up import PAGE
 from gateway.payments.top_up_turns import LEASE_S
 from ledger.commands import Debit, ReserveLeg
 from ledger.model import Charge, ReservationRef, Settlement, UsageRecord
 from pricing.money import CREDIT
-from tests.gateway.dying import WAITS_MAX, dies
 from tests.gateway.purses import USD_10, Purses, open_purses
 from tests.gateway.rig import open_store
 
 CHARGES: Final = 200
 COMES_S: Final = 30.0
-WAITS_LEAST: Final = 40
+STEPS_LEAST: Final = 30
+STEPS_MAX: Final = 200
+"""More than there are: the test must end."""
+
+
+class Died(BaseException):
+    """The process is no more."""
+
+
+class Mortal:
+    """Lets what a task does end before or after any step that others can see: a transaction, a command, a call."""
+
+    def __init__(self, purses: Purses, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._at = self._steps = 0
+        self._task: asyncio.Task[Any] | None = None
+        services = purses.gateway.services
+        for name in ("read", "write"):
+            monkeypatch.setattr(services.database, name, self._opening(getattr(services.database, name)))
+        for asked, names in (
+            (services.ledger, ("execute", "wallet_view")),
+            (purses.payments.stripe, ("charge_off_session", "payment_intent", "cancel_payment_intent")),
+        ):
+            for name in names:
+                monkeypatch.setattr(asked, name, self._calling(getattr(asked, name)))
+
+    async def dies(self, work: Coroutine[Any, Any, None], at: int) -> bool:
+        """Do *work* up to that step; whether it came so far."""
+        self._at, self._steps, self._task = at, 0, asyncio.current_task()
+        try:
+            await work
+        except Died:
+            return True
+        else:
+            return False
+        finally:
+            self._task = None
+
+    def _step(self) -> None:
+        if asyncio.current_task() is self._task:
+            self._steps += 1
+            if self._steps == self._at:
+                raise Died
+
+    def _opening(self, opens: Callable[..., Any]) -> Callable[..., Any]:
+        @contextlib.asynccontextmanager
+        async def opening(*args: Any) -> AsyncIterator[Any]:
+            self._step()
+            async with opens(*args) as opened:
+                yield opened
+            self._step()
+
+        return opening
+
+    def _calling(self, calls: Callable[..., Any]) -> Callable[..., Any]:
+        async def calling(*args: Any, **options: Any) -> Any:
+            self._step()
+            answer = await calls(*args, **options)
+            self._step()
+            return answer
+
+        return calling
 
 
 @pytest.fixture
@@ -32,30 +90,32 @@ async def purses(tmp_path: Path) -> AsyncIterator[Purses]:
 
 
 @pytest.mark.parametrize("card", ["pm_card_visa", "pm_card_chargeCustomerFail"])
-async def test_whoever_dies_at_any_wait_is_followed_by_who_ends_it(purses: Purses, card: str):
+async def test_whoever_dies_at_any_step_is_followed_by_who_ends_it(
+    purses: Purses, card: str, monkeypatch: pytest.MonkeyPatch
+):
     """One payment, or one failure that is counted and told once."""
-    customers = []
-    for at in range(1, WAITS_MAX):
+    mortal = Mortal(purses, monkeypatch)
+    for at in range(1, STEPS_MAX):
         customer = await purses.customer(f"customer-{at}", credits=100, card=card)
-        customers.append(customer)
-        if not await dies(purses.payments.auto_top_ups.consider(purses.scope, customer), at=at):
-            break
-    assert len(customers) > WAITS_LEAST, "it has asked the database, the ledger and the processor"
-    for _ in range(2):
-        purses.office.clock.pass_s(LEASE_S + 61)
-        while await purses.payments.auto_top_ups.round() == PAGE:
-            pass
-    for at, customer in enumerate(customers, start=1):
+        died = await mortal.dies(purses.payments.auto_top_ups.consider(purses.scope, customer), at)
+        for _ in range(2):
+            purses.office.clock.pass_s(LEASE_S + 61)
+            await purses.sweep()
         statuses = await purses.outcomes(customer)
+        payments = [each for each in purses.stripe.all("payment_intent") if _of(each, purses, customer)]
         if card == "pm_card_visa":
             assert statuses == ["paid"], at
             assert await purses.balance(customer) == 100 + USD_10, at
-            payments = [each for each in purses.stripe.all("payment_intent") if _of(each, purses, customer)]
             assert len(payments) == 1, at
         else:
             assert statuses == ["failed"], at
             assert (await purses.payer(customer)).failures == 1, at
             assert len(await purses.told(customer, "topup.failed")) == 1, at
+        await purses.agree(customer, auto_topup_enabled=False)
+        if not died:
+            assert at > STEPS_LEAST, "it has asked the database, the ledger and the processor"
+            return
+    raise AssertionError("it never ended")
 
 
 def _of(payment: dict[str, Any], purses: Purses, customer: str) -> bool:
