@@ -20,7 +20,7 @@ A, B = "ten_a", "ten_b"
 MODES: Final = ("live", "test")
 TABLES: Final = sorted(SQLModel.metadata.tables)
 JOURNAL: Final = ("ledger_command", "ledger_transfer")
-IDS: Final = {"tenant", "mode", "reservation", "wallet", "operation", "key", "endpoint"}
+IDS: Final = {"tenant", "mode", "reservation", "wallet", "operation", "key", "customer_id", "endpoint"}
 
 VALUES: Final[dict[str, dict[str, Any]]] = {
     "api_keys": {"secret_hash": b"x" * 32},
