@@ -12,9 +12,11 @@ write. Nothing has happened yet when that fails because the server was restarted
 import asyncio
 import fcntl
 import os
+import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Final, NamedTuple, Protocol
+from weakref import WeakSet
 
 from sqlalchemy import Connection, TextClause, event, text
 from sqlalchemy.dialects import postgresql, sqlite
@@ -96,6 +98,7 @@ class Database:
             self._path = parsed.database
             self.engine: AsyncEngine = create_async_engine(
                 parsed.set(drivername="sqlite+aiosqlite"),
+                connect_args={"factory": _SqliteConnection},
                 hide_parameters=True,  # They may be anybody's data; with an error they would reach the log.
             )
             event.listen(self.engine.sync_engine, "connect", self._connected)
@@ -174,9 +177,11 @@ class Database:
             try:
                 await connection.execute(*opening)
             except BaseException as error:
-                if unavailable(error):
-                    await connection.invalidate()
-                await asyncio.shield(_closed(connection, timer))
+                try:
+                    if unavailable(error):
+                        await connection.invalidate()
+                finally:
+                    await asyncio.shield(_closed(connection, timer))
                 if not left or not unavailable(error) or loop.time() >= timer.when():
                     raise
             else:
@@ -275,6 +280,30 @@ class _unavailable:  # noqa: N801 - reads as a statement
 def _naming(rows: Rows) -> _Opening:
     scopes = ",".join(f"{rows.tenant}/{mode}" for mode in rows.modes)
     return _Opening(_NAMED, {"scopes": scopes, "tenants": rows.tenant})
+
+
+class _SqliteConnection(sqlite3.Connection):
+    """Lets go of the file when it is closed.
+
+    Whoever is cancelled between a query and its rows leaves the query open, and the traceback keeps it. SQLite would
+    close the connection only after that, and until then its transaction would keep all other writers out.
+    https://www.sqlite.org/c3ref/close.html
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._cursors: WeakSet[sqlite3.Cursor] = WeakSet()
+
+    def cursor(self, *args: Any, **options: Any) -> Any:
+        cursor = super().cursor(*args, **options)
+        self._cursors.add(cursor)
+        return cursor
+
+    def close(self) -> None:
+        for cursor in tuple(self._cursors):
+            cursor.close()
+        self._cursors.clear()  # It may be closed again, when its cursors could not be.
+        super().close()
 
 
 def _set_up_sqlite(connection: Any) -> None:

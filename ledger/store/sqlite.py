@@ -104,7 +104,7 @@ class SqliteStore:
         self._closed = True
         closing = self._writer.run(self._batches.close)
         self._writer.stop()
-        self._readers.shutdown()
+        await asyncio.to_thread(self._readers.shutdown)  # It waits for reads that are under way.
         for connection in self._connections:
             connection.close()
         if self._prompt is not None:
@@ -175,12 +175,18 @@ class SqliteStore:
 
     @asynccontextmanager
     async def _snapshot(self) -> AsyncIterator[Snapshot]:
-        connection = await self._in_reader(lambda: connect(self._path))
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+        reader = _Worker()  # Of its own: a read goes on when it is cancelled, and only then comes the closing.
         try:
-            await self._in_reader(lambda: _begin_now(connection))
-            yield reads.SqliteSnapshot(connection, self._in_reader)
+            connection = await reader.run(lambda: connect(self._path))
+            try:
+                await reader.run(lambda: _begin_now(connection))
+                yield reads.SqliteSnapshot(connection, reader.run)
+            finally:
+                await reader.run(connection.close)
         finally:
-            await self._in_reader(connection.close)
+            reader.stop()
 
     async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         return await self._in_reader(lambda: self._in_transaction(query))

@@ -1,63 +1,21 @@
 """A crash wherever an event's handling waits, from its arrival to its answer: Stripe's retry completes it, once."""
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.gateway.dying import WAITS_MAX, dies
 from tests.gateway.payment_histories import CREDITED, PRICE
 from tests.gateway.till import Sale, Till, open_till, selected
 from tests.servers.stripe import only
 from tests.servers.stripe_objects import Object
-
-WAITS_MAX = 1_000
 
 
 @pytest.fixture
 async def till(tmp_path: Path) -> AsyncIterator[Till]:
     async with open_till(tmp_path) as opened:
         yield opened
-
-
-class Dying:
-    """*work*, of which nothing goes on after it has waited for the *at*-th time."""
-
-    def __init__(self, work: Coroutine[Any, Any, Any], *, at: int) -> None:
-        self._work = work
-        self._at = at
-        self.waits = 0
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        waiting = self._work.__await__()
-        task = asyncio.current_task()
-        assert task is not None
-        go_on: Callable[[], Any] = partial(waiting.send, None)
-        while True:
-            try:
-                awaited = go_on()
-            except StopIteration as end:
-                return end.value
-            self.waits += 1
-            if self.waits == self._at:
-                task.cancel()
-            try:
-                go_on = partial(waiting.send, (yield awaited))
-            except BaseException as error:
-                go_on = partial(waiting.throw, error)
-
-
-async def crashes(till: Till, event: Object, *, at: int) -> bool:
-    """Deliver it to a handler that dies at its *at*-th wait; False when it was answered before."""
-
-    async def delivery() -> Any:
-        return await Dying(till.deliver(event), at=at)
-
-    task = asyncio.create_task(delivery())
-    await asyncio.wait((task,))
-    return task.cancelled()
 
 
 async def a_payment(till: Till) -> tuple[Sale, Object]:
@@ -108,7 +66,7 @@ async def test_a_crash_at_any_wait_is_repaired_by_the_retry(
     died = 0
     for at in range(1, WAITS_MAX):
         sale, event = await arrange(till)
-        crashed = await crashes(till, event, at=at)
+        crashed = await dies(till.deliver(event), at=at)
         died += crashed
         assert (await till.deliver(event))["outcome"] in ("done", "duplicate")
         assert await sale.balance() == balance, at

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from ledger.store.protocol import SchemaMissing, StoreUnavailable
 from ledger.store.sqlite import SqliteStore
 from ledger.store.statements import BULK_ROWS, Bulk
 from tests.ledger.rig import Clock, Say, wallet
+
+SOON_S = 5.0
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"])
@@ -51,6 +54,59 @@ async def test_commits_are_durable_and_readers_do_not_wait(sqlite_store: SqliteS
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
     connection.close()
+
+
+class Held:
+    """A read that takes until it is let go on."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on, self.over = threading.Event(), threading.Event(), threading.Event()
+        self.found: object = None
+
+    def __call__(self, connection: sqlite3.Connection) -> None:
+        self.begun.set()
+        self.go_on.wait(SOON_S)
+        try:
+            self.found = connection.execute("SELECT 1").fetchall()
+        except sqlite3.Error as error:
+            self.found = error
+        self.over.set()
+
+
+async def test_a_snapshot_is_closed_after_a_read_that_was_cancelled(
+    sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the middle of it, from another thread."""
+    held = Held()
+    monkeypatch.setattr(sqlite_reads.SqliteSnapshot, "_journal_page", lambda self, after: held(self._connection))
+
+    async def read() -> None:
+        async with sqlite_store.snapshot() as snapshot:
+            await anext(snapshot.journal())
+
+    reading = asyncio.create_task(read())
+    assert await asyncio.to_thread(held.begun.wait, SOON_S)
+    reading.cancel()
+    done, _ = await asyncio.wait((reading,), timeout=0.05)
+    assert not done, "it waits for its connection"
+    held.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert held.found == [(1,)]
+
+
+async def test_who_closes_lets_others_go_on_while_a_read_ends(database_path: Path) -> None:
+    store = await SqliteStore.open(f"sqlite:///{database_path}", clock=Clock())
+    held = Held()
+    reading = asyncio.create_task(store._read(held))
+    assert await asyncio.to_thread(held.begun.wait, SOON_S)
+    closing = asyncio.create_task(store.close())
+    await asyncio.sleep(0)
+    assert not held.over.is_set(), "the loop was not held up until the read was over"
+    held.go_on.set()
+    await closing
+    await reading
+    assert held.found == [(1,)]
 
 
 async def test_a_foreign_writer_makes_the_store_unavailable_for_as_long_as_it_writes(
