@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gateway.payments import open_orders
 from gateway.payments.open_orders import PAGE_LIFE_S, UNPAID_LIFE_S
 from gateway.payments.orders import Order
 from tests.gateway.purses import USD_10, Purses, open_purses
@@ -90,6 +91,28 @@ async def test_one_that_never_had_a_page_has_expired(purses: Purses):
     purses.office.clock.pass_s(PAGE_LIFE_S + 60)
     await purses.payments.open_orders.round()
     assert await purses.outcomes(order.customer_id) == ["expired"]
+
+
+async def test_one_that_stripe_refuses_does_not_hold_up_the_others(purses: Purses):
+    refused, asked = await ordered(purses), await ordered(purses)
+    purses.office.clock.pass_s(PAGE_LIFE_S + 60)
+    purses.stripe.fail_next(f"/v1/checkout/sessions/{refused.session_id}", 400)
+    assert await purses.payments.open_orders.round() == 1
+    assert await purses.outcomes(asked.customer_id) == ["open", "expired"]
+
+
+async def test_many_that_a_bank_is_at_do_not_hide_a_younger_one(purses: Purses, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(open_orders, "PAGE", 2)
+    for _ in range(4):
+        slow = await ordered(purses)
+        assert slow.session_id is not None
+        purses.stripe.pay_later(slow.session_id)
+    paid = await ordered(purses)
+    assert paid.session_id is not None
+    purses.stripe.pay(paid.session_id)
+    purses.office.clock.pass_s(PAGE_LIFE_S + 60)
+    assert await purses.payments.open_orders.round() == 1
+    assert await purses.outcomes(paid.customer_id) == ["open"] * 4 + ["paid"]
 
 
 async def test_a_bank_is_not_waited_for_for_ever(purses: Purses):

@@ -20,7 +20,7 @@ A, B = "ten_a", "ten_b"
 MODES: Final = ("live", "test")
 TABLES: Final = sorted(SQLModel.metadata.tables)
 JOURNAL: Final = ("ledger_command", "ledger_transfer")
-IDS: Final = {"tenant", "mode", "reservation", "wallet", "operation", "key", "customer_id", "endpoint"}
+IDS: Final = {"tenant", "mode", "reservation", "wallet", "operation", "key", "customer_id", "endpoint", "id"}
 
 VALUES: Final[dict[str, dict[str, Any]]] = {
     "api_keys": {"secret_hash": b"x" * 32},
@@ -193,7 +193,7 @@ def test_look_ups_return_ids_and_nobody_else_may_call_them(
         "farebox_due_responses(bigint,bigint)": "farebox_due_responses(9, 100)",
         "farebox_due_lanes(bigint,bigint,bigint)": "farebox_due_lanes(9, 10, 100)",
         "farebox_due_top_ups(bigint,bigint)": "farebox_due_top_ups(9, 100)",
-        "farebox_open_orders(bigint,bigint)": "farebox_open_orders(9, 100)",
+        "farebox_open_orders(bigint,text,bigint,bigint)": "farebox_open_orders(0, '', 9, 100)",
         "farebox_ledger_scopes()": "farebox_ledger_scopes()",
         "farebox_pending_events()": "farebox_pending_events()",
         "farebox_tenant_of_key(text)": f"farebox_tenant_of_key('id of {B} live')",

@@ -26,11 +26,12 @@ def upgrade() -> None:
     ):
         protect(table)
     look_up(
-        "farebox_open_orders(before_us bigint, page bigint)",
+        "farebox_open_orders(after_us bigint, after text, before_us bigint, page bigint)",
         "tenant text, mode text, id text",
         """
         SELECT o.tenant::text, o.mode::text, o.id::text FROM payment_orders AS o
-        WHERE o.status = 'open' AND o.created_at_us < before_us ORDER BY o.created_at_us LIMIT page
+        WHERE o.status = 'open' AND o.created_at_us < before_us AND (o.created_at_us, o.id) > (after_us, after)
+        ORDER BY o.created_at_us, o.id LIMIT page
         """,
     )
     look_up(
