@@ -365,7 +365,7 @@ def _returns_markup(block: Block | None) -> bool:
 def _markup_account(block: Block | None, developer: str | None) -> str:
     if block is not None and block.pool is not None and _returns_markup(block):
         return f"{WALLET_PREFIX}{block.pool.wallet}"
-    if block is not None and block.funding is Funding.PAID and developer is not None:
+    if block is not None and block.funding is Funding.PAID and block.operator_paid and developer is not None:
         return f"{Account.DEVELOPER_PAYABLE}:{developer}"
     return Account.TENANT_MARGIN
 

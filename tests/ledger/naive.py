@@ -776,7 +776,7 @@ class Naive:
                 markup_account = block["pool"]
                 self._give_back(block, markup)
             else:
-                payable = block is not None and block["funding"] == "paid" and known["developer"]
+                payable = block is not None and block["funding"] == "paid" and paid and known["developer"]
                 markup_account = f"developer_payable:{known['developer']}" if payable else "tenant_margin"
                 self._book(ref, markup_account, markup)
             known["paid"].append(((leg, ref, name, base_account, markup_account), base, markup))

@@ -385,6 +385,17 @@ def test_base_and_markup_of_each_kind_of_credits():
     """)
 
 
+def test_markup_of_credits_that_nobody_paid_the_operator_for_is_not_paid_out():
+    check("""
+        grant   pool p1 10 funding=external
+        grant   u1 g1 10 from=pool
+        debit   u1 r1 8+2 developer=dev
+        account tenant_due = 8
+        account tenant_margin = 2
+        account developer_payable:dev = 0
+    """)
+
+
 def test_markup_without_a_developer_is_the_tenants_own():
     check("""
         grant   w1 b1 10
