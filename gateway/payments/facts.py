@@ -160,7 +160,6 @@ class Target(msgspec.Struct, frozen=True):
         touched: something was refunded or disputed at some time.
         frozen: a dispute is open.
         failed: why it will not be paid, as far as one can tell; `EXPIRED` where nobody tried to.
-        mistaken: what was paid is not what was ordered.
     """
 
     credited: bool
@@ -168,7 +167,6 @@ class Target(msgspec.Struct, frozen=True):
     touched: bool = False
     frozen: bool = False
     failed: str | None = None
-    mistaken: bool = False
 
     @property
     def at_stake(self) -> bool:
@@ -179,9 +177,8 @@ class Target(msgspec.Struct, frozen=True):
 def target(order: Order, facts: Facts) -> Target:
     """What *order* has come to, by what is known of its payment."""
     if Money(order.price_minor, order.currency) not in facts.received:
-        if facts.received:
-            return Target(credited=False, mistaken=True)
-        return Target(credited=False, failed=_failure(order, facts))
+        # Another amount was paid than was ordered: nothing follows from that by itself.
+        return Target(credited=False, failed=None if facts.received else _failure(order, facts))
     disputes = facts.disputes.values()
     # How much of the price an amount in another currency is, nobody can say: all of it is at stake.
     disputed = sum(
