@@ -34,6 +34,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from gateway.payments.packages import PackageInvalid, Packages
+
 PREFIX: Final = "FAREBOX_"
 SIMULATED: Final = "simulated"
 """The name of the built-in upstream; no other may have it."""
@@ -393,9 +395,6 @@ class Settings(BaseSettings):
                 yield f"{one} is set and {other} is not: payments need both"
 
     def _unsellable_packages(self) -> Iterable[str]:
-        # Which reads settings itself.
-        from gateway.payments.packages import PackageInvalid, Packages  # noqa: PLC0415
-
         for package in self.packages:
             try:
                 Packages((package,))

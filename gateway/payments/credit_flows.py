@@ -14,7 +14,7 @@ been spent of a payment is clawed back and owed from then on.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 from gateway.identity.wallets import bounds_spending
 from gateway.payments.clearing import CREDITING
@@ -23,7 +23,7 @@ from ledger.outcomes import BlockChanged, BlockOpened, Fact, Transfer, WalletOpe
 from ledger.store.protocol import JournalEntry
 
 Kind = Literal["paid", "given", "other"]
-KINDS: Final[tuple[Kind, ...]] = ("paid", "given", "other")
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 Line = Literal[
     "brought_in",
@@ -37,18 +37,7 @@ Line = Literal[
     "moved",
     "debts",
 ]
-LINES: Final[tuple[Line, ...]] = (
-    "brought_in",
-    "taken_back",
-    "revenue",
-    "developer_payable",
-    "tenant_margin",
-    "tenant_due",
-    "breakage",
-    "packs",
-    "moved",
-    "debts",
-)
+LINES: Final[tuple[Line, ...]] = get_args(Line)
 
 _LINE_OF_ACCOUNT: Final[dict[str, Line]] = {
     Account.REVENUE: "revenue",

@@ -6,11 +6,10 @@ keeps a spread of 1.50; what they bring beyond their price is a bonus that the o
 
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
-from gateway.settings import PackageSettings
 from pricing.money import PICOS_PER_USD, Asset, parse_decimal
 
 DEFAULT_EXPONENT: Final = 2
@@ -29,6 +28,21 @@ EXPONENTS: Final = {
 
 PRICE_MINOR_MAX: Final = 99_999_999
 """The most that the processor charges at once, in minor units."""
+
+
+class Offer(Protocol):
+    """What the operator writes into the settings; amounts are decimal numbers as texts."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def price(self) -> str: ...
+    @property
+    def currency(self) -> str: ...
+    @property
+    def worth(self) -> str | None: ...
+    @property
+    def bonus(self) -> str: ...
 
 
 class Package(msgspec.Struct, frozen=True):
@@ -70,8 +84,8 @@ class Packages:
         PackageInvalid
     """
 
-    def __init__(self, settings: Iterable[PackageSettings]) -> None:
-        packages = sorted(map(_package, settings), key=lambda package: (package.currency, package.price_minor))
+    def __init__(self, offers: Iterable[Offer]) -> None:
+        packages = sorted(map(_package, offers), key=lambda package: (package.currency, package.price_minor))
         self._packages = {package.id: package for package in packages}
 
     def __iter__(self) -> Iterator[Package]:
@@ -90,19 +104,19 @@ def price_text(price_minor: int, currency: str) -> str:
     return f"{whole}.{part:0{exponent}d}"
 
 
-def _package(settings: PackageSettings) -> Package:
-    exponent = EXPONENTS.get(settings.currency, DEFAULT_EXPONENT)
-    price_minor = parse_decimal(settings.price) * 10**exponent
+def _package(offer: Offer) -> Package:
+    exponent = EXPONENTS.get(offer.currency, DEFAULT_EXPONENT)
+    price_minor = parse_decimal(offer.price) * 10**exponent
     if price_minor.denominator != 1 or not 0 < price_minor <= PRICE_MINOR_MAX:
         raise PackageInvalid(
-            f'the price of the package "{settings.id}" must be above zero, with at most {exponent} decimal places'
+            f'the price of the package "{offer.id}" must be above zero, with at most {exponent} decimal places'
         )
-    if settings.worth is None and settings.currency != "usd":
-        raise PackageInvalid(f'the package "{settings.id}" is not in dollars: say what its credits are worth')
-    worth = parse_decimal(settings.worth if settings.worth is not None else settings.price)
+    if offer.worth is None and offer.currency != "usd":
+        raise PackageInvalid(f'the package "{offer.id}" is not in dollars: say what its credits are worth')
+    worth = parse_decimal(offer.worth if offer.worth is not None else offer.price)
     if worth <= 0:
-        raise PackageInvalid(f'the package "{settings.id}" brings no credits')
-    return Package(settings.id, int(price_minor), settings.currency, worth, parse_decimal(settings.bonus))
+        raise PackageInvalid(f'the package "{offer.id}" brings no credits')
+    return Package(offer.id, int(price_minor), offer.currency, worth, parse_decimal(offer.bonus))
 
 
 def _units(usd: Fraction, asset: Asset) -> int:
