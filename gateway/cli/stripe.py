@@ -46,12 +46,15 @@ def reconcile(
     repair: Annotated[
         bool, typer.Option("--repair", help="Tell the journal again what it may have missed of a payment.")
     ] = False,
+    grace: Annotated[
+        int, typer.Option("--grace", min=0, help="Seconds that news of a payment may still be on its way.")
+    ] = 0,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare every payment at Stripe with the journal: exit 0, 1 with the differences, or 2 if it could not.
 
-    What Stripe moved less than an hour ago is not held against the journal: the news may be on its way.
+    A payment of this moment may differ because its event is on its way: ask again, or allow it some --grace.
     """
     from gateway.clock import now_us  # noqa: PLC0415
     from gateway.payments.sweeps import DAY_US  # noqa: PLC0415
@@ -62,7 +65,9 @@ def reconcile(
         raise typer.BadParameter("--since comes before --until", param_hint="--since")
     settings = settings_from(config)
     try:
-        report = with_books(settings, lambda books: _report(settings, books, since_us, until_us, repair=repair))
+        report = with_books(
+            settings, lambda books: _report(settings, books, since_us, until_us, repair=repair, grace_s=grace)
+        )
     except Exception as error:
         if (reason := _reason(error)) is None:
             raise
@@ -72,7 +77,9 @@ def reconcile(
     raise typer.Exit(EXIT_FAILED if report.differences else 0)
 
 
-async def _report(settings: "Settings", books: "Books", since_us: int, until_us: int, *, repair: bool) -> "Report":
+async def _report(
+    settings: "Settings", books: "Books", since_us: int, until_us: int, *, repair: bool, grace_s: int
+) -> "Report":
     from gateway.clock import now_us  # noqa: PLC0415
     from gateway.ids import new_id  # noqa: PLC0415
     from gateway.installation import CannotInstall  # noqa: PLC0415
@@ -91,7 +98,7 @@ async def _report(settings: "Settings", books: "Books", since_us: int, until_us:
     if payments is None:
         raise CannotInstall("Stripe is not set up: set stripe_secret_key and stripe_webhook_secret.")
     try:
-        return await payments.reconciler.run(since_us, until_us, repair=repair)
+        return await payments.reconciler.run(since_us, until_us, repair=repair, grace_s=grace_s)
     finally:
         await payments.close()
 

@@ -5,7 +5,7 @@ are read. Each payment that either side names is looked at as a whole, also wher
 is asked for it. What differs is reported. Where the journal may only have missed news, the payment can be told again
 to whoever hears the processor's events: a payment has one effect, whoever brings the news of it.
 
-News takes a while. A payment of which the processor moved something less than GRACE_S ago is not held against the
+News takes a while. A payment of which the processor moved something within the time of grace is not held against the
 journal yet; nor is one that is still on its way.
 """
 
@@ -34,7 +34,7 @@ from gateway.payments.stripe_api import ProcessorNotFound, StripeMode
 from ledger.model import Scope
 
 GRACE_S: Final = 3_600
-"""How long the news of a payment may take."""
+"""How long the news of a payment may take, where nobody says otherwise."""
 
 LISTED_PAGE: Final = 200
 """How many movements are listed before they are kept."""
@@ -127,12 +127,19 @@ class Reconciler:
         self._transactions = ProcessorTransactions(database, now_us=now_us)
 
     async def run(
-        self, since_us: int, until_us: int, *, repair: bool = False, again: Collection[Difference] = ()
+        self,
+        since_us: int,
+        until_us: int,
+        *,
+        repair: bool = False,
+        grace_s: int = GRACE_S,
+        again: Collection[Difference] = (),
     ) -> Report:
         """Look at every payment of which something was moved or booked from *since_us* on and before *until_us*.
 
         Args:
             repair: tell the journal again what it may have missed.
+            grace_s: how long the news of a movement may still be on its way.
             again: what differed before: these payments are looked at, too, whenever they were made.
 
         Raises:
@@ -157,7 +164,7 @@ class Reconciler:
             found.entries[scope] = await self._clearing.whole(scope, recent, refs)
             await self._add_orders(found, scope, refs | {*payment_of_block(found.entries[scope]).values()})
         differences, others = self._compare(found)
-        late_us = began_us - GRACE_S * SECOND_US
+        late_us = began_us - grace_s * SECOND_US
         in_flight = [each for each in differences if each.kind in MENDABLE and each.at_us > late_us]
         differences = [each for each in differences if each not in in_flight]
         mended: list[Difference] = []

@@ -56,11 +56,13 @@ class Books:
     async def hear(self, events: list[Object]) -> None:
         await self.till.outcomes(selected(events))
 
-    async def reconcile(self, *, days: int = 3, repair: bool = False, late_s: int = GRACE_S + 60) -> Report:
+    async def reconcile(
+        self, *, days: int = 3, repair: bool = False, late_s: int = GRACE_S + 60, grace_s: int = GRACE_S
+    ) -> Report:
         """When the news has had its time."""
         self.till.office.clock.pass_s(late_s)
         now_us = self.till.office.clock.now_us()
-        return await self.till.payments.reconciler.run(now_us - days * DAY_US, now_us, repair=repair)
+        return await self.till.payments.reconciler.run(now_us - days * DAY_US, now_us, repair=repair, grace_s=grace_s)
 
     async def credit(self, sale: Sale, amount: int, block: str, *, payment: str | None = None) -> None:
         """A top-up under a key of its own."""
@@ -337,11 +339,13 @@ async def test_a_payment_that_began_before_is_looked_at_as_a_whole(books: Books)
     assert (difference.kind, difference.expected) == ("wrong_reversal", FACE * 350 // PRICE)
 
 
-async def test_news_has_an_hour_to_come(books: Books) -> None:
+async def test_news_has_an_hour_to_come_or_what_it_is_given(books: Books) -> None:
     sale = await books.till.sale(**TERMS)
     sale.pay()
     report = await books.reconcile(late_s=GRACE_S - 60)
     assert (listed(report), report.in_flight) == ([], 1)
+    at_once = await books.reconcile(late_s=1, grace_s=0)
+    assert ([each[0] for each in listed(at_once)], at_once.in_flight) == (["missing_credit"], 0)
     assert [each[0] for each in listed(await books.reconcile())] == ["missing_credit"]
 
 
