@@ -82,7 +82,8 @@ class Orders(Records):
         query = _select(scope).where(
             col(PaymentOrder.customer_id) == customer_id, col(PaymentOrder.created_at_us) >= since_us
         )
-        return await self._all(query.order_by(col(PaymentOrder.created_at_us).desc()), scope)
+        newest = (col(PaymentOrder.created_at_us).desc(), col(PaymentOrder.id).desc())
+        return await self._all(query.order_by(*newest), scope)
 
     async def open_automatic(self, scope: Scope, customer_id: str) -> Order | None:
         """The customer's automatic order that is open; there is one at most."""
