@@ -30,8 +30,8 @@ from gateway.errors import (
 )
 from gateway.payments.checkout import PackageNotFound, PackageWorthless, ReturnUnknown, SandboxNotServed
 from gateway.payments.operator import NoOperator
+from gateway.payments.processor import ProcessorRefused, ProcessorUnavailable
 from gateway.payments.processor_customers import CustomerErased
-from gateway.payments.stripe_api import ProcessorRefused, ProcessorUnavailable
 from ledger.errors import (
     AlreadyExists,
     AssetMismatch,

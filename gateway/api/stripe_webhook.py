@@ -14,7 +14,7 @@ from gateway.api.services import Here
 from gateway.api.wire import View
 from gateway.errors import ApiError, invalid_request, payments_not_set_up, retry_after
 from gateway.payments.intake import TooManyEvents
-from gateway.payments.stripe_api import SignatureInvalid
+from gateway.payments.processor import SignatureInvalid
 
 router = APIRouter(tags=["operations"], include_in_schema=False)
 

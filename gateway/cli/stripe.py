@@ -107,7 +107,7 @@ def _reason(error: Exception) -> str | None:
     """Why nothing was compared; None where it is a fault of ours."""
     from gateway.cli import explained  # noqa: PLC0415
     from gateway.payments.operator import NoOperator  # noqa: PLC0415
-    from gateway.payments.stripe_api import ProcessorRefused, ProcessorUnavailable  # noqa: PLC0415
+    from gateway.payments.processor import ProcessorRefused, ProcessorUnavailable  # noqa: PLC0415
 
     match error:
         case NoOperator():

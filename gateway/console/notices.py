@@ -11,8 +11,8 @@ from gateway.console.page import page
 from gateway.database import DatabaseUnavailable
 from gateway.payments.checkout import PackageNotFound, PackageWorthless
 from gateway.payments.links import LinkExpired, LinkInvalid
+from gateway.payments.processor import ProcessorRefused, ProcessorUnavailable
 from gateway.payments.processor_customers import CustomerErased
-from gateway.payments.stripe_api import ProcessorRefused, ProcessorUnavailable
 from ledger.errors import LedgerUnavailable
 
 log = structlog.get_logger(__name__)

@@ -20,7 +20,7 @@ from gateway.console.returned import REFRESHES_MAX, told
 from gateway.console.visit import Visit, opened, ordered
 from gateway.errors import ApiError
 from gateway.payments.packages import Package
-from gateway.payments.stripe_api import ProcessorUnavailable
+from gateway.payments.processor import ProcessorUnavailable
 
 router = APIRouter(include_in_schema=False)
 

@@ -42,8 +42,8 @@ from gateway.payments.links import Links
 from gateway.payments.observed import Observed
 from gateway.payments.off_session import OffSession
 from gateway.payments.orders import Order, Orders
+from gateway.payments.processor import ProcessorUnavailable
 from gateway.payments.settling import Settler
-from gateway.payments.stripe_api import ProcessorUnavailable
 from gateway.payments.top_up_turns import Turn, Turns
 from gateway.tables import PaymentCustomer
 from ledger.commands import Key, Tell

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import structlog
@@ -22,17 +22,15 @@ from gateway.ids import derived_id
 from gateway.payments.links import Links
 from gateway.payments.orders import Order, Orders
 from gateway.payments.packages import Packages
+from gateway.payments.processor import ProcessorRefused, ProcessorUnavailable, Session
 from gateway.payments.processor_customers import CustomerErased, ProcessorCustomers
-from gateway.payments.stripe_api import (
-    ProcessorRefused,
-    ProcessorUnavailable,
-    Session,
-    StripeAPI,
-)
 from ledger.commands import Key
 from ledger.errors import KeyReused
 from ledger.model import Scope
 from pricing.money import Asset
+
+if TYPE_CHECKING:
+    from gateway.payments.stripe_api import StripeAPI
 
 SECOND_US: Final = 1_000_000
 PAGE_LIFE_S: Final = 12 * 3600
@@ -102,7 +100,7 @@ class Checkout:
         *,
         packages: Packages,
         orders: Orders,
-        stripe: StripeAPI,
+        stripe: "StripeAPI",
         customers: ProcessorCustomers,
         links: Links,
         now_us: Callable[[], int],

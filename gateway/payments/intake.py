@@ -1,10 +1,12 @@
 """Where the payment processor's events come in: proven to be its own, few at a time, and handed on."""
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from gateway.payments.observed import facts_of
 from gateway.payments.settling import Outcome, Settler
-from gateway.payments.stripe_api import StripeAPI
+
+if TYPE_CHECKING:
+    from gateway.payments.stripe_api import StripeAPI
 
 UNDER_WAY_MAX: Final = 64
 """Events that one process handles at once. Each waits for the database, and some for Stripe."""
@@ -17,7 +19,7 @@ class TooManyEvents(Exception):
 class Intake:
     """Takes in events that are delivered, in whatever order."""
 
-    def __init__(self, stripe: StripeAPI, settler: Settler) -> None:
+    def __init__(self, stripe: "StripeAPI", settler: Settler) -> None:
         self._stripe = stripe
         self._settler = settler
         self._under_way = 0

@@ -6,7 +6,7 @@ customer's payments. Whatever is found becomes an observation, like any other ne
 """
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import structlog
@@ -15,14 +15,11 @@ from gateway.payments.auto_top_up_terms import AUTHENTICATION_REQUIRED, SECOND_U
 from gateway.payments.facts import Facts
 from gateway.payments.observed import Observed, OrderRef, facts_of
 from gateway.payments.orders import Order
-from gateway.payments.stripe_api import (
-    PaymentDeclined,
-    ProcessorNotFound,
-    ProcessorRefused,
-    ProcessorUnavailable,
-    StripeAPI,
-)
+from gateway.payments.processor import PaymentDeclined, ProcessorNotFound, ProcessorRefused, ProcessorUnavailable
 from gateway.payments.top_up_turns import Turn
+
+if TYPE_CHECKING:
+    from gateway.payments.stripe_api import StripeAPI
 
 OPERATORS_FAULT: Final = (401, 403)
 """Statuses that tell of the operator's key, not of the payment."""
@@ -43,7 +40,7 @@ class OffSession:
         ProcessorUnavailable: `charge` and `find`. What was asked may have happened: ask again.
     """
 
-    def __init__(self, stripe: StripeAPI) -> None:
+    def __init__(self, stripe: "StripeAPI") -> None:
         self._stripe = stripe
 
     async def charge(self, order: Order, turn: Turn) -> Observed | None:

@@ -4,7 +4,7 @@ With automatic orders their customers' turns go on, as ever; those of who was er
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from sqlalchemy import text
@@ -12,11 +12,14 @@ from sqlalchemy import text
 from gateway.database import NOBODY, Database, DatabaseUnavailable
 from gateway.payments.observed import facts_of
 from gateway.payments.orders import Order, Orders
+from gateway.payments.processor import ProcessorNotFound, ProcessorRefused, ProcessorUnavailable
 from gateway.payments.settling import Settler
-from gateway.payments.stripe_api import ProcessorNotFound, ProcessorRefused, ProcessorUnavailable, StripeAPI
 from gateway.payments.sweeps import Sweep, every, forgetful
 from ledger.errors import LedgerUnavailable
 from ledger.model import Scope
+
+if TYPE_CHECKING:
+    from gateway.payments.stripe_api import StripeAPI
 
 PAGE_LIFE_S: Final = 25 * 3600
 """Longer than any page on which an order is paid can be open."""
@@ -58,7 +61,7 @@ class OpenOrders:
         database: Database,
         *,
         orders: Orders,
-        stripe: StripeAPI,
+        stripe: "StripeAPI",
         settler: Settler,
         go_on: Callable[[Scope, str], Awaitable[None]],
         now_us: Callable[[], int],

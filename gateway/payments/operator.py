@@ -5,7 +5,7 @@ compared stand with the first tenant, `live` or `test` as the processor has it.
 """
 
 from gateway.identity.tenants import Tenants
-from gateway.payments.stripe_api import StripeMode
+from gateway.payments.processor import StripeMode
 from ledger.model import Scope
 
 

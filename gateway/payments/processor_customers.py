@@ -6,7 +6,7 @@ erased, so that an erasure finds every id that was kept; what came too late is d
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from sqlalchemy import select, update
@@ -14,9 +14,11 @@ from sqlmodel import col
 
 from gateway.database import Database, insert_new, of
 from gateway.identity.customer_rows import of_all
-from gateway.payments.stripe_api import StripeAPI
 from gateway.tables import Customer, PaymentCustomer
 from ledger.model import Scope
+
+if TYPE_CHECKING:
+    from gateway.payments.stripe_api import StripeAPI
 
 
 class CustomerErased(Exception):
@@ -39,7 +41,7 @@ _COLUMNS = tuple(getattr(PaymentCustomer, name) for name in ProcessorCustomer.__
 
 
 class ProcessorCustomers:
-    def __init__(self, database: Database, stripe: StripeAPI, *, now_us: Callable[[], int]) -> None:
+    def __init__(self, database: Database, stripe: "StripeAPI", *, now_us: Callable[[], int]) -> None:
         self._database = database
         self._stripe = stripe
         self._now_us = now_us

@@ -22,6 +22,7 @@ from gateway.payments.clearing import Booked, Clearing, Entry, booked, payment_o
 from gateway.payments.comparison import MENDABLE, Difference, Paid, compare, payments_of
 from gateway.payments.observed import Observed, OrderRef, Unreadable, facts_of
 from gateway.payments.orders import Order, Orders
+from gateway.payments.processor import ProcessorNotFound, StripeMode
 from gateway.payments.processor_transactions import (
     SECOND_US,
     Movement,
@@ -30,7 +31,6 @@ from gateway.payments.processor_transactions import (
     order_of,
 )
 from gateway.payments.settling import NotBooked, Outcome
-from gateway.payments.stripe_api import ProcessorNotFound, StripeMode
 from ledger.model import Scope
 
 GRACE_S: Final = 3_600

@@ -1,14 +1,16 @@
 """A customer is back from the processor's page: what has become of their order, also where its event is late."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from gateway.payments.observed import facts_of
 from gateway.payments.orders import Order, Orders
 from gateway.payments.settling import Settler
-from gateway.payments.stripe_api import StripeAPI
+
+if TYPE_CHECKING:
+    from gateway.payments.stripe_api import StripeAPI
 
 Progress = Literal["settled", "to_be_paid", "on_its_way"]
 """How far a payment is: its order says it; the processor's page is still open; it was made and has yet to arrive."""
@@ -22,7 +24,7 @@ class Returned(msgspec.Struct, frozen=True):
 class Returns:
     """Asks the processor, and lets the news have the effect that its event would have."""
 
-    def __init__(self, *, orders: Orders, stripe: StripeAPI, settler: Settler) -> None:
+    def __init__(self, *, orders: Orders, stripe: "StripeAPI", settler: Settler) -> None:
         self._orders = orders
         self._stripe = stripe
         self._settler = settler

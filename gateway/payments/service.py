@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gateway.database import Database
 from gateway.identity.tenants import Tenants
@@ -19,19 +20,21 @@ from gateway.payments.processor_customers import ProcessorCustomers
 from gateway.payments.reconciliation import Reconciler
 from gateway.payments.returns import Returns
 from gateway.payments.settling import Settler
-from gateway.payments.stripe_api import StripeAPI
 from gateway.payments.sweeps import Sweeps
 from gateway.payments.top_up_failures import TopUpFailures
 from gateway.settings import Settings
 from ledger.ledger import Ledger
 from ledger.model import Scope
 
+if TYPE_CHECKING:
+    from gateway.payments.stripe_api import StripeAPI
+
 
 @dataclass(frozen=True, slots=True)
 class Payments:
     packages: Packages
     orders: Orders
-    stripe: StripeAPI
+    stripe: "StripeAPI"
     operator: OperatorScope
     links: Links
     customers: ProcessorCustomers
@@ -75,6 +78,9 @@ def open_payments(
     """None where the settings name no payment processor."""
     if settings.stripe_secret_key is None or settings.stripe_webhook_secret is None:
         return None
+    # Not imported where nobody pays: Stripe's library takes 10 MB.
+    from gateway.payments.stripe_api import StripeAPI  # noqa: PLC0415
+
     secret_key = settings.stripe_secret_key.get_secret_value()
     stripe = StripeAPI(
         secret_key=secret_key,

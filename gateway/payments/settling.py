@@ -12,7 +12,7 @@ asks for, so that what one with an older look asks for later changes nothing.
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 import structlog
@@ -30,12 +30,15 @@ from gateway.payments.observed import Observed, OrderRef, facts_of
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Order, Orders, OrderStatus
 from gateway.payments.packages import price_text
-from gateway.payments.stripe_api import ProcessorNotFound, StripeAPI
+from gateway.payments.processor import ProcessorNotFound
 from gateway.tables import Customer, PaymentCustomer
 from ledger.commands import Key, Reverse, Tell, TopUp
 from ledger.errors import LedgerError, LedgerUnavailable
 from ledger.ledger import Ledger
 from ledger.model import Scope, WalletRef
+
+if TYPE_CHECKING:
+    from gateway.payments.stripe_api import StripeAPI
 
 SOURCE: Final = "payment"
 """The source of blocks that were paid for."""
@@ -97,7 +100,7 @@ class Settler:
         ledger: Ledger,
         *,
         orders: Orders,
-        stripe: StripeAPI,
+        stripe: "StripeAPI",
         operator: OperatorScope,
         changed: Sequence[Changed] = (),
         reversing: Reversing = _nothing_first,

@@ -11,12 +11,21 @@ Source: https://docs.stripe.com/api, idempotent requests, errors, `Stripe-Signat
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from http import HTTPStatus
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import stripe
 
 from gateway.payments.orders import Order
+from gateway.payments.processor import (
+    PaymentDeclined,
+    ProcessorNotFound,
+    ProcessorRefused,
+    ProcessorUnavailable,
+    Session,
+    SignatureInvalid,
+    StripeMode,
+)
 from gateway.payments.stripe_http import StripeHTTP
 from gateway.settings import moves_money
 from ledger.model import Scope
@@ -36,7 +45,6 @@ SIGNATURE_LIFE_S: Final = 300
 TOO_OLD: Final = "too old"
 _UNREADABLE: Final = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
-StripeMode = Literal["live", "test"]
 T = TypeVar("T")
 _Page = Callable[[Any], Awaitable[stripe.StripeObject]]
 
@@ -47,49 +55,6 @@ _REFUSALS: Final[Mapping[type[stripe.StripeError], str]] = {
     stripe.PermissionError: "permission_error",
 }
 """What asking again does not help against, and its code where the error has none."""
-
-
-class ProcessorUnavailable(Exception):
-    """Stripe does not answer, or not now. What was asked may or may not have happened: ask again."""
-
-
-class ProcessorRefused(Exception):
-    """Stripe will not do it, however often it is asked. *param* names what it did not like."""
-
-    def __init__(self, status: int | None, code: str | None, param: str | None = None) -> None:
-        super().__init__(f"the payment processor refused it ({status}, {code}, {param})")
-        self.status = status
-        self.code = code
-        self.param = param
-
-
-class ProcessorNotFound(ProcessorRefused):
-    """There is no such object, or none that this key may see."""
-
-
-class PaymentDeclined(Exception):
-    """The customer's bank, or Stripe for it, has said no; with `authentication_required`, not without the customer.
-
-    Attributes:
-        payment_intent: the payment as it stands, which can be tried again or cancelled.
-    """
-
-    def __init__(self, code: str | None, decline_code: str | None, payment_intent: Mapping[str, Any] | None) -> None:
-        super().__init__(f"the payment was declined ({code}, {decline_code})")
-        self.code = code
-        self.decline_code = decline_code
-        self.payment_intent = payment_intent
-
-
-class SignatureInvalid(Exception):
-    """Not from Stripe, too old, or not an event: says which, without quoting it."""
-
-
-class Session(msgspec.Struct, frozen=True):
-    """A Checkout Session. It has no *url* once it has ended."""
-
-    id: str
-    url: str | None
 
 
 class StripeAPI:

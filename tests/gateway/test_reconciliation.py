@@ -16,8 +16,8 @@ from gateway.payments.clearing import Clearing
 from gateway.payments.comparison import MENDABLE
 from gateway.payments.nightly import LastNight, Nightly, look_back
 from gateway.payments.observed import OrderRef
+from gateway.payments.processor import ProcessorUnavailable
 from gateway.payments.reconciliation import GRACE_S, Report
-from gateway.payments.stripe_api import ProcessorUnavailable
 from gateway.payments.sweeps import DAY_US
 from gateway.tables import ProcessorTransaction
 from ledger.commands import Grant, Key, Revoke, TopUp

@@ -16,16 +16,15 @@ from msgspec.structs import replace
 
 from gateway.payments import stripe_api, stripe_http
 from gateway.payments.orders import Order
-from gateway.payments.stripe_api import (
-    API_VERSION,
+from gateway.payments.processor import (
     PaymentDeclined,
     ProcessorNotFound,
     ProcessorRefused,
     ProcessorUnavailable,
     Session,
     SignatureInvalid,
-    StripeAPI,
 )
+from gateway.payments.stripe_api import API_VERSION, StripeAPI
 from ledger.model import Scope
 from tests.servers.stripe import FakeStripe
 
