@@ -137,9 +137,14 @@ async def open_office(folder: Path, **settings: Any) -> AsyncIterator[Office]:
         "admin": await tenants.create_key(first.id, "admin"),
         "other": await tenants.create_key(second.id, "live", app_id=their_app.id, scopes=list(KeyScope)),
     }
+    running = gateway
     try:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=gateway), base_url="http://farebox") as client:
             tokens = {name: key.token for name, key in keys.items()}
-            yield Office(gateway=gateway, tenant=first.id, app=app.id, keys=tokens, client=client, clock=clock)
+            office = Office(gateway=gateway, tenant=first.id, app=app.id, keys=tokens, client=client, clock=clock)
+            try:
+                yield office
+            finally:
+                running = office.gateway  # A test may have put another in its place.
     finally:
-        await gateway.stop()
+        await running.stop()
