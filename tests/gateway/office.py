@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 
@@ -16,7 +16,9 @@ from gateway.installation import Books, Gift, give
 from gateway.settings import Settings
 from pricing.money import CREDIT
 from tests.gateway.rig import held_to_policies, installed_database, open_store
-from tests.servers.stripe import FakeStripe
+
+if TYPE_CHECKING:
+    from tests.servers.stripe import FakeStripe
 
 PUBLIC_URL: Final = "https://pay.example.com"
 
@@ -96,7 +98,7 @@ class Office:
         return await self.ask("POST", "/v1/chat/completions", body, key=key, headers=headers)
 
 
-def paid_with(stripe: FakeStripe) -> dict[str, Any]:
+def paid_with(stripe: "FakeStripe") -> dict[str, Any]:
     """The settings of an installation that takes payments there, and has a public address."""
     return {
         "stripe_secret_key": stripe.secret_key,
