@@ -10,25 +10,11 @@ from gateway.payments.observed import OrderRef
 from gateway.payments.orders import Order
 from gateway.payments.processor_transactions import Movement, movement_of
 from ledger.model import Scope
+from tests.gateway.payment_histories import order as an_order
 
 LIVE = Scope("ten_a", "live")
 REF = OrderRef(LIVE, "ord_1")
-ORDER = Order(
-    tenant="ten_a",
-    mode="live",
-    id="ord_1",
-    kind="checkout",
-    status="paid",
-    customer_id="cus_1",
-    package="usd-10",
-    price_minor=1_000,
-    currency="usd",
-    asset="credit",
-    credited=850,
-    bonus=100,
-    spread=151,
-    created_at_us=0,
-)
+ORDER = an_order(tenant="ten_a", status="paid", price_minor=1_000, credited=850, bonus=100, spread=151)
 FACE = 1_001
 
 

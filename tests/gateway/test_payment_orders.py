@@ -11,23 +11,9 @@ from gateway.payments.operator import NoOperator, OperatorScope
 from gateway.payments.orders import Order, Orders
 from ledger.model import Scope
 from tests.gateway.conftest import Clock
+from tests.gateway.payment_histories import order as an_order
 
-TERMS = Order(
-    tenant="",
-    mode="live",
-    id="ord_1",
-    kind="checkout",
-    status="open",
-    customer_id="cus_1",
-    package="usd-10",
-    price_minor=1000,
-    currency="usd",
-    asset="credit",
-    credited=10,
-    bonus=1,
-    spread=2,
-    created_at_us=1,
-)
+TERMS = an_order(tenant="", price_minor=1000, credited=10, bonus=1, spread=2, created_at_us=1)
 
 
 @pytest.fixture

@@ -26,25 +26,11 @@ from gateway.payments.processor import (
 )
 from gateway.payments.stripe_api import API_VERSION, StripeAPI
 from ledger.model import Scope
+from tests.gateway.payment_histories import order as an_order
 from tests.servers.stripe import FakeStripe
 
 ACME = Scope("ten_acme", "live")
-ORDER = Order(
-    tenant="ten_acme",
-    mode="live",
-    id="ord_1",
-    kind="checkout",
-    status="open",
-    customer_id="cus_1",
-    package="usd-10",
-    price_minor=1000,
-    currency="usd",
-    asset="credit",
-    credited=10,
-    bonus=0,
-    spread=0,
-    created_at_us=0,
-)
+ORDER = an_order(tenant="ten_acme", price_minor=1000, credited=10)
 METADATA = {"farebox_order": "ord_1", "farebox_tenant": "ten_acme", "farebox_mode": "live"}
 LIFE_S = 3600
 
