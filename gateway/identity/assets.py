@@ -1,6 +1,6 @@
 """What a tenant's credits are, for whoever has no key of that tenant that says it."""
 
-from sqlalchemy import and_, select
+from sqlalchemy import ColumnElement, and_, select
 from sqlmodel import col
 
 from gateway.database import of
@@ -9,16 +9,22 @@ from gateway.tables import AssetVersion, Tenant
 from pricing.money import Asset
 
 
+def in_force(now_us: int) -> ColumnElement[bool]:
+    """That a version of an asset is of its tenant's credits and holds already. The newest such one is in force."""
+    return and_(
+        col(AssetVersion.tenant) == col(Tenant.id),
+        col(AssetVersion.code) == col(Tenant.asset_code),
+        col(AssetVersion.effective_from_us) <= now_us,
+    )
+
+
 class Assets(Records):
     async def in_force(self, tenant_id: str) -> Asset | None:
         """The tenant's credits as they are worth now; None where there is no such tenant."""
         query = (
             select(col(AssetVersion.code), col(AssetVersion.scale), col(AssetVersion.usd_value_picos))
-            .join(
-                Tenant,
-                and_(col(Tenant.id) == col(AssetVersion.tenant), col(Tenant.asset_code) == col(AssetVersion.code)),
-            )
-            .where(col(AssetVersion.tenant) == tenant_id, col(AssetVersion.effective_from_us) <= self._now_us())
+            .join(Tenant, in_force(self._now_us()))
+            .where(col(AssetVersion.tenant) == tenant_id)
             .order_by(col(AssetVersion.effective_from_us).desc())
             .limit(1)
         )

@@ -19,6 +19,7 @@ from gateway import errors
 from gateway.clock import now_us
 from gateway.database import Database, DatabaseUnavailable, within
 from gateway.identity import keys
+from gateway.identity.assets import in_force
 from gateway.identity.availability import open_allowance
 from gateway.identity.keys import KeyScope
 from gateway.identity.wallets import unfunded_wallet
@@ -242,14 +243,7 @@ class Principals:
                 col(AssetVersion.usd_value_picos),
             )
             .join(Tenant, col(Tenant.id) == col(ApiKey.tenant))
-            .join(
-                AssetVersion,
-                and_(
-                    col(AssetVersion.tenant) == col(Tenant.id),
-                    col(AssetVersion.code) == col(Tenant.asset_code),
-                    col(AssetVersion.effective_from_us) <= self._now_us(),
-                ),
-            )
+            .join(AssetVersion, in_force(self._now_us()))
             .outerjoin(App, and_(col(App.tenant) == col(ApiKey.tenant), col(App.id) == col(ApiKey.app_id)))
             .where(col(ApiKey.id) == key_id)
             .order_by(col(AssetVersion.effective_from_us).desc())

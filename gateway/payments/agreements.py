@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
-from sqlalchemy import and_, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
+from gateway.identity.assets import in_force
 from gateway.payments.auto_top_up_terms import Agreement, agreement_of
 from gateway.payments.packages import Packages
 from gateway.tables import AssetVersion, Customer, Tenant
@@ -40,14 +41,7 @@ class Agreements:
                 col(AssetVersion.usd_value_picos),
             )
             .join(Tenant, col(Tenant.id) == col(Customer.tenant))
-            .join(
-                AssetVersion,
-                and_(
-                    col(AssetVersion.tenant) == col(Tenant.id),
-                    col(AssetVersion.code) == col(Tenant.asset_code),
-                    col(AssetVersion.effective_from_us) <= self._now_us(),
-                ),
-            )
+            .join(AssetVersion, in_force(self._now_us()))
             .where(
                 col(Customer.tenant) == scope.tenant,
                 col(Customer.mode) == scope.mode,
