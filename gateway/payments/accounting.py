@@ -18,6 +18,7 @@ from gateway.database import Database
 from gateway.identity.wallets import bounds_spending
 from gateway.payments.credit_flows import KINDS, LINES, CreditFlows, Kind
 from gateway.payments.packages import DEFAULT_EXPONENT, EXPONENTS
+from gateway.payments.processor import MODES
 from gateway.payments.processor_transactions import MovementSum, ProcessorTransactions
 from gateway.tables import AssetVersion
 from ledger.model import USD_ASSET, WALLET_PREFIX, Scope, WalletRef
@@ -40,7 +41,6 @@ DOLLARS: Final = Asset(USD_ASSET, 9, PICOS_PER_USD)
 
 WALLETS: Final = "wallets"
 PROCESSOR: Final = "stripe"
-MODES: Final = ("live", "test")
 
 
 class Month(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ from gateway.ids import derived_id
 from gateway.payments.links import Links
 from gateway.payments.orders import Order, Orders
 from gateway.payments.packages import Packages
-from gateway.payments.processor import ProcessorRefused, ProcessorUnavailable, Session
+from gateway.payments.processor import ProcessorRefused, ProcessorUnavailable, Session, pays_for
 from gateway.payments.processor_customers import CustomerErased, ProcessorCustomers
 from ledger.commands import Key
 from ledger.errors import KeyReused
@@ -116,8 +116,8 @@ class Checkout:
         self._turns: WeakValueDictionary[tuple[Scope, str], asyncio.Lock] = WeakValueDictionary()
 
     def serves(self, mode: str) -> bool:
-        """Whether customers of *mode* can pay: real money pays for nothing in the sandbox."""
-        return self._stripe.mode == "test" or mode == "live"
+        """Whether customers of *mode* can pay."""
+        return pays_for(self._stripe.mode, mode)
 
     async def begin(self, wanted: Wanted) -> Begun:
         """An order for what is *wanted*, with the page to pay for it; or the one that the key stands for, as it is now.

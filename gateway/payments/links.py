@@ -17,6 +17,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
+from gateway.payments.processor import StripeMode, pays_for
 from ledger.model import Scope
 
 LIFE_S: Final = 7 * 24 * 3600
@@ -61,19 +62,21 @@ class Links:
 
     Args:
         secret_key: the payment processor's.
-        live: whether real money moves with it. Then customers in test mode have no link.
+        processor_mode: whether real money moves with it. Who cannot pay then has no link.
         public_url: where customers reach this installation; without it there are no links.
     """
 
-    def __init__(self, *, secret_key: str, live: bool, public_url: str | None, now_us: Callable[[], int]) -> None:
+    def __init__(
+        self, *, secret_key: str, processor_mode: StripeMode, public_url: str | None, now_us: Callable[[], int]
+    ) -> None:
         self._key = hmac.digest(secret_key.encode(), KEY_LABEL, sha256)
-        self._live = live
+        self._processor_mode = processor_mode
         self._base = None if public_url is None else public_url + PATH
         self._now_us = now_us
 
     def url_of(self, scope: Scope, customer_id: str, *, package: str | None = None) -> str | None:
         """The page on which this customer adds credits; None where nobody could pay there."""
-        if self._base is None or (self._live and scope.mode != "live"):
+        if self._base is None or not pays_for(self._processor_mode, scope.mode):
             return None
         expires_at_s = self._now_us() // 1_000_000 + LIFE_S
         return self._base + self._token(TopUpLink(scope, customer_id, expires_at_s, package))

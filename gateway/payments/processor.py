@@ -1,12 +1,20 @@
 """What asking the payment processor can come to, for those who ask. It imports nothing of the processor's library."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
 StripeMode = Literal["live", "test"]
 """Whether real money moves."""
+
+MODES: Final = ("live", "test")
+"""Of customers."""
+
+
+def pays_for(processor: StripeMode, mode: str) -> bool:
+    """Whether customers of *mode* can pay there: real money pays for nothing in the sandbox."""
+    return processor == "test" or mode == "live"
 
 
 class ProcessorUnavailable(Exception):

@@ -22,7 +22,7 @@ from gateway.payments.clearing import Booked, Clearing, Entry, booked, payment_o
 from gateway.payments.comparison import MENDABLE, Difference, Paid, compare, payments_of
 from gateway.payments.observed import Observed, OrderRef, Unreadable, facts_of
 from gateway.payments.orders import Order, Orders
-from gateway.payments.processor import ProcessorNotFound, StripeMode
+from gateway.payments.processor import MODES, ProcessorNotFound, StripeMode, pays_for
 from gateway.payments.processor_transactions import (
     SECOND_US,
     Movement,
@@ -201,8 +201,8 @@ class Reconciler:
         return movements
 
     async def _scopes(self) -> list[Scope]:
-        """Those whose customers pay by this account: with real money none in the sandbox."""
-        modes = ("live",) if self._processor.mode == "live" else ("live", "test")
+        """Those whose customers pay by this account."""
+        modes = [mode for mode in MODES if pays_for(self._processor.mode, mode)]
         return [Scope(tenant.id, mode) for tenant in await self._tenants.list_tenants() for mode in modes]
 
     async def _payments(self, movements: Sequence[Movement]) -> dict[str, Paid]:

@@ -89,7 +89,7 @@ def open_payments(
     )
     operator = OperatorScope(tenants, stripe.mode)
     orders = Orders(database, now_us=now_us, new_id=new_id)
-    links = Links(secret_key=secret_key, live=stripe.mode == "live", public_url=settings.public_url, now_us=now_us)
+    links = Links(secret_key=secret_key, processor_mode=stripe.mode, public_url=settings.public_url, now_us=now_us)
     failures = TopUpFailures(database, links, now_us=now_us)
     settler = Settler(
         database,

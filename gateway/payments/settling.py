@@ -30,7 +30,7 @@ from gateway.payments.observed import Observed, OrderRef, facts_of
 from gateway.payments.operator import OperatorScope
 from gateway.payments.orders import Order, Orders, OrderStatus
 from gateway.payments.packages import price_text
-from gateway.payments.processor import ProcessorNotFound
+from gateway.payments.processor import ProcessorNotFound, pays_for
 from gateway.tables import Customer, PaymentCustomer
 from ledger.commands import Key, Reverse, Tell, TopUp
 from ledger.errors import LedgerError, LedgerUnavailable
@@ -171,7 +171,7 @@ class Settler:
         order = await self._find(linked)
         if order is None:
             return Outcome("refused", "unknown_order")
-        other_mode = scope.mode == "live" and order.mode != "live"
+        other_mode = not pays_for(self._stripe.mode, order.mode)
         if other_mode or not await self._is_for(scope, observed.payment_intent, linked):
             return Outcome("refused", "other_mode" if other_mode else "other_payment", order)
         await self._ask_for_refunds(scope, observed)

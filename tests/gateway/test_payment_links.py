@@ -24,7 +24,9 @@ class Time:
 def links(
     *, key: str = "sk_test_1", live: bool = False, public_url: str | None = BASE, time: Time | None = None
 ) -> Links:
-    return Links(secret_key=key, live=live, public_url=public_url, now_us=time or Time())
+    return Links(
+        secret_key=key, processor_mode="live" if live else "test", public_url=public_url, now_us=time or Time()
+    )
 
 
 def token_of(url: str | None) -> str:
